@@ -1,0 +1,1 @@
+"""Any diffusers pipeline over many prompts on many GPUs, with raw torch.distributed."""

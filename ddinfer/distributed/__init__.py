@@ -1,0 +1,1 @@
+"""Who does what: the world, its process group, its launcher. Knows nothing of diffusion."""

@@ -1,0 +1,1 @@
+"""How a replica makes images. One contract: `ddinfer.engines.base.Engine`."""

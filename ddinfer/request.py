@@ -1,0 +1,196 @@
+"""What is asked and what is made: one `Request` is one image, one `Result` answers it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from ddinfer.errors import ErrorRecord, InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_SEED = 2**63 - 1
+
+#: Fields of a prompt that every pipeline names alike; anything else goes into ``kwargs``.
+CALL_FIELDS = ("width", "height", "num_inference_steps", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a prompt file, before the job's defaults are applied.
+
+    ``fields`` holds what the row says, already checked for its type: ``prompt`` always,
+    and any of ``id``, ``negative_prompt``, ``seed``, ``num_images``, the `CALL_FIELDS`,
+    and further arguments of the pipeline's ``__call__``.
+    ``where`` is ``file:line``, for messages.
+    """
+
+    fields: Mapping[str, Any]
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to be made. The image is a function of this value alone.
+
+    Attributes:
+        index: place in the job, 0-based, over all ranks.
+        id: the user's name for it, unique in the job (default: the index, 8 digits).
+        seed: plain diffusers with ``torch.Generator("cpu").manual_seed(seed)`` makes the same.
+        width, height: pixels. ``None`` leaves the pipeline's own default.
+        kwargs: every other argument of the pipeline's ``__call__``. Image inputs
+            (``image``, ``mask_image`` …) are absolute paths here.
+        input_hashes: argument name → SHA-256 of the image file's bytes.
+    """
+
+    index: int
+    id: str
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    input_hashes: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; fields at their defaults are left out."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is None or (isinstance(value, Mapping) and not value):
+                continue
+            out[f.name] = dict(value) if isinstance(value, Mapping) else value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Request:
+        return cls(**data)
+
+    def parameters(self) -> dict[str, Any]:
+        """What the pipeline is called with beside prompt, negative prompt and generator."""
+        named = {n: getattr(self, n) for n in CALL_FIELDS if getattr(self, n) is not None}
+        return {**named, **self.kwargs}
+
+    def batch_key(self) -> str:
+        """Two neighbours share a batch only where this is equal."""
+        shared = [self.parameters(), dict(self.input_hashes), self.negative_prompt is None]
+        return canonical_json(shared)
+
+    def content_hash(self) -> str:
+        """SHA-256 of everything that decides the image, and of its place and id.
+
+        Where an image input lies is left out: the hash of its bytes stands for it.
+        """
+        data = self.to_dict()
+        if self.input_hashes:
+            data["kwargs"] = {k: v for k, v in self.kwargs.items() if k not in self.input_hashes}
+        return hashlib.sha256(canonical_json(data).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one `Request`.
+
+    Attributes:
+        image: the picture (PIL); ``None`` when it failed or is only recorded.
+        frames: for video pipelines, the pictures in order; ``image`` is ``None`` then.
+        path: of the file below the output folder, when one was written.
+        error: why there is no image.
+        seconds: pipeline time of its batch divided by the batch's images.
+        rank: global rank that made it.
+        exact: made in the batch the job planned for it, so bit-identical on any world size.
+        batch: indices of the Requests that shared the pipeline call, in call order.
+        flags: "nan", "black" (one flat black picture), "nsfw" (a safety checker blanked it).
+    """
+
+    request: Request
+    image: Image | None = None
+    frames: Sequence[Image] | None = None
+    path: str | None = None
+    error: ErrorRecord | None = None
+    seconds: float = 0.0
+    rank: int = 0
+    exact: bool = True
+    batch: tuple[int, ...] = ()
+    flags: tuple[str, ...] = ()
+
+    @property
+    def index(self) -> int:
+        return self.request.index
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def prompt(self) -> str:
+        return self.request.prompt
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed
+
+    def without_pictures(self) -> Result:
+        """The same, light enough to gather: pictures dropped."""
+        return replace(self, image=None, frames=None)
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, finite numbers only."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def resolve_requests(
+    prompts: Sequence[Prompt],
+    *,
+    base_seed: int = 0,
+    num_images: int = 1,
+    defaults: Mapping[str, Any] | None = None,
+) -> list[Request]:
+    """Prompts → Requests: each ``num_images: n`` becomes n neighbours, defaults filled in.
+
+    The default seed of Request k is ``base_seed + k``. A given seed s becomes s, s+1, …;
+    a given id becomes ``id-0``, ``id-1``, … where n > 1.
+
+    Args:
+        defaults: call arguments (and ``negative_prompt``) for prompts that do not say.
+
+    Raises:
+        InputError: an id used twice, or a seed beyond 2⁶³ − 1.
+    """
+    requests: list[Request] = []
+    seen: dict[str, str] = {}
+    for prompt in prompts:
+        row = {**(defaults or {}), **prompt.fields}
+        count = row.pop("num_images", num_images)
+        given_id, given_seed = row.pop("id", None), row.pop("seed", None)
+        hashes = row.pop("input_hashes", {})
+        text, negative = row.pop("prompt"), row.pop("negative_prompt", None)
+        named = {name: row.pop(name, None) for name in CALL_FIELDS}
+        for k in range(count):
+            index = len(requests)
+            seed = base_seed + index if given_seed is None else given_seed + k
+            if not 0 <= seed <= MAX_SEED:
+                raise InputError(f"{prompt.where}: seed {seed} is not within 0 … 2**63 - 1")
+            name = f"{index:08d}" if given_id is None else given_id
+            if given_id is not None and count > 1:
+                name = f"{given_id}-{k}"
+            where = prompt.where or f"prompt {index}"
+            if name in seen:
+                raise InputError(
+                    f"{where}: id {name!r} is already used by {seen[name]}; ids must be unique"
+                )
+            seen[name] = where
+            requests.append(
+                Request(index, name, text, seed, negative, **named, kwargs=row, input_hashes=hashes)
+            )
+    return requests

@@ -1,0 +1,1 @@
+"""What is on disk. Imports neither torch nor diffusers."""
