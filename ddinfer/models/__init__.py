@@ -1,1 +1,1 @@
-"""How one process holds a model: loading it, placing it, carrying the placement out."""
+"""How one process holds a model: its repository, loading, placement (pure), dispatch."""

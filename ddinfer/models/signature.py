@@ -1,0 +1,81 @@
+"""Which pipeline a folder holds and what its ``__call__`` takes, before any weight is read."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ddinfer.errors import UsageError
+from ddinfer.models.repository import custom_code_message, index_folder, read_model_index
+
+
+def pipeline_class(
+    path: str | os.PathLike[str],
+    trust_remote_code: bool = False,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> type:
+    """The pipeline class named by ``path``'s model_index.json. Only that file is read (or fetched).
+
+    Raises:
+        UsageError: no pipeline there, a class this diffusers does not have or cannot import, or
+            custom code without ``trust_remote_code``.
+    """
+    folder = index_folder(path, revision=revision, token=token)
+    index = read_model_index(folder)
+    if index.custom_module is not None:
+        file = f"{index.custom_module}.py"
+        if not trust_remote_code:
+            raise UsageError(custom_code_message(path, file))
+        from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+
+        source = str(folder) if (folder / file).is_file() else os.fspath(path)
+        remote: dict[str, Any] = (
+            {} if source == str(folder) else {"revision": revision, "token": token}
+        )
+        known = inspect.signature(get_class_from_dynamic_module).parameters
+        if "trust_remote_code" in known:
+            remote["trust_remote_code"] = True
+        return get_class_from_dynamic_module(
+            source, module_file=file, class_name=index.class_name, **remote
+        )
+    import diffusers
+
+    found = getattr(diffusers, index.class_name, None)
+    if not isinstance(found, type):
+        raise UsageError(
+            f"{os.fspath(path)} is a {index.class_name}, which diffusers {diffusers.__version__} "
+            "does not have; use the diffusers version that made it (or a newer one)"
+        )
+    missing = getattr(found, "_backends", None)
+    if missing is not None and not issubclass(found, diffusers.DiffusionPipeline):
+        raise UsageError(
+            f"{index.class_name} needs a package that is not installed here: one of "
+            f"{', '.join(missing)}"
+        )
+    if not issubclass(found, diffusers.DiffusionPipeline):
+        raise UsageError(
+            f"{os.fspath(path)} names {index.class_name}, which is no PyTorch pipeline of diffusers"
+        )
+    return found
+
+
+def call_parameters(
+    path: str | os.PathLike[str],
+    trust_remote_code: bool = False,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Mapping[str, inspect.Parameter]:
+    """What the pipeline's ``__call__`` takes, ``self`` left out, in order.
+
+    Raises:
+        UsageError: see `pipeline_class`.
+    """
+    found = pipeline_class(path, trust_remote_code, revision=revision, token=token)
+    parameters = dict(inspect.signature(found.__call__).parameters)
+    parameters.pop("self", None)
+    return parameters

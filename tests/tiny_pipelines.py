@@ -1,0 +1,334 @@
+"""Tiny pipelines with random weights, saved in standard diffusers format: `tiny_pipeline`.
+
+Every kind is a few hundred kilobytes and makes a 32-pixel picture in well under a second on one
+thread. Tokenizers are built by hand, so nothing is downloaded. The same kind and seed give the
+same files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = (
+    "a an the red green blue yellow cat dog bird house tree car on in of and photo picture "
+    "big small square circle two three water sky night day old new stone happy"
+).split()
+
+
+def tiny_pipeline(kind: str, folder: str | Path, *, seed: int = 0) -> Path:
+    """Saves a pipeline of `kind` (one of `KINDS`) below ``folder`` and returns its folder."""
+    target = Path(folder) / kind
+    if not (target / "model_index.json").is_file():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pipe = KINDS[kind]()
+        for component in pipe.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.eval()
+        pipe.save_pretrained(target)
+    return target
+
+
+def call_arguments(kind: str) -> dict[str, Any]:
+    """What to call a tiny pipeline with, beside the prompt, for a quick and small picture."""
+    common: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
+    if kind in ("flux", "sd3", "sana", "pixart", "wan"):
+        common["max_sequence_length"] = 16
+    if kind == "pixart":
+        common |= {"use_resolution_binning": False, "clean_caption": False}
+    if kind == "sana":
+        common |= {
+            "use_resolution_binning": False,
+            "clean_caption": False,
+            "complex_human_instruction": None,
+        }
+    if kind == "wan":
+        common["num_frames"] = 5
+    return common
+
+
+def clip_tokenizer(max_length: int = 16) -> Any:
+    """A CLIP tokenizer that knows letters and `WORDS`."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters)]
+    merges = []
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merge = (parts[0], parts[1])
+            if merge not in merges:
+                merges.append(merge)
+                pieces.append("".join(merge))
+            parts = ["".join(merge), *parts[2:]]
+    pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def t5_tokenizer(max_length: int = 16) -> Any:
+    """A T5 (unigram) tokenizer that knows letters and `WORDS`."""
+    from transformers import T5Tokenizer
+
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
+    vocab += [(chr(code), -12.0) for code in range(33, 127) if chr(code) not in "<>"]
+    vocab += [(f"▁{word}", -3.0) for word in WORDS if len(word) > 1] + [("▁a", -2.0)]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=max_length)
+
+
+def _clip(tokenizer: Any, *, projection: bool = False, width: int = 32) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=37,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def _t5(tokenizer: Any, *, multilingual: bool = False) -> Any:
+    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+    arguments = {
+        "vocab_size": len(tokenizer),
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 37,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+    }
+    if multilingual:
+        return UMT5EncoderModel(UMT5Config(**arguments))
+    return T5EncoderModel(T5Config(**arguments))
+
+
+def _vae(**changes: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    arguments: dict[str, Any] = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 2,
+        "sample_size": 32,
+    }
+    return AutoencoderKL(**(arguments | changes))
+
+
+def _unet(**changes: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    arguments: dict[str, Any] = {
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "sample_size": 16,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 4,
+        "cross_attention_dim": 32,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**(arguments | changes))
+
+
+def _ddim() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+        steps_offset=1, set_alpha_to_one=False,
+    )  # fmt: skip
+
+
+def stable_diffusion() -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    tokenizer = clip_tokenizer()
+    return StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=_clip(tokenizer),
+        tokenizer=tokenizer,
+        unet=_unet(),
+        scheduler=_ddim(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl() -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    tokenizer = clip_tokenizer()
+    unet = _unet(
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+        cross_attention_dim=64,
+    )
+    return StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=_clip(tokenizer),
+        text_encoder_2=_clip(tokenizer, projection=True),
+        tokenizer=tokenizer,
+        tokenizer_2=clip_tokenizer(),
+        unet=unet,
+        scheduler=_ddim(),
+        add_watermarker=False,
+    )
+
+
+def stable_diffusion_3() -> Any:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=1,
+        in_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
+        text_encoder=_clip(tokenizer, projection=True, width=32),
+        tokenizer=tokenizer,
+        text_encoder_2=_clip(tokenizer, projection=True, width=32),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=_t5(t5),
+        tokenizer_3=t5,
+    )
+
+
+def flux() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
+        text_encoder=_clip(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5(t5),
+        tokenizer_2=t5,
+        transformer=transformer,
+    )
+
+
+def pixart() -> Any:
+    from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    t5 = t5_tokenizer()
+    transformer = PixArtTransformer2DModel(
+        sample_size=16,
+        num_layers=3,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+        norm_type="ada_norm_single",
+    )
+    return PixArtSigmaPipeline(
+        tokenizer=t5,
+        text_encoder=_t5(t5),
+        vae=_vae(),
+        transformer=transformer,
+        scheduler=_ddim(),
+    )
+
+
+def wan() -> Any:
+    from diffusers import (
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
+
+    t5 = t5_tokenizer()
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )  # fmt: skip
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=3,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000,
+        flow_shift=3.0,
+    )  # fmt: skip
+    return WanPipeline(
+        tokenizer=t5,
+        text_encoder=_t5(t5, multilingual=True),
+        vae=vae,
+        transformer=transformer,
+        scheduler=scheduler,
+    )
+
+
+#: kind → builder of a pipeline in memory.
+KINDS: dict[str, Callable[[], Any]] = {
+    "sd": stable_diffusion,
+    "sdxl": stable_diffusion_xl,
+    "sd3": stable_diffusion_3,
+    "flux": flux,
+    "pixart": pixart,
+    "wan": wan,
+}
