@@ -1,0 +1,300 @@
+"""`JobConfig`: everything a job can be told, and where it can be told it.
+
+A config file < ``DDINFER_*`` in the environment < the command line. The command line's options
+are derived from the dataclass by tyro, which takes ``--batch_size`` and ``--batch-size`` alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tyro
+import yaml
+
+from ddinfer.errors import UsageError
+
+ENVIRONMENT_PREFIX = "DDINFER_"
+
+#: What the pipeline's ``__call__`` is given by ddinfer itself, so that no user may give it.
+RESERVED_CALL_ARGUMENTS = {
+    "prompt": "prompts come from --prompt or --prompts",
+    "generator": "every image has its own; set seeds instead",
+    "output_type": "ddinfer decides how images come back",
+    "return_dict": "ddinfer decides how images come back",
+    "num_images_per_prompt": "use num_images in the prompt file or --num_images_per_prompt",
+    "num_videos_per_prompt": "use num_images in the prompt file or --num_images_per_prompt",
+}
+
+
+def _parse_json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"not JSON ({error}); expected an object like '{{\"eta\": 0.5}}'"
+        ) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+_JSON_OBJECT = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="JSON",
+    instance_from_str=lambda args: _parse_json_object(args[0]),
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [json.dumps(value)],
+)
+
+
+def _arg(metavar: str, *aliases: str, default: str = "") -> Any:
+    """How an option shows in ``--help``; ``default`` is shown where the text does not say it."""
+    hint = f"(default: {default})" if default else ""
+    return tyro.conf.arg(metavar=metavar, aliases=aliases or None, help_behavior_hint=hint)
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """Run a diffusers pipeline over many prompts on many GPUs."""
+
+    # What to draw
+    model: Annotated[str | None, _arg("MODEL", "-m")] = None
+    """Folder or hub id of a diffusers pipeline. Default: the embedded demonstration model."""
+    prompts: Annotated[str | None, _arg("FILE", "-p")] = None
+    """Prompt file: .txt, .csv, .tsv, .json, .jsonl (.gz too); - reads standard input."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("TEXT")] = ()
+    """A prompt, repeatable. Default: a dozen that the embedded model knows."""
+    output: Annotated[str, _arg("DIR", "-o", default="ddinfer-out")] = "ddinfer-out"
+    """Folder for images and records. The same job in it is finished, another one refused."""
+    limit: Annotated[int | None, _arg("N")] = None
+    """Take only the first N prompts."""
+
+    # How each image is made
+    seed: Annotated[int, _arg("INT", default="0")] = 0
+    """Image k has seed SEED + k where its prompt says nothing else."""
+    num_inference_steps: Annotated[int | None, _arg("N", "--steps")] = None
+    """Denoising steps. Default: the pipeline's own."""
+    guidance_scale: Annotated[float | None, _arg("X")] = None
+    """Guidance scale. Default: the pipeline's own."""
+    height: Annotated[int | None, _arg("PIXELS")] = None
+    """Height in pixels. Default: the pipeline's own."""
+    width: Annotated[int | None, _arg("PIXELS")] = None
+    """Width in pixels. Default: the pipeline's own."""
+    negative_prompt: Annotated[str | None, _arg("TEXT")] = None
+    """Negative prompt for prompts that have none of their own."""
+    num_images_per_prompt: Annotated[int, _arg("N", default="1")] = 1
+    """Images of each prompt, with seeds in sequence."""
+    pipeline_kwargs: Annotated[dict[str, Any], _JSON_OBJECT] = field(default_factory=dict)
+    """Any further arguments of the pipeline's __call__, as a JSON object."""
+    fps: Annotated[int, _arg("N", default="8")] = 8
+    """Frames per second of the animated file that a video pipeline's frames go into."""
+
+    # Who makes it
+    nproc_per_node: Annotated[str | None, _arg("N|auto|gpu|cpu")] = None
+    """Ranks on this machine. Default: one for each GPU, else one."""
+    device: Annotated[str, _arg("auto|cpu|cuda", default="auto")] = "auto"
+    """auto takes the GPUs where there are any and fails where this torch cannot use them."""
+    num_threads: Annotated[int | None, _arg("N")] = None
+    """CPU threads of each rank. Default: OMP_NUM_THREADS, else cores / ranks."""
+    batch_size: Annotated[int, _arg("N", default="1")] = 1
+    """Neighbouring prompts with equal parameters that share one pipeline call."""
+
+    # How the model is loaded
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """auto: float32 on CPU, else the checkpoint's own."""
+    variant: Annotated[str | None, _arg("NAME")] = None
+    """Variant of the weight files, such as fp16."""
+    revision: Annotated[str | None, _arg("REV")] = None
+    """Branch, tag or commit of a hub repository."""
+    token: Annotated[str | None, _arg("TOKEN")] = None
+    """Hub token. Never saved; better set HF_TOKEN."""
+    trust_remote_code: bool = False
+    """Run pipeline code that the model's repository brings."""
+    allow_pickle: bool = False
+    """Load .bin weights, which can run code. Default: safetensors only."""
+    attention_backend: Annotated[str | None, _arg("NAME")] = None
+    """diffusers attention backend for the denoiser, such as native or flash."""
+    vae_tiling: bool = False
+    """Decode in tiles: less memory. Changes images slightly at tile borders."""
+    vae_slicing: bool = False
+    """Decode a batch image by image: less memory."""
+    compile: bool = False
+    """torch.compile the denoiser: its repeated blocks where it has them, else the whole."""
+
+    # What to do with the folder and the output
+    overwrite: bool = False
+    """Delete what is in the output folder and start again."""
+    dry_run: bool = False
+    """Print slices, batches, disk estimate and the first requests; load and write nothing."""
+    json: bool = False
+    """Print the plan or the closing summary as JSON on standard output."""
+    config: Annotated[str | None, _arg("FILE")] = None
+    """YAML or JSON file with any of these options, or a job.json to run again."""
+    print_config: bool = False
+    """Print the resolved configuration as YAML and stop."""
+
+    def __post_init__(self) -> None:
+        check = _Checks()
+        for name in ("limit", "num_inference_steps", "height", "width", "num_threads"):
+            check.at_least_one(name, getattr(self, name))
+        for name in ("batch_size", "num_images_per_prompt", "fps"):
+            check.at_least_one(name, getattr(self, name))
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed} is negative; torch seeds are 0 … 2**63 - 1")
+        if self.prompts is not None and self.prompt:
+            raise UsageError(
+                f"--prompts {self.prompts} and --prompt {self.prompt[0]!r} were both given; "
+                "use one of them"
+            )
+        for name in self.pipeline_kwargs:
+            if name in RESERVED_CALL_ARGUMENTS:
+                raise UsageError(f"--pipeline_kwargs {name}: {RESERVED_CALL_ARGUMENTS[name]}")
+
+    def call_defaults(self) -> dict[str, Any]:
+        """Call arguments that hold for every prompt that does not say otherwise."""
+        named = {
+            "negative_prompt": self.negative_prompt,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "height": self.height,
+            "width": self.width,
+        }
+        return {**self.pipeline_kwargs, **{k: v for k, v in named.items() if v is not None}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved with the job: everything but the token and one-time switches."""
+        data = asdict(self)
+        for name in ("token", "config", "print_config", "dry_run", "overwrite", "json"):
+            del data[name]
+        data["prompt"] = list(self.prompt)
+        return data
+
+    def with_absolute_paths(self) -> JobConfig:
+        """Paths made absolute, so that ranks and reruns read the same files from anywhere."""
+        changes: dict[str, Any] = {"output": os.path.abspath(self.output)}
+        if self.prompts not in (None, "-"):
+            changes["prompts"] = os.path.abspath(str(self.prompts))
+        if self.model is not None and os.path.isdir(self.model):
+            changes["model"] = os.path.abspath(self.model)
+        return replace(self, **changes)
+
+
+class _Checks:
+    def at_least_one(self, name: str, value: int | None) -> None:
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value} must be at least 1")
+
+
+def option_names() -> list[str]:
+    """Names of all fields, as options and config files spell them."""
+    return [f.name for f in fields(JobConfig)]
+
+
+def parse_config(
+    argv: Sequence[str], environ: Mapping[str, str] | None = None, *, prog: str = "ddinfer"
+) -> JobConfig:
+    """Resolve file < environment < command line.
+
+    Raises:
+        UsageError: an unknown key or variable, or a value of the wrong type.
+        SystemExit: from tyro, with code 2 for a bad option and 0 for ``--help``.
+    """
+    environ = os.environ if environ is None else environ
+    path = _option_value(argv, "config") or environ.get(ENVIRONMENT_PREFIX + "CONFIG")
+    layers = _read_file(path) if path else {}
+    layers = _overlay(layers, _read_environment(environ))
+    prompts_below = {k: layers.pop(k) for k in ("prompt", "prompts") if k in layers}
+    given = tyro.cli(
+        JobConfig, prog=prog, args=list(argv), default=JobConfig(**layers), use_underscores=True
+    )
+    if not given.prompt and given.prompts is None:
+        given = replace(given, **prompts_below)
+    return given
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` wins; naming prompts in one way drops the other way named below."""
+    if "prompt" in above or "prompts" in above:
+        below = {k: v for k, v in below.items() if k not in ("prompt", "prompts")}
+    return {**below, **above}
+
+
+def _option_value(argv: Sequence[str], name: str) -> str | None:
+    found = None
+    for k, word in enumerate(argv):
+        if word == f"--{name}" and k + 1 < len(argv):
+            found = argv[k + 1]
+        elif word.startswith(f"--{name}="):
+            found = word.split("=", 1)[1]
+    return found
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not YAML or JSON: {error}") from None
+    if isinstance(data, dict) and "fingerprint" in data and "config" in data:
+        data = data["config"]  # a job.json
+    if not isinstance(data, dict):
+        raise UsageError(
+            f"--config {path}: expected a mapping of options, got {type(data).__name__}"
+        )
+    return {_known(str(k), f"{path}: ", ""): _typed(str(k), v, path) for k, v in data.items()}
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    out = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        name = _known(name, "environment variable ", ENVIRONMENT_PREFIX)
+        value: Any = text
+        if name == "prompt":
+            value = [text]
+        elif name == "pipeline_kwargs":
+            try:
+                value = _parse_json_object(text)
+            except ValueError as error:
+                raise UsageError(f"{variable}: {error}") from None
+        out[name] = _typed(name, value, variable)
+    return out
+
+
+def _known(name: str, where: str, prefix: str) -> str:
+    plain = name.replace("-", "_")
+    if plain in option_names() and plain != "config":
+        return plain
+    if prefix and plain == "config":
+        return plain
+    close = difflib.get_close_matches(plain, option_names(), n=1)
+    spelt = (prefix + close[0].upper() if prefix else close[0]) if close else ""
+    hint = f"; did you mean {spelt}?" if close else "; ddinfer --help lists the options"
+    found = prefix + name.upper() if prefix else repr(name)
+    raise UsageError(f"{where}{found} is not an option{hint}")
+
+
+@lru_cache(maxsize=1)
+def _hints() -> dict[str, Any]:
+    return get_type_hints(JobConfig)
+
+
+def _typed(name: str, value: Any, source: str) -> Any:
+    import pydantic  # late: only where a file or the environment says something
+
+    name = name.replace("-", "_")
+    try:
+        return pydantic.TypeAdapter(_hints()[name]).validate_python(value)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[-1]["msg"]
+        raise UsageError(f"{source}: {name} = {value!r}: {problem}") from None

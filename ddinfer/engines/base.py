@@ -1,0 +1,25 @@
+"""The contract between a job and whatever makes its images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from ddinfer.request import Request, Result
+
+#: Requests that share one pipeline call, in call order.
+Batch = Sequence[Request]
+
+
+class Engine(Protocol):
+    """Makes images on one replica: one rank, or several that hold one model together.
+
+    An engine pulls batches when it has room for them, so that whoever feeds it decides late
+    which batch is next. It answers every Request of every batch with exactly one Result, in any
+    order. A prompt that cannot be made is a Result with an ``error``; an exception means that
+    this process can make nothing more.
+    """
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[Result]:
+        """Yield one Result per Request of ``batches``."""
+        ...

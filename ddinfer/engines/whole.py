@@ -1,0 +1,208 @@
+"""The `WholeEngine`: one rank holds the whole pipeline and runs its own ``__call__``."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ddinfer.engines.base import Batch
+from ddinfer.errors import ErrorRecord, UsageError
+from ddinfer.request import Request, Result
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """What one pipeline call made: per request its frames (one for an image) and its flags."""
+
+    frames: list[list[Image.Image]]
+    flags: list[tuple[str, ...]]
+    is_video: bool
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a call made nothing. A value, so that the traceback's tensors are free again."""
+
+    record: ErrorRecord
+    out_of_memory: bool
+
+
+class WholeEngine:
+    """Runs batches through a diffusers pipeline, one CPU generator per image.
+
+    Args:
+        pipe: a diffusers pipeline on its device. It is called and otherwise left alone.
+        rank: global rank, for the Results.
+        call: arguments of the pipeline's ``__call__`` that hold for every Request, of any type.
+    """
+
+    def __init__(self, pipe: Any, *, rank: int = 0, call: Mapping[str, Any] | None = None):
+        self.pipe, self.rank, self.call = pipe, rank, dict(call or {})
+        self._parameters = inspect.signature(pipe.__call__).parameters
+        self._max_batch: dict[str, int] = {}  # batch key → most images that fitted in memory
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[Result]:
+        for batch in batches:
+            yield from self._run_batch(batch)
+
+    def _run_batch(self, batch: Batch) -> Iterator[Result]:
+        """The batch as planned; in smaller parts where it fails or does not fit."""
+        key = batch[0].batch_key()
+        parts = [list(batch)]
+        while parts:
+            part = parts.pop(0)
+            fits = self._max_batch.get(key, len(part))
+            if len(part) > fits:
+                parts = [part[k : k + fits] for k in range(0, len(part), fits)] + parts
+                continue
+            started = time.perf_counter()
+            made = self._call(part)
+            seconds = (time.perf_counter() - started) / len(part)
+            if isinstance(made, _Failure) and len(part) > 1:
+                if made.out_of_memory:
+                    self._max_batch[key] = len(part) // 2
+                    _free_memory()
+                    parts.insert(0, part)
+                else:  # find the prompt at fault; its neighbours are not
+                    parts = [[request] for request in part] + parts
+                continue
+            yield from self._results(part, made, seconds, exact=len(part) == len(batch))
+
+    def _results(
+        self, part: list[Request], made: _Pictures | _Failure, seconds: float, *, exact: bool
+    ) -> Iterator[Result]:
+        shape = tuple(request.index for request in part)
+        for k, request in enumerate(part):
+            common: dict[str, Any] = {
+                "seconds": seconds,
+                "rank": self.rank,
+                "exact": exact,
+                "batch": shape,
+            }
+            if isinstance(made, _Failure):
+                yield Result(request, error=made.record, **common)
+            elif made.is_video:
+                yield Result(request, frames=made.frames[k], flags=made.flags[k], **common)
+            else:
+                yield Result(request, image=made.frames[k][0], flags=made.flags[k], **common)
+
+    def _call(self, part: list[Request]) -> _Pictures | _Failure:
+        try:
+            return _pictures(self.pipe, self.pipe(**self._arguments(part)), len(part))
+        except torch.AcceleratorError:
+            raise  # sticky: no later call on this device can succeed
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return _Failure(ErrorRecord.of(error), out_of_memory=True)
+        except Exception as error:  # noqa: BLE001 - recorded with its traceback and counted
+            return _Failure(ErrorRecord.of(error), out_of_memory=_is_host_out_of_memory(error))
+
+    def _arguments(self, part: list[Request]) -> dict[str, Any]:
+        first, alone = part[0], len(part) == 1
+        arguments = {**self.call, **first.parameters()}
+        for name in first.input_hashes:
+            picture = _open_image(first.kwargs[name])
+            arguments[name] = picture if alone else [picture] * len(part)
+        if first.negative_prompt is not None:
+            negatives = [request.negative_prompt for request in part]
+            arguments["negative_prompt"] = negatives[0] if alone else negatives
+        prompts = [request.prompt for request in part]
+        generators = [torch.Generator("cpu").manual_seed(request.seed) for request in part]
+        arguments["prompt"] = prompts[0] if alone else prompts
+        arguments["generator"] = generators[0] if alone else generators
+        if "output_type" in self._parameters and _processor(self.pipe) is not None:
+            arguments["output_type"] = "np"  # NaN is still visible there, in "pil" no longer
+        return arguments
+
+
+def check_call(
+    name: str, parameters: Mapping[str, inspect.Parameter], given: Iterable[str], batch_size: int
+) -> None:
+    """Check, before weights are loaded, that a pipeline can be called as the job means to.
+
+    Args:
+        name: of the pipeline class, for messages.
+        parameters: of its ``__call__``.
+        given: names of all arguments that the job or any of its prompts sets.
+
+    Raises:
+        UsageError: the pipeline takes no prompt, no such argument, or no batches.
+    """
+    takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for needed in ("prompt", "generator"):
+        if needed not in parameters and not takes_anything:
+            raise UsageError(
+                f"{name} takes no {needed!r}; ddinfer runs pipelines whose __call__ takes a "
+                "prompt and a generator"
+            )
+    unknown = sorted(n for n in given if n not in parameters and not takes_anything)
+    if unknown:
+        known = ", ".join(n for n in parameters if n != "self")
+        raise UsageError(f"{name} takes no argument {unknown[0]!r}; it takes: {known}")
+    annotation = str(parameters["generator"].annotation) if "generator" in parameters else ""
+    typed = annotation not in ("", str(inspect.Parameter.empty))
+    if batch_size > 1 and typed and "list" not in annotation.lower():
+        raise UsageError(
+            f"{name} takes one generator for a whole batch, so the images of a batch would "
+            f"depend on their neighbours: use --batch_size 1 (found {batch_size})"
+        )
+
+
+def _processor(pipe: Any) -> Any:
+    """What turns the VAE's output into pictures, in image or in video pipelines."""
+    for name in ("image_processor", "video_processor"):
+        if hasattr(getattr(pipe, name, None), "numpy_to_pil"):
+            return getattr(pipe, name)
+    return None
+
+
+def _pictures(pipe: Any, output: Any, num_requests: int) -> _Pictures:
+    is_video = hasattr(output, "frames")
+    made = output.frames if is_video else output.images
+    if len(made) != num_requests:
+        raise RuntimeError(
+            f"{type(pipe).__name__} returned {len(made)} "
+            f"{'videos' if is_video else 'images'} for {num_requests} prompts"
+        )
+    unsafe = getattr(output, "nsfw_content_detected", None) or [False] * num_requests
+    frames, flags = [], []
+    for item, nsfw in zip(made, unsafe, strict=True):
+        found = ["nsfw"] if nsfw else []
+        pictures = item if is_video else [item]
+        if isinstance(item, np.ndarray):
+            if np.isnan(item).any():
+                found.append("nan")
+            with np.errstate(invalid="ignore"):  # NaN becomes black, and is flagged
+                pictures = _processor(pipe).numpy_to_pil(item)
+        if all(_is_black(picture) for picture in pictures):
+            found.append("black")
+        frames.append(list(pictures))
+        flags.append(tuple(found))
+    return _Pictures(frames, flags, is_video)
+
+
+def _is_black(picture: Image.Image) -> bool:
+    return picture.convert("RGB").getbbox() is None
+
+
+def _open_image(path: str) -> Image.Image:
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.convert("RGB") if picture.mode not in ("L", "RGB") else picture
+
+
+def _is_host_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
