@@ -1,31 +1,25 @@
-"""Pipelines and models from their folders, without Accelerate and without pickles."""
+"""Pipelines and models from their folders: lazily, without Accelerate and without pickles.
+
+Modules are built with their parameters on meta; each tensor then goes from the mapped file
+straight to the device where it will live. On CPU it stays a view into the file, so that all the
+ranks of a machine share one copy in memory.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
-from ddinfer.models.repository import (
-    PICKLE_SUFFIXES,
-    ModelIndex,
-    custom_code_message,
-    pipeline_folder,
-    read_model_index,
-)
-from ddinfer.models.signature import pipeline_class
+from ddinfer.models.opening import open_model, parse_dtype
+from ddinfer.models.repository import pipeline_folder
+from ddinfer.models.source import DENOISER_NAMES, PipelineSource
 
 if TYPE_CHECKING:
     import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-log = logging.getLogger(__name__)
-
-#: Component names under which pipelines keep the network that runs once a step, most usual first.
-DENOISER_NAMES = ("transformer", "unet", "prior", "decoder", "dit", "transformer_2", "unet_2")
 
 
 def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, torch.nn.Module]:
@@ -46,34 +40,58 @@ def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, torch.nn.Module]:
     )
 
 
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """``"bfloat16"``, ``"bf16"``, ``torch.bfloat16`` … → the dtype; ``"auto"`` → ``None``.
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    variant: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> torch.nn.Module:
+    """One diffusers or transformers model from its folder, in eval mode.
+
+    Args:
+        folder: holds config.json and the weights, as ``save_pretrained`` writes them.
+        dtype: of the floating weights; ``None``: as stored; ``"auto"``: float32 on CPU, else
+            as stored.
+        device: where the weights are put (default: ``"cpu"``).
+        trust_remote_code: lets a class run that is defined in the folder itself.
 
     Raises:
-        UsageError: no such floating dtype.
+        UsageError: no model there, or a class that the installed libraries do not have.
+        CheckpointError: tensors missing, left over or of another shape; they are named.
     """
     import torch
 
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    known = {
-        "auto": None,
-        **dict.fromkeys(("float32", "fp32", "float"), torch.float32),
-        **dict.fromkeys(("float16", "fp16", "half"), torch.float16),
-        **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
-    }
-    name = str(dtype).removeprefix("torch.")
-    if name not in known:
-        raise UsageError(f"unknown dtype {dtype!r}; expected one of {', '.join(known)}")
-    return known[name]
+    target = torch.device("cpu" if device is None else device)
+    opened = open_model(
+        Path(folder),
+        dtype=_model_dtype(dtype, target),
+        variant=variant,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    if not opened.stored:
+        return opened.model.to(target)
+    return opened.fill(lambda name: target)
+
+
+def _model_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    import torch
+
+    if dtype == "auto" and device.type == "cpu":
+        return torch.float32
+    return None if dtype is None else parse_dtype(dtype)
 
 
 def load_pipeline(
     path: str | os.PathLike[str],
     *,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
     device: str | torch.device | None = None,
     placement: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     components: Mapping[str, Any] | None = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -84,10 +102,13 @@ def load_pipeline(
     """A ready pipeline in eval mode from a local folder or a Hub id.
 
     Args:
-        dtype: of the floating weights. ``"auto"``: float32 on CPU, else the checkpoint's.
+        dtype: of the floating weights, for all components or by name (``"default"`` for others).
+            ``"auto"``: float32 on CPU, else the type in which the denoiser is stored.
         device: where the weights are put (default: ``"cpu"``).
+        placement: where each part goes instead; a strategy's name, a dict or a `Placement`.
+        max_memory: for a strategy's name: device → bytes or a text such as ``"16GB"``.
         components: given ones are used as they are; ``None`` leaves one out.
-        variant: of the weight files ("fp16").
+        variant: of the weight files ("fp16"); components without it use their plain files.
         trust_remote_code: lets the repository's own Python run.
         allow_pickle: reads pickled weights where there are no safetensors.
 
@@ -104,53 +125,21 @@ def load_pipeline(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
+    source = PipelineSource(folder, variant, trust_remote_code, allow_pickle)
+    target = torch.device("cpu" if device is None else device)
+    types = source.dtypes(dtype, target)
+    given = dict(components or {})
+    unknown = sorted(set(given) - set(source.names()))
+    if unknown:
+        raise UsageError(
+            f"{source.kind.__name__} has no component {', '.join(unknown)}; "
+            f"it has {', '.join(source.names())}"
+        )
     if placement is not None:
         raise UsageError("placement is not there yet")
-    index = read_model_index(folder)
-    given = dict(components or {})
-    if not allow_pickle:
-        _refuse_pickles(folder, index, given)
-    if not trust_remote_code:
-        _refuse_custom_code(path, folder, index)
-    target = torch.device("cpu" if device is None else device)
-    wanted = parse_dtype(dtype)
-    if wanted is None and target.type == "cpu":
-        wanted = torch.float32
-    found = pipeline_class(folder, trust_remote_code)
-    pipe = found.from_pretrained(  # type: ignore[attr-defined]
-        folder,
-        dtype=wanted,
-        variant=variant,
-        use_safetensors=None if allow_pickle else True,
-        low_cpu_mem_usage=False,
-        local_files_only=True,
-        **given,
-    )
-    pipe.to(target)
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.eval()
-    log.info("%s from %s on %s in %s", found.__name__, path, target, wanted)
+    for entry in source.index.entries:
+        if entry.name not in given:
+            given[entry.name] = source.load(entry.name, types[entry.name], target)
+    pipe = source.assemble(given)
+    pipe.register_to_config(_name_or_path=os.fspath(path))
     return pipe
-
-
-def _refuse_pickles(folder: Path, index: ModelIndex, given: Mapping[str, Any]) -> None:
-    for entry in index.entries:
-        inside = folder / entry.name
-        if entry.name in given or not inside.is_dir():
-            continue
-        files = sorted(p.name for p in inside.iterdir())
-        pickles = [name for name in files if name.endswith(PICKLE_SUFFIXES)]
-        if pickles and not any(name.endswith(".safetensors") for name in files):
-            raise UsageError(
-                f"{inside} has only pickled weights ({', '.join(pickles[:3])}), which can run code "
-                "when read; expected .safetensors. Convert them (load with --allow_pickle once and "
-                "save_pretrained), or say --allow_pickle if you trust them"
-            )
-
-
-def _refuse_custom_code(path: str | os.PathLike[str], folder: Path, index: ModelIndex) -> None:
-    for entry in index.entries:
-        file = f"{entry.library}.py"
-        if (folder / entry.name / file).is_file():
-            raise UsageError(custom_code_message(path, f"{entry.name}/{file}"))

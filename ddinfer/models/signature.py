@@ -30,18 +30,9 @@ def pipeline_class(
         file = f"{index.custom_module}.py"
         if not trust_remote_code:
             raise UsageError(custom_code_message(path, file))
-        from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
-
-        source = str(folder) if (folder / file).is_file() else os.fspath(path)
-        remote: dict[str, Any] = (
-            {} if source == str(folder) else {"revision": revision, "token": token}
-        )
-        known = inspect.signature(get_class_from_dynamic_module).parameters
-        if "trust_remote_code" in known:
-            remote["trust_remote_code"] = True
-        return get_class_from_dynamic_module(
-            source, module_file=file, class_name=index.class_name, **remote
-        )
+        if (folder / file).is_file():
+            return dynamic_class(folder, file, index.class_name)
+        return dynamic_class(path, file, index.class_name, revision=revision, token=token)
     import diffusers
 
     found = getattr(diffusers, index.class_name, None)
@@ -61,6 +52,18 @@ def pipeline_class(
             f"{os.fspath(path)} names {index.class_name}, which is no PyTorch pipeline of diffusers"
         )
     return found
+
+
+def dynamic_class(
+    source: str | os.PathLike[str], file: str, name: str, **remote: str | None
+) -> type:
+    """A class from a repository's own Python, which runs: only after it was trusted."""
+    from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+
+    arguments: dict[str, Any] = {"module_file": file, "class_name": name, **remote}
+    if "trust_remote_code" in inspect.signature(get_class_from_dynamic_module).parameters:
+        arguments["trust_remote_code"] = True
+    return get_class_from_dynamic_module(os.fspath(source), **arguments)
 
 
 def call_parameters(

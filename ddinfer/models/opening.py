@@ -1,0 +1,209 @@
+"""One model, opened: modules built, weights found on disk and not yet read (`open_model`)."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddinfer.errors import UsageError
+from ddinfer.models.building import (
+    NeedsConversion,
+    build_on_meta,
+    match_checkpoint,
+    read_config,
+    tied_names,
+)
+from ddinfer.models.checkpoint import StoredTensor, main_dtype, read_checkpoint, read_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class OpenModel:
+    """A model whose parameters are still on meta, and where to get them.
+
+    Attributes:
+        model: buffers are real; parameters have shapes only.
+        stored: name → tensor on disk, for every tensor that the files hold. Of names tied to one
+            parameter at least one is there. Empty where the library had to load it by itself.
+        dtypes: name → type it has in the model; differs from the stored one where it is converted.
+    """
+
+    model: torch.nn.Module
+    stored: dict[str, StoredTensor]
+    dtypes: dict[str, torch.dtype]
+
+    def fill(self, device_of: Callable[[str], torch.device | None]) -> torch.nn.Module:
+        """Reads every tensor to ``device_of(name)``; those for which it is ``None`` stay on meta.
+
+        Raises:
+            CheckpointError: something that should be real is not.
+        """
+        import torch
+
+        ties = tied_names(self.model)
+        order = sorted(self.stored, key=lambda n: (str(self.stored[n].file), n))
+        order = [name for name in order if device_of(name) is not None]
+        done: dict[str, torch.Tensor] = {}
+        for name, tensor in zip(order, read_tensors(self.stored[n] for n in order), strict=True):
+            group = ties.get(name, (name,))
+            made = self.convert(name, tensor, device_of(name))
+            first = next((done[other] for other in group if other in done), None)
+            if first is not None and torch.equal(first, made):
+                continue  # stored twice, kept once
+            done[name] = made
+            for other in group if first is None else (name,):
+                set_tensor(self.model, other, made)
+        self._retie(done, ties)
+        return self.model
+
+    def convert(
+        self, name: str, tensor: torch.Tensor, device: torch.device | str | None
+    ) -> torch.Tensor:
+        """One stored tensor as the model has it: moved first, converted there."""
+        return tensor.to(device).to(self.dtypes.get(name, tensor.dtype))
+
+    def _retie(self, done: Mapping[str, torch.Tensor], ties: Mapping[str, tuple[str, ...]]) -> None:
+        """One Parameter object again for the names that share one tensor."""
+        for name in done:
+            owners = [n for n in ties.get(name, ()) if n == name or n not in done]
+            if len(owners) > 1:
+                first = self.model.get_parameter(owners[0])
+                for other in owners[1:]:
+                    module, _, leaf = other.rpartition(".")
+                    self.model.get_submodule(module)._parameters[leaf] = first
+
+
+def set_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts a tensor in place of the parameter or buffer of that name, keeping its kind."""
+    import torch
+
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = module._parameters.get(leaf)
+    if old is not None:
+        new = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
+        new.__dict__.update(old.__dict__)
+        module._parameters[leaf] = new
+    else:
+        module._buffers[leaf] = tensor
+
+
+def open_model(
+    folder: Path,
+    *,
+    kind: type | None = None,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> OpenModel:
+    """Builds a model on meta and finds its tensors, without reading one.
+
+    Args:
+        kind: its class; ``None``: the one that config.json names.
+
+    Raises:
+        UsageError, CheckpointError: see `ddinfer.models.loading.load_model`.
+    """
+    import torch
+    from diffusers import ModelMixin
+
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}")
+    kind = kind or model_class(folder, trust_remote_code=trust_remote_code)
+    table = read_checkpoint(folder, variant=variant, allow_pickle=allow_pickle)
+    stored_dtype = getattr(torch, main_dtype(table) or "float32")
+    model = build_on_meta(kind, folder, dtype or stored_dtype)
+    tie = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+    try:
+        stored = match_checkpoint(model, table, folder)
+    except NeedsConversion as reason:
+        log.info("%s is loaded by transformers itself: %s", folder, reason)
+        whole = kind.from_pretrained(folder, dtype=dtype or stored_dtype)  # type: ignore[attr-defined]
+        return OpenModel(whole.eval(), {}, {})
+    state = model.state_dict(keep_vars=True)
+    dtypes: dict[str, torch.dtype] = {}
+    for name, tensor in stored.items():
+        dtypes[name] = getattr(torch, tensor.dtype)
+        if dtype is None or not tensor.is_floating:
+            continue
+        dtypes[name] = torch.float32 if _stays_float32(model, name, dtype) else dtype
+        built = state[name].dtype
+        if not isinstance(model, ModelMixin) and built not in (dtype, torch.float32):
+            dtypes[name] = built
+    return OpenModel(model, stored, dtypes)
+
+
+def _stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether the model's class wants this tensor in float32 when the rest is ``dtype``."""
+    import torch
+    from diffusers import ModelMixin
+
+    wanted = list(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not isinstance(model, ModelMixin):
+        # transformers: the plain list is about float16 alone, the strict one about both.
+        wanted = wanted if dtype == torch.float16 else []
+        if dtype in (torch.float16, torch.bfloat16):
+            wanted += list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return any(f".{module}." in f".{name}." for module in wanted)
+
+
+def model_class(folder: Path, *, trust_remote_code: bool = False) -> type:
+    """The class that a model folder's config.json names.
+
+    Raises:
+        UsageError: it names none, or one that the installed libraries do not have.
+    """
+    config = read_config(folder)
+    if "_class_name" in config:
+        return class_in("diffusers", config["_class_name"], folder)
+    names = config.get("architectures") or []
+    if len(names) != 1:
+        raise UsageError(
+            f"{folder}/config.json names no model class: expected _class_name (diffusers) or one "
+            f"name under architectures (transformers), found {names!r}"
+        )
+    return class_in("transformers", names[0], folder)
+
+
+def class_in(library: str, name: str, folder: Path) -> type:
+    module = importlib.import_module(library)
+    found = getattr(module, name, None)
+    if not isinstance(found, type) or "dummy" in found.__module__:
+        why = f"needs {getattr(found, '_backends', 'a package')}" if found else "is not in"
+        raise UsageError(
+            f"{folder} is a {name}, which {why} {library} {module.__version__} as installed here"
+        )
+    return found
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """``"bfloat16"``, ``"bf16"``, ``torch.bfloat16`` … → the dtype; ``"auto"`` → ``None``.
+
+    Raises:
+        UsageError: no such floating dtype.
+    """
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {
+        "auto": None,
+        **dict.fromkeys(("float32", "fp32", "float"), torch.float32),
+        **dict.fromkeys(("float16", "fp16", "half"), torch.float16),
+        **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+    }
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise UsageError(f"unknown dtype {dtype!r}; expected one of {', '.join(known)}")
+    return known[name]

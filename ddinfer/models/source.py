@@ -1,0 +1,209 @@
+"""A pipeline's folder, from which its components are loaded one at a time."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddinfer.errors import UsageError
+from ddinfer.models.checkpoint import has_variant, main_dtype, read_checkpoint
+from ddinfer.models.opening import OpenModel, class_in, open_model, parse_dtype
+from ddinfer.models.repository import Entry, ModelIndex, custom_code_message, read_model_index
+from ddinfer.models.signature import dynamic_class, pipeline_class
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+#: Component names under which pipelines keep the network that runs once a step, most usual first.
+DENOISER_NAMES = ("transformer", "unet", "prior", "decoder", "dit", "transformer_2", "unet_2")
+
+
+@dataclass(frozen=True)
+class PipelineSource:
+    """A pipeline's folder, from which components are loaded one at a time.
+
+    Raises:
+        UsageError: not a pipeline, custom code that is not trusted, or no files of ``variant``.
+    """
+
+    folder: Path
+    variant: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.trust_remote_code:
+            for entry in self.index.entries:
+                if (self.folder / entry.name / f"{entry.library}.py").is_file():
+                    file = f"{entry.name}/{entry.library}.py"
+                    raise UsageError(custom_code_message(self.folder, file))
+        if self.variant is not None and not any(
+            has_variant(self.folder / name, self.variant) for name in self.model_names()
+        ):
+            raise UsageError(f"{self.folder} has no weights of variant {self.variant!r}")
+
+    @cached_property
+    def index(self) -> ModelIndex:
+        return read_model_index(self.folder)
+
+    @cached_property
+    def kind(self) -> Any:
+        return pipeline_class(self.folder, self.trust_remote_code)
+
+    def names(self) -> list[str]:
+        """Every component that the pipeline's constructor takes, there or not."""
+        wanted = list(inspect.signature(self.kind.__init__).parameters)[1:]
+        return [name for name in wanted if name not in self.index.settings]
+
+    def model_names(self) -> list[str]:
+        """The components that have weights, by their folders."""
+        return [
+            e.name for e in self.index.entries if (self.folder / e.name / "config.json").exists()
+        ]
+
+    def component_class(self, name: str) -> Any:
+        """The class of a component.
+
+        Raises:
+            UsageError: a library that components cannot come from, or a class it does not have.
+        """
+        import diffusers
+
+        entry = self._entry(name)
+        own = self.folder / name / f"{entry.library}.py"
+        if hasattr(diffusers.pipelines, entry.library):
+            return getattr(getattr(diffusers.pipelines, entry.library), entry.class_name)
+        if own.is_file():
+            return dynamic_class(self.folder / name, own.name, entry.class_name)
+        if entry.library in ("diffusers", "transformers"):
+            return class_in(entry.library, _newer_name(entry), self.folder / name)
+        # Importing what a file names would run it; what the program imported itself is fine.
+        module = sys.modules.get(entry.library)
+        if module is None or not hasattr(module, entry.class_name):
+            raise UsageError(
+                f"{self.folder}: component {name} is a {entry.class_name} of {entry.library}; "
+                "expected diffusers, transformers, or code in the component's own folder. Give the "
+                f"component itself: load_pipeline(…, components={{{name!r}: …}})"
+            )
+        return getattr(module, entry.class_name)
+
+    def open(self, name: str, dtype: torch.dtype | None) -> OpenModel:
+        """A component that has weights, with its parameters still on meta."""
+        return open_model(
+            self.folder / name,
+            kind=self.component_class(name),
+            dtype=dtype,
+            variant=self.variant,
+            allow_pickle=self.allow_pickle,
+        )
+
+    def is_model(self, name: str) -> bool:
+        import torch
+
+        return issubclass(self.component_class(name), torch.nn.Module)
+
+    def load(self, name: str, dtype: torch.dtype | None, device: torch.device) -> Any:
+        """A component as it will be used: a model on its device, or a tokenizer, scheduler, …"""
+        if self.is_model(name):
+            opened = self.open(name, dtype)
+            return opened.fill(lambda _: device) if opened.stored else opened.model.to(device)
+        inside = self.folder / name
+        return self.component_class(name).from_pretrained(
+            inside if inside.is_dir() else self.folder
+        )
+
+    def dtypes(
+        self, dtype: str | torch.dtype | Mapping[str, str | torch.dtype], device: torch.device
+    ) -> dict[str, torch.dtype | None]:
+        """Component → type of its floating weights, as `load_pipeline` explains ``dtype``."""
+        import torch
+
+        given = dict(dtype) if isinstance(dtype, Mapping) else {"default": dtype}
+        auto = torch.float32
+        if device.type != "cpu" and "auto" in (*given.values(), given.get("default", "auto")):
+            auto = self.stored_dtype()
+        names = [entry.name for entry in self.index.entries]
+        wrong = sorted(set(given) - {*names, "default"})
+        if wrong:
+            raise UsageError(
+                f"dtype names {', '.join(wrong)}; the components are {', '.join(names)}"
+            )
+        fallback = given.get("default", "auto")
+        return {name: parse_dtype(given.get(name, fallback)) or auto for name in names}
+
+    def stored_dtype(self) -> torch.dtype:
+        """The type in which the denoiser (else the largest model) is stored."""
+        import torch
+
+        names = self.model_names()
+        tables = {
+            name: read_checkpoint(
+                self.folder / name, variant=self.variant, allow_pickle=self.allow_pickle
+            )
+            for name in names
+        }
+        chosen = next((name for name in DENOISER_NAMES if name in tables), None)
+        if chosen is None and tables:
+            chosen = max(tables, key=lambda n: sum(t.num_bytes for t in tables[n].values()))
+        return getattr(torch, (main_dtype(tables[chosen]) if chosen else None) or "float32")
+
+    def assemble(self, components: Mapping[str, Any]) -> DiffusionPipeline:
+        """The pipeline of these components and the settings in model_index.json.
+
+        Raises:
+            UsageError: a component is missing that the pipeline cannot do without.
+        """
+        kind, index = self.kind, self.index
+        if getattr(kind, "_load_connected_pipes", False):
+            raise UsageError(
+                f"{kind.__name__} takes its parts from several repositories, which ddinfer does "
+                "not follow; load the pipelines it is made of by themselves"
+            )
+        parameters = dict(inspect.signature(kind.__init__).parameters)
+        parameters.pop("self")
+        arguments = {k: v for k, v in index.settings.items() if k in parameters} | dict(components)
+        declared = _declared_null(self.folder)
+        missing = []
+        for name, parameter in parameters.items():
+            if name in arguments or parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            if parameter.default is not parameter.empty:
+                continue
+            if name in declared or name in kind._optional_components:
+                arguments[name] = None
+            else:
+                missing.append(name)
+        if missing:
+            raise UsageError(
+                f"{self.folder}: {kind.__name__} needs {', '.join(missing)}, which "
+                "model_index.json does not list"
+            )
+        return kind(**arguments)
+
+    def _entry(self, name: str) -> Entry:
+        for entry in self.index.entries:
+            if entry.name == name:
+                return entry
+        raise UsageError(f"{self.folder} has no component {name}")
+
+
+def _declared_null(folder: Path) -> set[str]:
+    """Components that model_index.json lists as ``[null, null]``."""
+    data = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return {name for name, value in data.items() if value == [None, None]}
+
+
+def _newer_name(entry: Entry) -> str:
+    """transformers' present name of a class that older pipelines call differently."""
+    if entry.library != "transformers":
+        return entry.class_name
+    from diffusers.utils.deprecation_utils import _maybe_remap_transformers_class
+
+    return _maybe_remap_transformers_class(entry.class_name) or entry.class_name
