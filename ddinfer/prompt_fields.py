@@ -1,0 +1,352 @@
+"""What a prompt may say: the names of its fields, their types, and help with misspelt ones."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import os
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from ddinfer.errors import InputError
+from ddinfer.request import CALL_FIELDS, MAX_SEED, Prompt
+
+#: Fields that every prompt may have, whatever the pipeline.
+STANDARD_FIELDS = ("prompt", "id", "negative_prompt", "seed", "num_images", *CALL_FIELDS)
+
+#: Call arguments that are images: a path relative to the prompt file, or a list of such paths.
+IMAGE_INPUTS = (
+    "image",
+    "mask_image",
+    "control_image",
+    "control_mask",
+    "ip_adapter_image",
+    "negative_ip_adapter_image",
+    "image_reference",
+    "last_image",
+    "cond_image",
+    "original_image",
+    "reference_image",
+    "reference_images",
+    "input_images",
+    "example_image",
+    "gligen_images",
+    "gligen_inpaint_image",
+    "conditioning_frames",
+)
+
+#: Call arguments of diffusers' text-driven pipelines that a file can hold. They are what may be
+#: written when the pipeline is not known yet; a known pipeline's own signature decides instead.
+COMMON_CALL_ARGUMENTS = (
+    *("prompt_2", "prompt_3", "prompt_4", "negative_prompt_2", "negative_prompt_3"),
+    *("negative_prompt_4", "adapter_conditioning_factor", "adapter_conditioning_scale"),
+    *("aesthetic_score", "attention_kwargs", "caption_upsample_temperature", "cfg_normalization"),
+    *("cfg_trunc_ratio", "cfg_truncation", "clean_caption", "clip_skip"),
+    *("complex_human_instruction", "control_guidance_end", "control_guidance_start"),
+    *("control_mode", "controlnet_conditioning_scale", "crops_coords_top_left"),
+    *("cross_attention_kwargs", "decode_chunk_size", "decode_noise_scale", "decode_timestep"),
+    *("decoder_guidance_scale", "decoder_num_inference_steps", "denoising_end"),
+    *("denoising_start", "distilled_guidance_scale", "edit_guidance_scale", "editing_prompt"),
+    *("enable_safety_check", "eta", "fps", "frame_rate", "guess_mode", "guidance_rescale"),
+    *("guidance_scale_2", "image_guidance_scale", "joint_attention_kwargs"),
+    *("max_guidance_scale", "max_sequence_length", "min_guidance_scale", "motion_bucket_id"),
+    *("mu", "negative_aesthetic_score", "negative_crops_coords_top_left"),
+    *("negative_original_size", "negative_target_size", "noise_aug_strength", "noise_level"),
+    *("num_frames", "original_size", "padding_mask_crop", "pag_adaptive_scale", "pag_scale"),
+    *("prior_guidance_scale", "prior_num_inference_steps", "prompt_strength", "sag_scale"),
+    *("shift", "sigmas", "skip_guidance_layers", "skip_layer_guidance_scale"),
+    *("skip_layer_guidance_start", "skip_layer_guidance_stop", "strength", "system_prompt"),
+    *("target_size", "timesteps", "true_cfg_scale", "use_dynamic_cfg", "use_resolution_binning"),
+)
+
+#: What ddinfer gives the pipeline itself, so that no prompt may give it.
+RESERVED_FIELDS = {
+    "generator": "every image has its own generator; use seed",
+    "output_type": "ddinfer decides how images come back",
+    "return_dict": "ddinfer decides how images come back",
+    "num_images_per_prompt": "use num_images",
+    "num_videos_per_prompt": "use num_images",
+    "callback": "a prompt file cannot hold a function",
+    "callback_on_step_end": "a prompt file cannot hold a function",
+}
+
+#: What other tools call our fields.
+FOREIGN_NAMES = {
+    "steps": "num_inference_steps",
+    "inference_steps": "num_inference_steps",
+    "num_steps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "scale": "guidance_scale",
+    "negative": "negative_prompt",
+    "neg_prompt": "negative_prompt",
+    "uncond": "negative_prompt",
+    "prompts": "prompt",
+    "n": "num_images",
+    "num_images_per_prompt": "num_images",
+    "w": "width",
+    "h": "height",
+    "size": "width and height",
+}
+
+_TENSOR_ENDINGS = ("_embeds", "latents", "_embeddings", "attention_mask", "_hidden_states")
+
+
+def text_problem(text: str) -> str | None:
+    """Why ``text`` cannot be a prompt or an id, or ``None``."""
+    if "\0" in text:
+        return "contains a NUL character"
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            return f"contains a lone surrogate (U+{code:04X}), which is not a character"
+    return None
+
+
+def is_text_field(name: str) -> bool:
+    """Whether a csv cell of this column is text as it stands, never a number or JSON."""
+    return name in ("id",) or name.rstrip("_234").endswith("prompt")
+
+
+class FieldChecker:
+    """Checks rows of one prompt file, one after the other.
+
+    Args:
+        source: the file's name for messages.
+        folder: what image paths are relative to.
+        call_parameters: names that the pipeline's ``__call__`` takes. ``None`` where it is not
+            known: then `COMMON_CALL_ARGUMENTS` and `IMAGE_INPUTS` are accepted.
+        in_program: the row comes from a program rather than a file: values may be objects, and
+            without ``call_parameters`` any argument's name is taken.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        folder: str,
+        call_parameters: Collection[str] | None = None,
+        *,
+        in_program: bool = False,
+    ):
+        self.source, self.folder, self.in_program = source, folder, in_program
+        self.call_parameters = None if call_parameters is None else frozenset(call_parameters)
+        self._ids: dict[str, int | None] = {}
+        self._image_hashes: dict[str, str] = {}
+        own = ("prompt", "id", "seed", "num_images")
+        if self.call_parameters is None:
+            known = {*STANDARD_FIELDS, *COMMON_CALL_ARGUMENTS, *IMAGE_INPUTS}
+        else:
+            known = {*own, *(n for n in self.call_parameters if self._holdable(n))}
+        self.known = frozenset(known) - set(RESERVED_FIELDS)
+
+    def error(self, message: str, line: int | None) -> InputError:
+        return InputError(message, file=self.source, line=line)
+
+    def suggestion(self, name: str) -> str | None:
+        """The field that ``name`` was probably meant to be."""
+        plain = name.strip().lower().replace("-", "_").replace(" ", "_")
+        if plain in self.known:
+            return plain
+        foreign = FOREIGN_NAMES.get(plain)
+        if foreign is not None and (foreign in self.known or " " in foreign):
+            return foreign
+        close = difflib.get_close_matches(plain, self.known, n=3, cutoff=0.6)
+        return next((c for c in close if _typing_slips(plain, c) <= (1 if len(c) < 6 else 2)), None)
+
+    def unknown(self, name: str) -> str:
+        """Message about a field that is not known."""
+        if name in RESERVED_FIELDS:
+            return f"{name!r} cannot be set in a prompt: {RESERVED_FIELDS[name]}"
+        if not self._holdable(name):
+            return f"{name!r} takes a tensor, which a prompt file cannot hold"
+        meant = self.suggestion(name)
+        if meant is not None:
+            return f"unknown field {name!r}; did you mean {meant}?"
+        if self.call_parameters is None:
+            return f"unknown field {name!r}; known are {', '.join(STANDARD_FIELDS)} and the " + (
+                "usual arguments of diffusers pipelines"
+            )
+        rest = sorted(self.known - set(STANDARD_FIELDS))
+        return (
+            f"unknown field {name!r}; known are {', '.join(STANDARD_FIELDS)} and this pipeline's "
+            f"{', '.join(rest) if rest else 'nothing else'}"
+        )
+
+    def check(self, row: Mapping[str, Any], line: int | None) -> Prompt:
+        """One row, every field of a known name and a right type.
+
+        ``None`` counts as not said. Image inputs become absolute paths, with their hashes in
+        ``input_hashes``.
+        """
+        out: dict[str, Any] = {}
+        for name, value in row.items():
+            if name not in self.known and not self._open_to(name):
+                raise self.error(self.unknown(name), line)
+            if value is None and name != "prompt":
+                continue
+            checker = _CHECKS.get(name)
+            if checker is not None:
+                try:
+                    out[name] = checker(value)
+                except _WrongType as error:
+                    raise self.error(f"{name} {error}, got {_shown(value)}", line) from None
+            elif name in IMAGE_INPUTS:
+                self._add_image(out, name, value, line)
+            else:
+                if is_text_field(name) and not isinstance(value, str):
+                    raise self.error(f"{name} must be text, got {_shown(value)}", line)
+                out[name] = value
+        if "prompt" not in out:
+            raise self.error("no 'prompt'; every row needs one", line)
+        if "id" in out:
+            name = out["id"]
+            if name in self._ids:
+                raise self.error(
+                    f"id {name!r} is already used by {self.source}:{self._ids[name]}; "
+                    "ids must be unique",
+                    line,
+                )
+            self._ids[name] = line
+        return Prompt(out, self.source if line is None else f"{self.source}:{line}")
+
+    def _open_to(self, name: str) -> bool:
+        return self.in_program and self.call_parameters is None and name not in RESERVED_FIELDS
+
+    def _holdable(self, name: str) -> bool:
+        return self.in_program or name in IMAGE_INPUTS or not name.endswith(_TENSOR_ENDINGS)
+
+    def _add_image(self, out: dict[str, Any], name: str, value: Any, line: int | None) -> None:
+        paths = value if isinstance(value, list) else [value]
+        if not all(isinstance(p, str) for p in paths) or not paths:
+            if self.in_program:
+                out[name] = value
+                return
+            raise self.error(
+                f"{name} must be the path of an image or a list of paths, got {_shown(value)}", line
+            )
+        absolute, hashes = [], []
+        for path in paths:
+            if path.startswith(("http://", "https://")):
+                raise self.error(
+                    f"{name}: {path!r} is an address; download it and give its path", line
+                )
+            where = os.path.abspath(os.path.join(self.folder, path))
+            if where not in self._image_hashes:
+                try:
+                    self._image_hashes[where] = hash_of_image(where)
+                except ValueError as error:
+                    raise self.error(f"{name}: {error}", line) from None
+            absolute.append(where)
+            hashes.append(self._image_hashes[where])
+        out[name] = absolute if isinstance(value, list) else absolute[0]
+        joined = hashes[0]
+        if isinstance(value, list):  # one name, one hash: that of the files' hashes in order
+            joined = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+        out.setdefault("input_hashes", {})[name] = joined
+
+
+def hash_of_image(path: str) -> str:
+    """SHA-256 of an image file's bytes, after Pillow has verified that it is one.
+
+    Raises:
+        ValueError: why it is not.
+    """
+    from PIL import Image  # late: most prompt files name no image
+
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if _HAS_DIGEST else _hash(file)
+            file.seek(0)
+            with Image.open(file) as image:
+                image.verify()
+    except OSError as error:
+        reason = error.strerror or "not an image that Pillow can open"
+        raise ValueError(f"{path}: {reason}") from None
+    except Exception as error:  # noqa: BLE001  decoders of broken files raise anything
+        raise ValueError(f"{path}: not an image that Pillow can open ({error})") from None
+    return digest
+
+
+_HAS_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
+
+
+def _hash(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class _WrongType(Exception):
+    """Says what a value must be."""
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _WrongType("must be text")
+    return value
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise _WrongType("must be non-empty text or an integer")
+    return str(value)
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+        raise _WrongType("must be an integer within 0 … 2**63 - 1")
+    return value
+
+
+def _positive(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _WrongType("must be a positive integer")
+    return value
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise _WrongType("must be a finite number")
+
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "prompt": _text,
+    "negative_prompt": _text,
+    "id": _id,
+    "seed": _seed,
+    "num_images": _positive,
+    "width": _positive,
+    "height": _positive,
+    "num_inference_steps": _positive,
+    "guidance_scale": _finite,
+}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _typing_slips(a: str, b: str) -> int:
+    """Edits between two words, a swap of neighbours counting as one (optimal string alignment)."""
+    rows = [list(range(len(b) + 1))]
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            best = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                best = min(best, rows[-2][j - 2] + 1)
+            row.append(best)
+        rows.append(row)
+    return rows[-1][-1]
