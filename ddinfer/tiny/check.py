@@ -58,15 +58,17 @@ def describe(image: Image.Image) -> Scene | None:
     areas = [area for area in _areas(away) if area.sum() >= SPECK]
     if not 1 <= len(areas) <= 2 or any(area.sum() < FIGURE for area in areas):
         return None
-    found = []
+    found: list[tuple[Figure, float, float]] = []
     for area in areas:
         figure = _figure(picture, area, background)
         if figure is None:
             return None
-        found.append((figure, *(float(places.mean()) for places in np.nonzero(area))))
+        rows, columns = np.nonzero(area)
+        found.append((figure, float(rows.mean()), float(columns.mean())))
     if len(found) == 1:
         return Scene((found[0][0],), background)
-    down, across = (abs(found[0][k] - found[1][k]) for k in (1, 2))
+    (_, y0, x0), (_, y1, x1) = found
+    down, across = abs(y0 - y1), abs(x0 - x1)
     if max(down, across) < 2 * min(down, across):
         return None
     axis = "column" if down > across else "row"

@@ -220,6 +220,8 @@ def _figure_words(figure: Figure, rng: random.Random, *, with_size: bool) -> str
 def _relation_words(axis: str, rng: random.Random) -> tuple[bool, str]:
     """Whether the second figure is named first, and the words between them."""
     backwards = rng.random() < 0.5
+    there: tuple[str, ...]
+    here: tuple[str, ...]
     if axis == "column":
         there = ("below", "below", "under", "beneath")
         here = ("above", "above", "over", "on top of")
