@@ -1,0 +1,462 @@
+"""Models and pipelines come back from their folders as they were saved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddinfer.errors import UsageError
+from ddinfer.models.building import parameters_on_meta
+from ddinfer.models.checkpoint import CheckpointError, read_checkpoint, read_header
+from ddinfer.models.loading import find_denoiser, load_model, load_pipeline
+from ddinfer.models.opening import open_model
+from ddinfer.models.signature import call_parameters, pipeline_class
+from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
+
+DATA = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())
+CONFIGS: dict[str, dict[str, Any]] = DATA["configs"]
+
+#: One class per family runs by default; all of them at night.
+FAMILIES = [
+    "UNet2DConditionModel",
+    "UNet3DConditionModel",
+    "UNetMotionModel",
+    "UNetSpatioTemporalConditionModel",
+    "ControlNetModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "SanaTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "WanTransformer3DModel",
+    "CosmosTransformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "LTXVideoTransformer3DModel",
+    "Lumina2Transformer2DModel",
+    "CogView4Transformer2DModel",
+    "ZImageTransformer2DModel",
+    "AutoencoderKL",
+    "AutoencoderDC",
+    "AutoencoderKLWan",
+    "AutoencoderTiny",
+    "VQModel",
+    "PriorTransformer",
+    "T2IAdapter",
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return lambda kind: tiny_pipeline(kind, folder)
+
+
+def every_tensor(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, all buffers, and tensors that modules keep as plain attributes."""
+    found = dict(model.named_parameters(remove_duplicate=False))
+    found |= dict(model.named_buffers(remove_duplicate=False))
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                found[f"{path}.{name}"] = value
+    return found
+
+
+def assert_same_model(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    assert type(one) is type(other)
+    first, second = every_tensor(one), every_tensor(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert second[name].device == tensor.device, name
+        assert second[name].dtype == tensor.dtype, name
+        assert torch.equal(torch.nan_to_num(second[name]), torch.nan_to_num(tensor)), name
+
+
+def check_class(name: str, folder: Path) -> None:
+    import diffusers
+
+    torch.manual_seed(0)
+    built = getattr(diffusers, name)(**CONFIGS[name]).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():  # some are built as zeros, which would prove nothing
+            parameter.copy_(torch.randn_like(parameter))
+    built.save_pretrained(folder)
+    loaded = load_model(folder)
+    assert_same_model(built, loaded)
+    assert not loaded.training
+    own = [key for key in built.config if not key.startswith("_")]
+    assert own
+    assert all(plain(loaded.config[key]) == plain(built.config[key]) for key in own)
+
+
+def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_class_of_each_family_comes_back_as_saved(name, tmp_path):
+    check_class(name, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_class_comes_back_as_saved(name, tmp_path):
+    check_class(name, tmp_path)
+
+
+def test_every_exported_model_class_has_a_configuration_or_a_reason():
+    import diffusers
+
+    exported = {
+        name
+        for name in dir(diffusers)
+        if isinstance(getattr(diffusers, name), type)
+        and issubclass(getattr(diffusers, name), diffusers.ModelMixin)
+    } - {"ModelMixin"}
+    assert len(CONFIGS) >= 120
+    if DATA["source"].startswith(f"the defaults of diffusers {diffusers.__version__}"):
+        assert exported == set(CONFIGS) | set(DATA["left_out"])
+    assert all(DATA["left_out"].values())
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_pipeline_draws_what_the_one_it_was_saved_from_draws(kind, tmp_path):
+    torch.manual_seed(0)
+    original = KINDS[kind]()
+    original.save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path)
+    for name, component in original.components.items():
+        if isinstance(component, torch.nn.Module):
+            assert_same_model(component.eval(), loaded.components[name])
+
+    def draw(pipe: Any, seed: int) -> Any:
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(seed)
+        made = pipe("a red cat", generator=generator, output_type="np", **call_arguments(kind))
+        return torch.from_numpy(made.frames if hasattr(made, "frames") else made.images)
+
+    # Weights viewed in a mapped file may lie less aligned than allocated ones: last bits differ.
+    torch.testing.assert_close(draw(loaded, 1), draw(original, 1), rtol=0, atol=1e-5)
+    assert not torch.allclose(draw(loaded, 2), draw(original, 1), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3", "flux"])
+def test_a_pipeline_draws_bit_for_bit_what_from_pretrained_draws(kind, tiny):
+    import diffusers
+
+    plain = diffusers.DiffusionPipeline.from_pretrained(tiny(kind), low_cpu_mem_usage=False)
+    loaded = load_pipeline(tiny(kind))
+    made = []
+    for pipe in (plain, loaded):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(3)
+        made.append(pipe("a dog", generator=generator, output_type="np", **call_arguments(kind)))
+    assert (made[0].images == made[1].images).all()
+
+
+def test_tied_weights_are_one_parameter_again(tiny):
+    encoder = load_model(tiny("flux") / "text_encoder_2")
+    assert encoder.shared.weight is encoder.encoder.embed_tokens.weight
+    assert not encoder.shared.weight.is_meta
+
+
+def test_buffers_that_no_checkpoint_holds_are_built_for_real(tiny):
+    encoder = load_model(tiny("sd") / "text_encoder")
+    ids = dict(encoder.named_buffers())["embeddings.position_ids"]
+    assert ids.device.type == "cpu"
+    assert ids.flatten().tolist() == list(range(16))
+
+
+def test_sharded_checkpoints_are_read_whole(tiny, tmp_path):
+    whole = load_model(tiny("flux") / "transformer")
+    whole.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_model(whole, load_model(tmp_path))
+    next(tmp_path.glob("*-00002-of-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=r"1 are missing: .*-00002-of-"):
+        load_model(tmp_path)
+
+
+def test_a_variant_is_taken_where_a_component_has_it(tiny, tmp_path):
+    import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny("sd"), dtype=torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    loaded = load_pipeline(tmp_path, variant="fp16", dtype="float16")
+    assert_same_model(pipe.unet.eval(), loaded.unet)
+    with pytest.raises(CheckpointError, match="say --variant"):
+        load_pipeline(tmp_path)
+    with pytest.raises(UsageError, match="no weights of variant 'bf16'"):
+        load_pipeline(tmp_path, variant="bf16")
+
+
+def test_each_tensor_is_converted_and_float32_modules_stay_so(tiny):
+    model = load_model(tiny("wan") / "transformer", dtype="bfloat16")
+    kept = model._keep_in_fp32_modules
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    stay = {n for n in kinds if any(k in n.split(".") for k in kept)}
+    assert stay
+    assert {kinds[n] for n in stay} == {torch.float32}
+    assert {kinds[n] for n in set(kinds) - stay} == {torch.bfloat16}
+
+
+def test_an_old_text_encoder_with_position_ids_in_its_file_loads(tiny, tmp_path):
+    shutil.copytree(tiny("sd") / "text_encoder", tmp_path / "text_encoder")
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    weights = {k.replace("text_model.", ""): v.clone() for k, v in weights.items()}
+    prefixed = {f"text_model.{k}": v for k, v in weights.items()}
+    prefixed["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    save_file(prefixed, file, metadata={"format": "pt"})
+    assert_same_model(
+        load_model(tiny("sd") / "text_encoder"), load_model(tmp_path / "text_encoder")
+    )
+
+
+def test_missing_surplus_and_misshapen_tensors_are_named(tiny, tmp_path):
+    shutil.copytree(tiny("flux") / "transformer", tmp_path / "t")
+    file = tmp_path / "t" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.weihgt"] = weights.pop("proj_out.weight").clone()
+    weights["x_embedder.bias"] = torch.zeros(7)
+    save_file(weights, file)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(tmp_path / "t")
+    text = str(caught.value)
+    assert "missing from the files (1): proj_out.weight" in text
+    assert "not in the model (1): proj_out.weihgt" in text
+    assert "x_embedder.bias is [7], expected [32]" in text
+
+
+def test_a_file_cut_short_is_an_error_before_anything_is_built(tiny, tmp_path):
+    shutil.copytree(tiny("flux") / "transformer", tmp_path / "t")
+    file = tmp_path / "t" / "diffusion_pytorch_model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-100])
+    with pytest.raises(CheckpointError, match="cut short"):
+        load_model(tmp_path / "t")
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        load_model(tmp_path / "t")
+
+
+def test_headers_tell_the_truth_without_torch(tiny):
+    file = tiny("flux") / "transformer" / "diffusion_pytorch_model.safetensors"
+    header = read_header(file)
+    weights = load_file(file)
+    assert {n: t.shape for n, t in header.items()} == {
+        n: tuple(w.shape) for n, w in weights.items()
+    }
+    assert {n: t.num_bytes for n, t in header.items()} == {n: w.nbytes for n, w in weights.items()}
+    code = (
+        "import sys; from pathlib import Path; import ddinfer.models.checkpoint as c; "
+        f"c.read_header(Path({str(file)!r})); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_pickles_are_refused_unless_allowed(tiny, tmp_path):
+    shutil.copytree(tiny("sd"), tmp_path / "sd")
+    file = tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(UsageError, match=r"only pickled weights .*--allow_pickle"):
+        load_pipeline(tmp_path / "sd")
+    loaded = load_pipeline(tmp_path / "sd", allow_pickle=True)
+    assert_same_model(load_model(tiny("sd") / "unet"), loaded.unet)
+
+
+def test_what_is_no_pipeline_is_said_so(tiny, tmp_path):
+    cases = {
+        tmp_path / "nothing-here": "no such folder",
+        tmp_path: "is not a diffusers pipeline",
+        tiny("sd") / "unet": "holds one model",
+        tiny("sd") / "unet" / "diffusion_pytorch_model.safetensors": "single file",
+    }
+    for path, message in cases.items():
+        with pytest.raises(UsageError, match=message):
+            load_pipeline(path)
+        with pytest.raises(UsageError, match=message):
+            call_parameters(path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
+    with pytest.raises(UsageError, match="NoSuchPipeline, which diffusers"):
+        pipeline_class(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": ')
+    with pytest.raises(UsageError, match="is not JSON"):
+        pipeline_class(tmp_path)
+
+
+def test_a_hub_id_offline_is_an_error_that_says_so(tmp_path):
+    code = (
+        "from ddinfer.models.loading import load_pipeline\n"
+        "from ddinfer.errors import UsageError\n"
+        "try: load_pipeline('nobody/nothing')\n"
+        "except UsageError as e: print(e)"
+    )
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "HF_HUB_OFFLINE=1 is set" in done.stdout, done.stderr
+
+
+def test_a_hub_id_in_the_cache_loads_offline(tiny, tmp_path):
+    commit = "0" * 40
+    repo = tmp_path / "hub" / "models--somebody--tiny"
+    shutil.copytree(tiny("sd"), repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    code = (
+        "from ddinfer.models.loading import load_pipeline\n"
+        "from ddinfer.models.signature import call_parameters\n"
+        "assert 'prompt' in call_parameters('somebody/tiny')\n"
+        "print(type(load_pipeline('somebody/tiny')).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path),
+            "PATH": "",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "StableDiffusionPipeline" in done.stdout, done.stderr
+
+
+CUSTOM = """
+from diffusers import StableDiffusionPipeline
+class Mine(StableDiffusionPipeline):
+    def __call__(self, prompt, sparkle=1): return "mine"
+"""
+
+
+def test_code_in_a_repository_runs_only_when_trusted(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny("sd"), tmp_path / "sd")
+    index = tmp_path / "sd" / "model_index.json"
+    data = json.loads(index.read_text())
+    index.write_text(json.dumps(data | {"_class_name": ["mine", "Mine"]}))
+    (tmp_path / "sd" / "mine.py").write_text(CUSTOM)
+    with pytest.raises(UsageError, match=r"mine\.py.*--trust_remote_code"):
+        load_pipeline(tmp_path / "sd")
+    assert "sparkle" in call_parameters(tmp_path / "sd", trust_remote_code=True)
+    pipe = load_pipeline(tmp_path / "sd", trust_remote_code=True)
+    assert pipe("a cat") == "mine"
+
+
+def test_components_can_be_given_or_left_out(tiny):
+    import diffusers
+
+    scheduler = diffusers.EulerDiscreteScheduler()
+    pipe = load_pipeline(tiny("sd"), components={"vae": None, "scheduler": scheduler})
+    assert pipe.vae is None
+    assert pipe.scheduler is scheduler
+    with pytest.raises(UsageError, match="no component sceduler"):
+        load_pipeline(tiny("sd"), components={"sceduler": scheduler})
+
+
+def test_the_denoiser_is_found_or_its_absence_named(tiny):
+    assert find_denoiser(load_pipeline(tiny("sd")))[0] == "unet"
+    assert find_denoiser(load_pipeline(tiny("wan")))[0] == "transformer"
+    with pytest.raises(UsageError, match="no denoiser that ddinfer knows"):
+        find_denoiser(load_pipeline(tiny("sd"), components={"unet": None}))
+
+
+def test_dtypes_are_checked_and_may_be_given_per_component(tiny):
+    pipe = load_pipeline(tiny("sd"), dtype={"default": "bf16", "vae": torch.float32})
+    assert pipe.unet.dtype == torch.bfloat16
+    assert pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe.vae.dtype == torch.float32
+    with pytest.raises(UsageError, match="unknown dtype 'int8'"):
+        load_pipeline(tiny("sd"), dtype="int8")
+    with pytest.raises(UsageError, match="dtype names vea"):
+        load_pipeline(tiny("sd"), dtype={"vea": "bf16"})
+
+
+def test_a_bfloat16_checkpoint_is_float32_on_cpu_unless_told_otherwise(tiny, tmp_path):
+    import diffusers
+
+    diffusers.DiffusionPipeline.from_pretrained(tiny("flux"), dtype=torch.bfloat16).save_pretrained(
+        tmp_path
+    )
+    assert load_pipeline(tmp_path).dtype == torch.float32
+    assert load_model(tmp_path / "transformer").dtype == torch.bfloat16
+    assert load_model(tmp_path / "transformer", dtype="auto").dtype == torch.float32
+
+
+def test_opening_a_model_reads_no_weight(tiny):
+    opened = open_model(tiny("wan") / "transformer")
+    assert all(p.is_meta for p in opened.model.parameters())
+    assert not any(b.is_meta for b in opened.model.buffers())
+    assert set(opened.stored) == set(opened.model.state_dict())
+
+
+def test_weights_on_cpu_are_views_into_the_file(tiny):
+    """Private copies would cost every rank its own model."""
+    model = load_model(tiny("flux") / "transformer")
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = sum(p.nbytes for p in model.parameters())
+    file = tiny("flux") / "transformer" / "diffusion_pytorch_model.safetensors"
+    pointers = [p.data_ptr() for p in model.parameters()]
+    assert max(pointers) - min(pointers) < file.stat().st_size
+    assert sizes < file.stat().st_size
+    assert storages
+
+
+def test_building_leaves_torch_as_it_was():
+    register, normal = torch.nn.Module.register_parameter, torch.nn.init.normal_
+    with parameters_on_meta():
+        assert torch.nn.Linear(2, 3).weight.is_meta
+    with pytest.raises(TypeError), parameters_on_meta():
+        torch.nn.Linear()
+    assert torch.nn.Module.register_parameter is register
+    assert torch.nn.init.normal_ is normal
+    assert not torch.nn.Linear(2, 3).weight.is_meta
+
+
+def test_a_checkpoint_covers_all_of_a_pipelines_models(tiny):
+    table = read_checkpoint(tiny("sdxl") / "text_encoder_2")
+    assert sum(t.num_bytes for t in table.values()) > 10_000
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_loading_to_a_gpu_needs_little_more_than_the_weights(tmp_path):
+    import diffusers
+
+    model = diffusers.FluxTransformer2DModel(
+        num_layers=2, num_single_layers=4, attention_head_dim=64, num_attention_heads=16,
+        axes_dims_rope=(8, 28, 28),
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loaded = load_model(tmp_path, device="cuda:0")
+    weights = sum(p.nbytes for p in loaded.parameters())
+    largest = max(p.nbytes for p in loaded.parameters())
+    assert torch.cuda.max_memory_allocated() - before <= weights + largest + 300e6
+    assert all(p.device == torch.device("cuda:0") for p in loaded.parameters())
