@@ -17,7 +17,13 @@ from ddinfer.models.building import (
     read_config,
     tied_names,
 )
-from ddinfer.models.checkpoint import StoredTensor, main_dtype, read_checkpoint, read_tensors
+from ddinfer.models.checkpoint import (
+    CheckpointError,
+    StoredTensor,
+    main_dtype,
+    read_checkpoint,
+    read_tensors,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +68,9 @@ class OpenModel:
             for other in group if first is None else (name,):
                 set_tensor(self.model, other, made)
         self._retie(done, ties)
+        if len(order) == len(self.stored):
+            finish_weight_norm(self.model)
+            _assert_real(self.model)
         return self.model
 
     def convert(
@@ -79,6 +88,38 @@ class OpenModel:
                 for other in owners[1:]:
                     module, _, leaf = other.rpartition(".")
                     self.model.get_submodule(module)._parameters[leaf] = first
+
+
+def finish_weight_norm(model: torch.nn.Module) -> None:
+    """Computes the products that (old style) weight_norm keeps beside its parameters."""
+    from torch.nn.utils.weight_norm import WeightNorm
+
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                setattr(module, hook.name, hook.compute_weight(module))
+
+
+def _assert_real(model: torch.nn.Module) -> None:
+    """A tensor forgotten on meta would compute silent nonsense.
+
+    Raises:
+        CheckpointError: some are; they are named.
+    """
+    import torch
+
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{path}.{name}"] = value
+    left = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if left:
+        raise CheckpointError(
+            f"{type(model).__name__} has {len(left)} tensors that no file filled: "
+            f"{', '.join(left[:6])}"
+        )
 
 
 def set_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

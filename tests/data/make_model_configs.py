@@ -190,6 +190,7 @@ REASONS: dict[str, str] = {
     "HunyuanDiT2DMultiControlNetModel": _LIST.format("control networks"),
     "MultiControlNetModel": _LIST.format("control networks"),
     "MultiAdapter": _LIST.format("adapters"),
+    "UniDiffuserTextDecoder": "diffusers itself cannot save it: its tied weights share memory",
     "RFD4ProteinaAutoencoder": "takes tensors of protein atoms as arguments",
 }
 
