@@ -121,6 +121,7 @@ def latent_pool(vae: Any, folder: Path, count: int, seed: int) -> Pool:
         for start in range(0, count, 1024):
             some = scenes[start : start + 1024]
             latents[start : start + 1024] = encode(vae, [draw(s, rng) for s in some]).half()
+        folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.npy")
         np.save(temporary, latents)
         os.replace(temporary, path)
