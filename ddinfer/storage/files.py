@@ -1,0 +1,290 @@
+"""The one seam for file operations of a job's folder.
+
+`Disk` is the operating system, one method an operation, raising `OSError` as it does. `Files` is
+what the rest of storage uses: whole writes, durable folders, and every `OSError` turned into a
+`StorageError` that names the path and the cause. A test puts another `Disk` below: one that
+crashes, fails or writes short at any single operation, or forgets what was not fsynced.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+from ddinfer.errors import StorageError
+
+TEMPORARY_ENDING = ".tmp"
+
+#: Not every file system can fsync a folder; where none can, there is nothing to wait for.
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+
+
+class Disk:
+    """The operating system's file operations. Everything raises `OSError`."""
+
+    def mkdir(self, path: str) -> None:
+        os.mkdir(path)
+
+    def open(self, path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        """May write less than all of it; returns how many bytes."""
+        return os.write(fd, data)
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def pread(self, fd: int, count: int, offset: int) -> bytes:
+        return os.pread(fd, count, offset)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def replace(self, source: str, target: str) -> None:
+        os.replace(source, target)
+
+    def fsync_folder(self, path: str) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def rmdir(self, path: str) -> None:
+        os.rmdir(path)
+
+    def listdir(self, path: str) -> list[str]:
+        return os.listdir(path)
+
+    def size(self, path: str) -> int:
+        """Bytes of a file."""
+        return os.stat(path).st_size
+
+    def open_read(self, path: str) -> BinaryIO:
+        return open(path, "rb")
+
+    def lock(self, fd: int, exclusive: bool) -> None:
+        """flock without waiting: ``EWOULDBLOCK`` where somebody else holds it."""
+        import fcntl
+
+        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+
+    def free_bytes(self, path: str) -> int:
+        """What an ordinary user can still write there."""
+        stat = os.statvfs(path)
+        return stat.f_bavail * stat.f_frsize
+
+
+class Files:
+    """File operations of a job's folder. Everything raises `StorageError`."""
+
+    def __init__(self, disk: Disk | None = None):
+        self.disk = disk or Disk()
+        self._paths: dict[int, str] = {}
+        # In the names of temporary files: two processes never write the same one.
+        self._token = secrets.token_hex(4)
+
+    def make_folder(self, path: str) -> None:
+        """Make a folder (its parent exists) whose entry outlives a power failure."""
+        with _named("make the folder", path), suppress(FileExistsError):
+            self.disk.mkdir(path)
+        # Also where it existed: another process may have made it and not have synced yet.
+        self.sync_folder(os.path.dirname(path) or ".")
+
+    def create(self, path: str) -> int:
+        """Open a new file for appending; it must not exist."""
+        return self._open("create", path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+
+    def open_in_place(self, path: str) -> int:
+        """Open for reading and writing, made where it does not exist."""
+        return self._open("open", path, os.O_RDWR | os.O_CREAT)
+
+    def _open(self, verb: str, path: str, flags: int) -> int:
+        with _named(verb, path):
+            fd = self.disk.open(path, flags)
+        self._paths[fd] = path
+        return fd
+
+    def write(self, fd: int, data: bytes) -> None:
+        """Write all of it."""
+        with _named("write", self._paths[fd]):
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self.disk.write(fd, rest) :]
+
+    def write_at_start(self, fd: int, data: bytes) -> None:
+        with _named("write", self._paths[fd]):
+            if self.disk.pwrite(fd, data, 0) != len(data):
+                raise OSError(errno.EIO, "wrote only a part")
+
+    def read_at_start(self, fd: int, count: int) -> bytes:
+        with _named("read", self._paths[fd]):
+            return self.disk.pread(fd, count, 0)
+
+    def sync(self, fd: int) -> None:
+        with _named("fsync", self._paths[fd]):
+            self.disk.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        with _named("close", self._paths.pop(fd)):
+            self.disk.close(fd)
+
+    def replace(self, source: str, target: str) -> None:
+        with _named("rename into place", target):
+            self.disk.replace(source, target)
+
+    def sync_folder(self, path: str) -> None:
+        with _named("fsync the folder", path):
+            try:
+                self.disk.fsync_folder(path)
+            except OSError as error:
+                if error.errno not in _CANNOT_SYNC:
+                    raise
+
+    def remove(self, path: str) -> None:
+        """Remove a file; one that is not there is no error."""
+        with _named("remove", path), suppress(FileNotFoundError):
+            self.disk.unlink(path)
+
+    def remove_empty_folder(self, path: str) -> None:
+        """Remove a folder where it is empty."""
+        with _named("remove", path):
+            try:
+                self.disk.rmdir(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+
+    def list(self, path: str) -> list[str]:
+        """Sorted names in a folder; none where there is no folder."""
+        with _named("list", path):
+            try:
+                return sorted(self.disk.listdir(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a file, or ``None`` where there is none."""
+        with _named("look at", path):
+            try:
+                return self.disk.size(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def exists(self, path: str) -> bool:
+        return self.size(path) is not None
+
+    def read(self, path: str) -> bytes:
+        with self.open_read(path) as file, _named("read", path):
+            return file.read()
+
+    def read_if_there(self, path: str) -> bytes | None:
+        return self.read(path) if self.exists(path) else None
+
+    def open_read(self, path: str) -> BinaryIO:
+        """Open for reading in pieces. Reads may raise `OSError`: see `reading`."""
+        with _named("open", path):
+            return self.disk.open_read(path)
+
+    @contextmanager
+    def reading(self, path: str) -> Iterator[BinaryIO]:
+        """A file to read in pieces; errors on the way are `StorageError`, too."""
+        with self.open_read(path) as file, _named("read", path):
+            yield file
+
+    def lock(self, fd: int, *, exclusive: bool) -> bool:
+        """Take or change a flock without waiting; ``False`` where somebody else holds it."""
+        with _named("lock", self._paths[fd]):
+            try:
+                self.disk.lock(fd, exclusive)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                # No flock on this file system: the heartbeat in the file is what is left.
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+        return True
+
+    def free_bytes(self, path: str) -> int:
+        with _named("look at the free space of", path):
+            return self.disk.free_bytes(path)
+
+    def temporary_name(self, path: str) -> str:
+        """A hidden name in the same folder, so that `replace` stays within one file system."""
+        folder, name = os.path.split(path)
+        return os.path.join(folder, f".{name}.{self._token}{TEMPORARY_ENDING}")
+
+
+@contextmanager
+def _named(verb: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        code = errno.errorcode.get(error.errno or 0, "")
+        hint = _HINTS.get(code, "")
+        raise StorageError(
+            f"cannot {verb} {path}: {error.strerror or error}{f' ({code})' if code else ''}{hint}"
+        ) from error
+
+
+_HINTS = {
+    "ENOSPC": "; free some space, then run the same command again: it goes on where it was",
+    "EDQUOT": "; free some quota, then run the same command again: it goes on where it was",
+    "EMFILE": "; raise the limit of open files (ulimit -n), then run the same command again",
+    "EROFS": "; choose another --output, or remount it writable",
+    "EACCES": "; choose another --output, or change its permissions",
+}
+
+
+def is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(TEMPORARY_ENDING)
+
+
+def write_and_rename(files: Files, path: str, data: bytes) -> None:
+    """Put ``data`` at ``path`` whole or not at all. The caller syncs the folder."""
+    with _renamed_at_end(files, path) as write:
+        write(data)
+
+
+def atomic_write(files: Files, path: str, data: bytes) -> None:
+    """Put ``data`` at ``path``: after a crash there is the old content or all of the new."""
+    write_and_rename(files, path, data)
+    files.sync_folder(os.path.dirname(path) or ".")
+
+
+@contextmanager
+def atomic_stream(files: Files, path: str) -> Iterator[Callable[[bytes], None]]:
+    """`atomic_write` in pieces: yields the function that takes them."""
+    with _renamed_at_end(files, path) as write:
+        yield write
+    files.sync_folder(os.path.dirname(path) or ".")
+
+
+@contextmanager
+def _renamed_at_end(files: Files, path: str) -> Iterator[Callable[[bytes], None]]:
+    temporary = files.temporary_name(path)
+    fd = files.create(temporary)
+    try:
+        try:
+            yield lambda data: files.write(fd, data)
+            files.sync(fd)
+        finally:
+            files.close(fd)
+        files.replace(temporary, path)
+    except BaseException:
+        # On a full disk the leftover would be in the way. Removing it may fail as well: the
+        # first error is the one to tell, and opening the folder again removes leftovers.
+        with suppress(StorageError):
+            files.remove(temporary)
+        raise

@@ -1,0 +1,298 @@
+"""The journal: what was made, line by line, so that nothing is lost and nothing is made twice.
+
+Each process of each attempt appends to a file of its own, ``journal/ATTEMPT-RANK.jsonl``, so only
+the last line of a file can be torn. Each line is a JSON object whose last key is the CRC-32 of
+everything before it. The first line is the header; the others are of one of these kinds:
+
+- ``start``: a batch is about to be computed (``indices``);
+- ``image``: an image is in its place and durable (``index``, ``sha256``, ``bytes``);
+- ``failed``: a prompt could not be made (``index``, ``error``);
+- ``death``: a process died by a signal during a batch (``indices``, ``signal``);
+- ``end``: the process ended in order (``reason``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from array import array
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+from ddinfer.errors import StorageError
+from ddinfer.storage.files import Files
+
+JOURNAL_FOLDER = "journal"
+JOURNAL_VERSION = 1
+
+_PENDING, _FAILED, _DONE = 0, 1, 2
+_CRC_BYTES = len(',"crc":"00000000"}\n')
+
+
+class JournalError(StorageError):
+    """A journal that cannot be believed. Names file and line, and the way out."""
+
+
+@dataclass(frozen=True)
+class JournalHeader:
+    """First line of a journal file: whose it is, and of which job."""
+
+    fingerprint: str
+    rank: int = 0
+    attempt: int = 0
+    run_id: str = ""
+    version: int = JOURNAL_VERSION
+
+
+def encode_line(record: Mapping[str, Any]) -> bytes:
+    """A record as a line with its checksum."""
+    body = json.dumps(record, separators=(",", ":"))[:-1].encode()
+    return b'%s,"crc":"%08x"}\n' % (body, zlib.crc32(body))
+
+
+def decode_line(line: bytes) -> dict[str, Any] | None:
+    """The record, or ``None`` where the line is torn or damaged."""
+    body, ending = line[:-_CRC_BYTES], line[-_CRC_BYTES:]
+    if ending != b',"crc":"%08x"}\n' % zlib.crc32(body):
+        return None
+    try:
+        return json.loads(body + b"}")
+    except ValueError:
+        return None
+
+
+class JournalWriter:
+    """Appends to this process's own file. Threads may share it."""
+
+    def __init__(self, files: Files, folder: str, header: JournalHeader):
+        """Create ``journal/ATTEMPT-RANK.jsonl`` below ``folder``, durable with its header."""
+        self._files, self._lock = files, Lock()
+        self._broken: BaseException | None = None
+        self._fd: int | None = None
+        journal = os.path.join(folder, JOURNAL_FOLDER)
+        self.path = self._free_name(journal, f"{header.attempt:06d}-{header.rank:05d}")
+        self._fd = files.create(self.path)
+        try:
+            self.append([{"kind": "journal", **header.__dict__}])
+            files.sync_folder(journal)
+        except BaseException:
+            self.close()
+            raise
+
+    def _free_name(self, journal: str, stem: str) -> str:
+        taken = set(self._files.list(journal))
+        name, k = f"{stem}.jsonl", 1
+        while name in taken:
+            name, k = f"{stem}-{k}.jsonl", k + 1
+        return os.path.join(journal, name)
+
+    def append(self, records: Sequence[Mapping[str, Any]], *, sync: bool = True) -> None:
+        """Write lines, and wait until they are durable unless told otherwise.
+
+        After a failed write nothing is ever appended: a torn line must stay the last.
+        """
+        data = b"".join(map(encode_line, records))
+        with self._lock:
+            if self._broken is not None or self._fd is None:
+                raise StorageError(
+                    f"cannot append to {self.path}: {self._broken or 'it is closed'}"
+                )
+            try:
+                self._files.write(self._fd, data)
+                if sync:
+                    self._files.sync(self._fd)
+            except BaseException as error:
+                self._broken = error
+                raise
+
+    def close(self) -> None:
+        with self._lock:
+            if self._fd is not None:
+                fd, self._fd = self._fd, None
+                self._files.close(fd)
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Attempt:
+    """One journal file: who wrote it, and how it ended.
+
+    Attributes:
+        in_hand: indices of batches that were started and have no result for some image.
+        end: the reason it gave, or ``None`` where it died.
+        torn: whether its last line was torn.
+    """
+
+    path: str
+    header: JournalHeader
+    in_hand: list[list[int]] = field(default_factory=list)
+    end: str | None = None
+    torn: bool = False
+
+
+class JournalState:
+    """What all journals of a job say together, by index. 45 bytes an image.
+
+    An image that any process made stays made, whatever else is said of it.
+
+    Attributes:
+        failures: index → the ``failed`` record.
+        notes: index → what is unusual about an image (``exact``, ``batch``, ``flags``).
+        deaths: the ``death`` records, in order.
+        attempts: one for each journal file.
+    """
+
+    def __init__(self, num_requests: int):
+        self._status = bytearray(num_requests)
+        self._hashes = bytearray(32 * num_requests)
+        self._sizes = array("q", bytes(8 * num_requests))
+        self.num_done = 0
+        self.failures: dict[int, dict[str, Any]] = {}
+        self.notes: dict[int, dict[str, Any]] = {}
+        self.deaths: list[dict[str, Any]] = []
+        self.attempts: list[Attempt] = []
+        self.total_bytes = 0
+        self.total_seconds = 0.0
+
+    @property
+    def num_failed(self) -> int:
+        return len(self.failures)
+
+    def is_done(self, index: int) -> bool:
+        return self._status[index] == _DONE
+
+    def is_failed(self, index: int) -> bool:
+        return self._status[index] == _FAILED
+
+    def is_pending(self, index: int) -> bool:
+        return self._status[index] == _PENDING
+
+    def sha256(self, index: int) -> str:
+        """Of the image file, in hex."""
+        return self._hashes[32 * index : 32 * index + 32].hex()
+
+    def size(self, index: int) -> int:
+        """Of the image file, in bytes."""
+        return self._sizes[index]
+
+    def forget(self, index: int) -> None:
+        """Make an image pending again: its file is gone, or its prompt is to be retried."""
+        if self._status[index] == _DONE:
+            self.num_done -= 1
+            self.total_bytes -= self._sizes[index]
+        self._status[index] = _PENDING
+        self.failures.pop(index, None)
+        self.notes.pop(index, None)
+
+    def add_image(self, record: Mapping[str, Any]) -> None:
+        index, size = record["index"], record["bytes"]
+        digest = bytes.fromhex(record["sha256"])
+        if self._status[index] == _DONE:
+            self.total_bytes -= self._sizes[index]
+        else:
+            self.num_done += 1
+            self.failures.pop(index, None)
+        self._status[index] = _DONE
+        self._hashes[32 * index : 32 * index + 32] = digest
+        self._sizes[index] = size
+        self.total_bytes += size
+        self.total_seconds += record.get("seconds", 0.0)
+        self.notes.pop(index, None)
+        if "exact" in record or "flags" in record:
+            kept = ("exact", "batch", "flags")
+            self.notes[index] = {name: record[name] for name in kept if name in record}
+
+    def add_failure(self, record: Mapping[str, Any]) -> None:
+        index = record["index"]
+        if self._status[index] != _DONE:
+            self._status[index] = _FAILED
+            self.failures[index] = dict(record)
+
+
+def read_journals(
+    files: Files, folder: str, fingerprints: Collection[str], num_requests: int
+) -> JournalState:
+    """Everything that the journals below ``folder`` say.
+
+    Args:
+        fingerprints: of the job (several once it was extended).
+
+    Raises:
+        JournalError: anything broken but a torn last line, or a journal of another job.
+    """
+    state = JournalState(num_requests)
+    journal = os.path.join(folder, JOURNAL_FOLDER)
+    for name in files.list(journal):
+        if name.endswith(".jsonl"):
+            _read_file(files, os.path.join(journal, name), fingerprints, state)
+    return state
+
+
+def _read_file(files: Files, path: str, fingerprints: Collection[str], state: JournalState) -> None:
+    attempt: Attempt | None = None
+    started: list[list[int]] = []
+    answered: set[int] = set()
+    torn_at = 0
+    with files.reading(path) as file:
+        for number, line in enumerate(file, 1):
+            if torn_at:
+                raise _broken(path, torn_at, "its checksum is wrong, and it is not the last line")
+            record = decode_line(line)
+            if record is None:
+                torn_at = number
+                continue
+            try:
+                kind = record["kind"]
+                if attempt is None:
+                    attempt = _header(record, path, fingerprints)
+                elif kind == "image":
+                    state.add_image(record)
+                    answered.add(record["index"])
+                elif kind == "start":
+                    started = [b for b in started if not answered.issuperset(b)]
+                    answered.intersection_update(k for b in started for k in b)
+                    started.append(record["indices"])
+                elif kind == "failed":
+                    state.add_failure(record)
+                    answered.add(record["index"])
+                elif kind == "death":
+                    state.deaths.append(record)
+                elif kind == "end":
+                    attempt.end = record["reason"]
+                else:
+                    raise _broken(path, number, f"its kind {kind!r} is not known")
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise _broken(path, number, f"{type(error).__name__}: {error}") from None
+    if attempt is not None:  # else its process died before the header was written
+        attempt.torn = bool(torn_at)
+        attempt.in_hand = [b for b in started if not answered.issuperset(b)]
+        state.attempts.append(attempt)
+
+
+def _header(record: Mapping[str, Any], path: str, fingerprints: Collection[str]) -> Attempt:
+    if record["kind"] != "journal":
+        raise _broken(path, 1, "the header is missing")
+    if record["version"] != JOURNAL_VERSION:
+        raise JournalError(
+            f"{path}:1: journal format {record['version']}, this ddinfer reads "
+            f"{JOURNAL_VERSION}; finish the job with the ddinfer that began it"
+        )
+    if record["fingerprint"] not in fingerprints:
+        raise JournalError(
+            f"{path}:1: the journal of another job ({record['fingerprint'][:12]}, this one is "
+            f"{', '.join(f[:12] for f in fingerprints)}); move the file away"
+        )
+    values = {name: record[name] for name in JournalHeader.__dataclass_fields__}
+    return Attempt(path, JournalHeader(**values))
+
+
+def _broken(path: str, line: int, why: str) -> JournalError:
+    return JournalError(
+        f"{path}:{line}: the journal is damaged: {why}. Remove this file and run the same command "
+        "again: the images that it records are made again, the others stay"
+    )

@@ -1,0 +1,232 @@
+"""The files around the images: what was asked, what became of it, and how the job stands."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ddinfer.errors import StorageError
+from ddinfer.request import CALL_FIELDS, Request
+from ddinfer.storage.files import Files, atomic_stream, atomic_write
+from ddinfer.storage.images import image_path
+from ddinfer.storage.journal import JournalState
+
+JOB_FILE = "job.json"
+REQUESTS_FILE = "requests.jsonl.gz"
+METADATA_FILE = "metadata.jsonl"
+FAILURES_FILE = "failures.jsonl"
+STATUS_FILE = "status.json"
+
+_CHUNK_BYTES = 1 << 20
+
+
+# --- small JSON files --------------------------------------------------------------------------
+
+
+def write_json(files: Files, path: str, value: Any) -> None:
+    """Replace a JSON file atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write(files, path, text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def read_json(files: Files, path: str) -> dict[str, Any] | None:
+    """A JSON object, or ``None`` where there is no such file."""
+    data = files.read_if_there(path)
+    if data is None:
+        return None
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise StorageError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise StorageError(f"{path} is damaged: not an object")
+    return value
+
+
+def write_status(files: Files, folder: str, status: Mapping[str, Any]) -> None:
+    """Replace ``status.json``."""
+    write_json(files, os.path.join(folder, STATUS_FILE), dict(status))
+
+
+def read_status(files: Files, folder: str) -> dict[str, Any] | None:
+    return read_json(files, os.path.join(folder, STATUS_FILE))
+
+
+# --- requests ----------------------------------------------------------------------------------
+
+
+def write_requests(files: Files, folder: str, requests: Sequence[Request]) -> None:
+    """``requests.jsonl.gz``: the same bytes for the same Requests."""
+    with atomic_stream(files, os.path.join(folder, REQUESTS_FILE)) as write:
+        packed = gzip.GzipFile(fileobj=_Sink(write), mode="wb", mtime=0, compresslevel=3)
+        _write_lines(packed.write, (request.to_dict() for request in requests))
+        packed.close()
+
+
+def read_requests(files: Files, folder: str, limit: int | None = None) -> list[Request]:
+    """The job's Requests as they were resolved (the first ``limit`` of them)."""
+    path = os.path.join(folder, REQUESTS_FILE)
+    requests: list[Request] = []
+    number = 0
+    try:
+        with files.reading(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
+            for number, line in enumerate(unpacked, 1):  # noqa: B007  the message needs it
+                if len(requests) == limit:
+                    break
+                requests.append(Request.from_dict(json.loads(line)))
+    except (EOFError, gzip.BadGzipFile, ValueError, TypeError) as error:
+        raise StorageError(
+            f"{path}:{number + 1}: damaged ({error}); run the job's own command again: it is "
+            "written anew from the prompts"
+        ) from None
+    return requests
+
+
+class _Sink(io.RawIOBase):
+    """A file for gzip to write to, in pieces that the atomic stream takes."""
+
+    def __init__(self, write: Callable[[bytes], None]):
+        self._write = write
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._write(bytes(data))
+        return len(data)
+
+
+# --- metadata.jsonl and failures.jsonl ---------------------------------------------------------
+
+
+def write_metadata(
+    files: Files, folder: str, requests: Sequence[Request], state: JournalState
+) -> None:
+    """``metadata.jsonl``: a line for each image in index order, as 🤗 datasets reads it.
+
+    ``load_dataset("imagefolder", data_dir=folder)`` gives the images with these columns. Every
+    line has the same ones, of one type each; nothing varies between runs of the same job.
+    """
+    with atomic_stream(files, os.path.join(folder, METADATA_FILE)) as write:
+        _write_lines(write, metadata_rows(requests, state))
+
+
+def metadata_rows(requests: Sequence[Request], state: JournalState) -> Iterator[dict[str, Any]]:
+    """What ``metadata.jsonl`` says, row by row."""
+    made = [request for request in requests if state.is_done(request.index)]
+    named = [
+        name
+        for name in ("negative_prompt", *CALL_FIELDS)
+        if any(getattr(request, name) is not None for request in made)
+    ]
+    columns = _argument_columns(made)
+    for request in made:
+        index = request.index
+        row: dict[str, Any] = {
+            "file_name": image_path(index),
+            "index": index,
+            "id": request.id,
+            "prompt": request.prompt,
+            "seed": request.seed,
+        }
+        row.update((name, getattr(request, name)) for name in named)
+        for column, value_of in columns.items():
+            row[column] = value_of(request)
+        note = state.notes.get(index, {})
+        row["exact"] = note.get("exact", True)
+        row["flags"] = " ".join(note.get("flags", ()))
+        row["sha256"] = state.sha256(index)
+        yield row
+
+
+def _argument_columns(requests: Sequence[Request]) -> dict[str, Callable[[Request], Any]]:
+    """Column → its value of a Request, for every further call argument that any Request has."""
+    kinds: dict[str, set[str]] = {}
+    inputs: set[str] = set()
+    for request in requests:
+        for name, value in request.kwargs.items():
+            if name not in request.input_hashes and value is not None:
+                kinds.setdefault(name, set()).add(_kind(value))
+        inputs.update(request.input_hashes)
+    columns: dict[str, Callable[[Request], Any]] = {}
+    for name in sorted(kinds):
+        # datasets' own names: "image" is the picture, "*file_name" a picture beside it.
+        clash = name in ("image", "label", *_OWN_COLUMNS) or name.endswith(
+            ("file_name", "file_names")
+        )
+        column = f"argument_{name}" if clash else name
+        columns[column] = _Column(name, as_json=kinds[name] not in _PLAIN_KINDS)
+    for name in sorted(inputs):
+        columns[f"{name}_sha256"] = _InputHash(name)
+    return columns
+
+
+_OWN_COLUMNS = frozenset(("index", "id", "prompt", "seed", "exact", "flags", "sha256"))
+_PLAIN_KINDS: tuple[set[str], ...] = ({"bool"}, {"int"}, {"float"}, {"int", "float"}, {"str"})
+
+
+class _Column:
+    """An argument's value in one type for the whole column: lists and mixtures as JSON text."""
+
+    def __init__(self, name: str, as_json: bool):
+        self.name, self.as_json = name, as_json
+
+    def __call__(self, request: Request) -> Any:
+        value = request.kwargs.get(self.name)
+        if value is None or not self.as_json:
+            return value
+        return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+class _InputHash:
+    """The hash of an image input, which stands for its path."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, request: Request) -> str | None:
+        return request.input_hashes.get(self.name)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def write_failures(
+    files: Files, folder: str, requests: Sequence[Request], state: JournalState
+) -> None:
+    """``failures.jsonl``: a line for each prompt that could not be made, in index order."""
+    with atomic_stream(files, os.path.join(folder, FAILURES_FILE)) as write:
+        _write_lines(write, failure_rows(requests, state))
+
+
+def failure_rows(requests: Sequence[Request], state: JournalState) -> Iterator[dict[str, Any]]:
+    """What ``failures.jsonl`` says, row by row."""
+    for request in requests:
+        if state.is_failed(request.index):
+            error = state.failures[request.index]["error"]
+            yield {"id": request.id, "index": request.index, "prompt": request.prompt, **error}
+
+
+def _write_lines(write: Callable[[bytes], Any], rows: Iterator[dict[str, Any]]) -> None:
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(", ", ": "), allow_nan=False).encode
+    pending: list[str] = []
+    size = 0
+    for row in rows:
+        line = encode(row)
+        pending.append(line)
+        size += len(line)
+        if size >= _CHUNK_BYTES:
+            write(_joined(pending))
+            pending, size = [], 0
+    if pending:
+        write(_joined(pending))
+
+
+def _joined(lines: list[str]) -> bytes:
+    # An error message may hold a lone surrogate; no other text can.
+    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")

@@ -1,0 +1,209 @@
+"""Results → files, on a thread, so that the next batch is already being computed.
+
+A batch is committed as one group. First every image: temporary file in the same folder, fsync,
+rename into place, then one fsync of the folder; then one journal line each and one fsync of the
+journal. So a journal line never speaks of an image that a power failure could take away.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ddinfer.errors import ErrorRecord, StorageError
+from ddinfer.request import Result
+from ddinfer.storage.files import Files, write_and_rename
+from ddinfer.storage.images import (
+    IMAGES_FOLDER,
+    encode_animation,
+    encode_png,
+    image_path,
+    image_text,
+    sha256,
+)
+from ddinfer.storage.journal import JournalWriter
+
+
+class Writer:
+    """Writes this process's Results.
+
+    Args:
+        folder: the output folder.
+        journal: this process's own.
+        info: what the ``ddinfer`` chunk of every image says of the job; see `image_text`.
+        fps: frames per second of videos.
+        wanted: whether an image of this index is to be written. A batch runs whole even where
+            some of its images are there already; those are not written again.
+
+    Attributes:
+        num_written, num_failed: journaled so far.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        folder: str,
+        journal: JournalWriter,
+        info: Mapping[str, Any],
+        *,
+        fps: float = 8,
+        wanted: Callable[[int], bool] = lambda index: True,
+    ):
+        self.files, self.folder, self.journal, self.info = files, folder, journal, info
+        self.fps, self.wanted = fps, wanted
+        self.num_written = self.num_failed = 0
+        self._made_folders: set[str] = set()
+        self._error: BaseException | None = None
+        self._queue: queue.Queue[Sequence[Result] | None] = queue.Queue(maxsize=1)
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._work, name="ddinfer-writer", daemon=True
+        )
+        self._thread.start()
+
+    def started(self, indices: Sequence[int]) -> None:
+        """Journal that a batch is about to be computed.
+
+        Not fsynced: it is there for a process that dies, and the kernel keeps what that wrote.
+        """
+        self._raise_error()
+        wanted = [index for index in indices if self.wanted(index)]
+        if wanted:
+            self.journal.append([{"kind": "start", "indices": wanted}], sync=False)
+
+    def put(self, results: Sequence[Result]) -> None:
+        """Hand over one batch; waits while the one before the last is still being written.
+
+        Raises:
+            StorageError: writing an earlier batch failed.
+        """
+        self._raise_error()
+        self._queue.put(results)
+
+    def flush(self) -> None:
+        """Wait until everything put is durable, or raise what prevented it."""
+        self._queue.join()
+        self._raise_error()
+
+    def close(self, reason: str = "done") -> None:
+        """Flush, journal why this process ends, and close the journal."""
+        if self._thread is None:
+            return
+        thread, self._thread = self._thread, None
+        self._queue.put(None)
+        thread.join()
+        try:
+            self._raise_error()
+            self.journal.append([{"kind": "end", "reason": reason}])
+        finally:
+            self.journal.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        try:  # what was handed over is still worth keeping
+            self.close(reason=kind.__name__)
+        except StorageError:
+            if not issubclass(kind, StorageError):
+                raise
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (results := self._queue.get()) is not None:
+            try:
+                if self._error is None:  # else drain, so that nobody waits for ever
+                    self.commit(results)
+            except BaseException as error:  # noqa: BLE001  surfaces in the caller's next call
+                self._error = error
+            finally:
+                self._queue.task_done()
+
+    # --- on the writer's thread ---------------------------------------------------------------
+
+    def commit(self, results: Sequence[Result]) -> None:
+        """Make a batch durable: images first, then their lines."""
+        wanted = [result for result in results if self.wanted(result.index)]
+        lines = self.store_images(wanted)
+        self.journal_lines(lines)
+
+    def store_images(self, results: Sequence[Result]) -> list[dict[str, Any]]:
+        """Every image in its place and durable; returns the journal lines that may now be said."""
+        lines = []
+        folders = set()
+        for result in results:
+            try:
+                data = None if result.error is not None else self._encode(result)
+                error = result.error
+            except Exception as problem:  # noqa: BLE001  a picture that cannot be encoded
+                data, error = None, ErrorRecord.of(problem)
+            if data is None:
+                lines.append(_failure_line(result, error))
+                continue
+            path = os.path.join(self.folder, image_path(result.index))
+            folder = os.path.dirname(path)
+            self._ensure_folder(folder)
+            write_and_rename(self.files, path, data)
+            folders.add(folder)
+            lines.append(_image_line(result, data))
+        for folder in sorted(folders):
+            self.files.sync_folder(folder)
+        return lines
+
+    def journal_lines(self, lines: Sequence[dict[str, Any]]) -> None:
+        if lines:
+            self.journal.append(lines)
+        failed = sum(line["kind"] == "failed" for line in lines)
+        self.num_failed += failed
+        self.num_written += len(lines) - failed
+
+    def _ensure_folder(self, folder: str) -> None:
+        if folder not in self._made_folders:
+            if not self._made_folders:
+                self.files.make_folder(os.path.join(self.folder, IMAGES_FOLDER))
+            self.files.make_folder(folder)
+            self._made_folders.add(folder)
+
+    def _encode(self, result: Result) -> bytes:
+        first = result.image if result.frames is None else result.frames[0]
+        if first is None:
+            raise ValueError("a Result with neither image, frames nor error")
+        text = image_text(
+            result.request, self.info, size=first.size, batch=result.batch, exact=result.exact
+        )
+        if result.frames is None:
+            return encode_png(first, text)
+        return encode_animation(result.frames, self.fps, text)
+
+
+def _image_line(result: Result, data: bytes) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "kind": "image",
+        "index": result.index,
+        "sha256": sha256(data),
+        "bytes": len(data),
+        "seconds": round(result.seconds, 4),
+    }
+    if not result.exact:
+        line.update(exact=False, batch=list(result.batch))
+    if result.flags:
+        line["flags"] = list(result.flags)
+    return line
+
+
+def _failure_line(result: Result, error: ErrorRecord | None) -> dict[str, Any]:
+    record = error or ErrorRecord("Error", "no image and no reason")
+    return {
+        "kind": "failed",
+        "index": result.index,
+        "id": result.id,
+        "error": record.to_dict(),
+    }
