@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -78,12 +79,26 @@ def read_requests(files: Files, folder: str, limit: int | None = None) -> list[R
                 if len(requests) == limit:
                     break
                 requests.append(Request.from_dict(json.loads(line)))
-    except (EOFError, gzip.BadGzipFile, ValueError, TypeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, TypeError) as error:
         raise StorageError(
             f"{path}:{number + 1}: damaged ({error}); run the job's own command again: it is "
             "written anew from the prompts"
         ) from None
     return requests
+
+
+def requests_are_sound(files: Files, folder: str) -> bool:
+    """Whether ``requests.jsonl.gz`` is there and its checksum is right."""
+    path = os.path.join(folder, REQUESTS_FILE)
+    if not files.exists(path):
+        return False
+    try:
+        with files.reading(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
+            while unpacked.read(_CHUNK_BYTES):
+                pass
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        return False
+    return True
 
 
 class _Sink(io.RawIOBase):

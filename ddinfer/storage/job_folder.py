@@ -1,0 +1,312 @@
+"""An output folder as a job's home: made, found again, compared, finished.
+
+The straight line of a job, seen from the disk::
+
+    with JobFolder.open(files, path, job) as folder:          # rank 0: lock, job.json, requests
+        state = folder.read_state()                           # journals and files, reconciled
+        batches = folder.pending_batches(all_batches, state)
+        with start_writer(files, path, header, info) as writer:       # every rank
+            for result in save_as_made(engine.run, batches, writer): ...
+        report = folder.finish()                              # rank 0: reconciled once more
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from ddinfer.errors import StorageError, UsageError
+from ddinfer.request import Request
+from ddinfer.storage import metadata
+from ddinfer.storage.files import Files, is_temporary
+from ddinfer.storage.images import IMAGES_FOLDER, image_path
+from ddinfer.storage.job_record import (
+    JobDescription,
+    JobRecord,
+    read_job,
+    record_of,
+    same_or_extended,
+)
+from ddinfer.storage.journal import (
+    JOURNAL_FOLDER,
+    JournalHeader,
+    JournalState,
+    JournalWriter,
+    read_journals,
+)
+from ddinfer.storage.lease import Lease
+from ddinfer.storage.writer import Writer
+
+#: What a job writes besides its lock; without a job.json they are somebody else's.
+_PRECIOUS = (IMAGES_FOLDER, JOURNAL_FOLDER, metadata.METADATA_FILE, metadata.FAILURES_FILE)
+
+B = TypeVar("B", bound=Sequence[int])
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """What a job has come to: every Request is in exactly one of the three."""
+
+    num_done: int
+    num_failed: int
+    pending: list[int]
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.pending
+
+
+class JobFolder:
+    """A folder that holds this job, locked for it.
+
+    Attributes:
+        record: its ``job.json``.
+        attempt: number of this attempt, from 0: for journal headers.
+        is_resumed: whether the folder held the job already.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        path: str,
+        requests: Sequence[Request],
+        record: JobRecord,
+        lease: Lease | None = None,
+        *,
+        attempt: int = 0,
+        is_resumed: bool = True,
+    ):
+        self.files, self.path, self.requests, self.record = files, path, requests, record
+        self.lease, self.attempt, self.is_resumed = lease, attempt, is_resumed
+
+    @classmethod
+    def open(
+        cls,
+        files: Files,
+        path: str,
+        job: JobDescription,
+        *,
+        overwrite: bool = False,
+        extend: bool = False,
+        accept_versions: bool = False,
+        run_id: str = "",
+        notify: Callable[[str], object] = lambda text: None,
+    ) -> JobFolder:
+        """Lock the folder and make it hold this job, or find that it does.
+
+        Args:
+            overwrite: delete another job, or this one, and start again.
+            extend: accept Requests that were appended to those in the folder.
+            accept_versions: go on with other library versions.
+            run_id: of the torchrun run, whose restarts take over from one another.
+
+        Raises:
+            UsageError: the folder holds another job or other data; says what differs.
+            FolderInUse: another process writes there.
+        """
+        _make_folders(files, path)
+        lease = Lease.acquire(files, path, run_id, notify=notify)
+        try:
+            record, is_resumed = _settle(files, path, job, overwrite, extend, accept_versions)
+            _remove_temporaries(files, path)
+            for name in (JOURNAL_FOLDER, IMAGES_FOLDER):
+                files.make_folder(os.path.join(path, name))
+            attempt = _next_attempt(files, path)
+        except BaseException:
+            with suppress(StorageError):
+                lease.release()
+            raise
+        return cls(files, path, job.requests, record, lease, attempt=attempt, is_resumed=is_resumed)
+
+    @classmethod
+    def look(cls, files: Files, path: str) -> JobFolder:
+        """A folder as it is, to read only: Requests from the folder itself, no lock."""
+        record = read_job(files, path)
+        if record is None:
+            raise UsageError(f"{path} holds no ddinfer job (there is no {metadata.JOB_FILE})")
+        requests = metadata.read_requests(files, path, record.num_requests)
+        if len(requests) != record.num_requests:
+            raise StorageError(
+                f"{os.path.join(path, metadata.REQUESTS_FILE)} holds {len(requests)} of the job's "
+                f"{record.num_requests} Requests"
+            )
+        return cls(files, path, requests, record, attempt=_next_attempt(files, path))
+
+    @property
+    def fingerprint(self) -> str:
+        return self.record.fingerprint
+
+    def read_state(self) -> JournalState:
+        """What the journals say; images whose file is not there are pending again."""
+        capacity = 1 + max((request.index for request in self.requests), default=-1)
+        state = read_journals(self.files, self.path, self.record.fingerprints, capacity)
+        present = list_images(self.files, self.path, capacity)
+        for request in self.requests:
+            if state.is_done(request.index) and not present[request.index]:
+                state.forget(request.index)
+        return state
+
+    def pending(self, state: JournalState) -> list[int]:
+        """Indices that are neither made nor failed, in order."""
+        return [r.index for r in self.requests if state.is_pending(r.index)]
+
+    def pending_batches(self, batches: Sequence[B], state: JournalState) -> list[B]:
+        """Batches (of indices) with an image to make. Each runs whole."""
+        return [batch for batch in batches if any(map(state.is_pending, batch))]
+
+    def finish(self) -> JobReport:
+        """Reconcile journals and Requests once more; write metadata and failures.
+
+        The job is complete when this says so, not when processes ended well.
+        """
+        state = self.read_state()
+        metadata.write_metadata(self.files, self.path, self.requests, state)
+        metadata.write_failures(self.files, self.path, self.requests, state)
+        return JobReport(state.num_done, state.num_failed, self.pending(state))
+
+    def close(self) -> None:
+        if self.lease is not None:
+            self.lease.release()
+
+    def __enter__(self) -> JobFolder:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.lease is not None:
+            self.lease.__exit__(*error)
+
+
+def start_writer(
+    files: Files,
+    path: str,
+    header: JournalHeader,
+    info: Mapping[str, Any],
+    *,
+    fps: float = 8,
+    wanted: Callable[[int], bool] = lambda index: True,
+) -> Writer:
+    """This process's writer, with a journal of its own. Any rank, once rank 0 has opened."""
+    journal = JournalWriter(files, path, header)
+    return Writer(files, path, journal, info, fps=fps, wanted=wanted)
+
+
+def list_images(files: Files, path: str, capacity: int) -> bytearray:
+    """1 at each index whose image file is there."""
+    present = bytearray(capacity)
+    images = os.path.join(path, IMAGES_FOLDER)
+    for folder in files.list(images):
+        for name in files.list(os.path.join(images, folder)):
+            stem, ending = os.path.splitext(name)
+            if ending == ".png" and stem.isascii() and stem.isdigit():
+                index = int(stem)
+                if index < capacity and image_path(index) == f"{IMAGES_FOLDER}/{folder}/{name}":
+                    present[index] = 1
+    return present
+
+
+def _settle(
+    files: Files,
+    path: str,
+    job: JobDescription,
+    overwrite: bool,
+    extend: bool,
+    accept_versions: bool,
+) -> tuple[JobRecord, bool]:
+    """Make ``job.json`` this job's → the record, and whether the folder held it already."""
+    new = record_of(job)
+    name = os.path.join(path, metadata.JOB_FILE)
+    if not files.exists(name):
+        _refuse_foreign(files, path)
+    elif overwrite:
+        delete_job(files, path)
+    else:
+        old = read_job(files, path)
+        if old is not None:
+            record = same_or_extended(
+                files, path, job, old, new, extend=extend, accept_versions=accept_versions
+            )
+            if record != old or not metadata.requests_are_sound(files, path):
+                # First the list, whose beginning is the old one, then the record that counts.
+                metadata.write_requests(files, path, job.requests)
+            if record != old:
+                metadata.write_json(files, name, asdict(record))
+            return record, True
+    metadata.write_requests(files, path, job.requests)
+    metadata.write_json(files, name, asdict(new))
+    return new, False
+
+
+# --- the folder ---------------------------------------------------------------------------------
+
+
+def _make_folders(files: Files, path: str) -> None:
+    missing = []
+    at = os.path.abspath(path)
+    while not files.exists(at):
+        missing.append(at)
+        at = os.path.dirname(at)
+    for folder in reversed(missing):
+        files.make_folder(folder)
+
+
+def _refuse_foreign(files: Files, path: str) -> None:
+    found = [name for name in files.list(path) if name in _PRECIOUS]
+    if found:
+        raise UsageError(
+            f"{path} has {', '.join(found)} but no {metadata.JOB_FILE}: ddinfer did not make it, "
+            "or it is damaged. Choose another --output, or move these away"
+        )
+
+
+def delete_job(files: Files, path: str) -> None:
+    """Delete what a job wrote, and nothing else.
+
+    Journals first, durably: at no moment does a journal speak of an image that is gone.
+    ``job.json`` last: until then the folder is known as a job's.
+    """
+    journal = os.path.join(path, JOURNAL_FOLDER)
+    for name in files.list(journal):
+        if name.endswith(".jsonl"):
+            files.remove(os.path.join(journal, name))
+    if files.exists(journal):
+        files.sync_folder(journal)
+        files.remove_empty_folder(journal)
+    images = os.path.join(path, IMAGES_FOLDER)
+    for folder in files.list(images):
+        for name in files.list(os.path.join(images, folder)):
+            if is_temporary(name) or name.endswith(".png"):
+                files.remove(os.path.join(images, folder, name))
+        if folder.isdigit():
+            files.remove_empty_folder(os.path.join(images, folder))
+    files.remove_empty_folder(images)
+    for name in (
+        metadata.METADATA_FILE,
+        metadata.FAILURES_FILE,
+        metadata.STATUS_FILE,
+        metadata.REQUESTS_FILE,
+    ):
+        files.remove(os.path.join(path, name))
+    files.sync_folder(path)
+    files.remove(os.path.join(path, metadata.JOB_FILE))
+    files.sync_folder(path)
+
+
+def _remove_temporaries(files: Files, path: str) -> None:
+    images = os.path.join(path, IMAGES_FOLDER)
+    folders = [path, *(os.path.join(images, name) for name in files.list(images))]
+    for folder in folders:
+        for name in files.list(folder):
+            if is_temporary(name):
+                files.remove(os.path.join(folder, name))
+
+
+def _next_attempt(files: Files, path: str) -> int:
+    numbers = [
+        int(name[:6])
+        for name in files.list(os.path.join(path, JOURNAL_FOLDER))
+        if name[:6].isdigit()
+    ]
+    return 1 + max(numbers, default=-1)

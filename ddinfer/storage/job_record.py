@@ -1,0 +1,195 @@
+"""``job.json``: which job a folder holds, and whether it is the one that is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ddinfer.errors import StorageError, UsageError
+from ddinfer.request import Request, canonical_json
+from ddinfer.storage import metadata
+from ddinfer.storage.files import Files
+
+JOB_VERSION = 1
+
+
+@dataclass(frozen=True)
+class JobDescription:
+    """What a folder must agree with.
+
+    Attributes:
+        identity: everything beside the requests that decides the images (model, dtype, …).
+        versions: of the libraries. Compared like the rest, but can be waved through.
+        config: the resolved configuration, kept for the user and to run again.
+    """
+
+    requests: Sequence[Request]
+    identity: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """``job.json``.
+
+    Attributes:
+        fingerprint: SHA-256 of requests, identity and versions.
+        fingerprints: of all journals that belong to the job; several once it was extended.
+        segments: where each extension ended, as numbers of Requests. Batches are cut within
+            a segment, so that what was added changes no batch of before.
+        other_versions: with which it was gone on, where that was asked for.
+    """
+
+    fingerprint: str
+    num_requests: int
+    requests_sha256: str
+    identity: dict[str, Any]
+    versions: dict[str, str]
+    config: dict[str, Any]
+    fingerprints: list[str]
+    segments: list[int]
+    other_versions: list[dict[str, str]] = field(default_factory=list)
+    version: int = JOB_VERSION
+
+
+def read_job(files: Files, path: str) -> JobRecord | None:
+    """``job.json``, or ``None`` where there is none."""
+    name = os.path.join(path, metadata.JOB_FILE)
+    data = metadata.read_json(files, name)
+    if data is None:
+        return None
+    if data.get("version") != JOB_VERSION or "fingerprint" not in data:
+        raise StorageError(
+            f"{name} is of format {data.get('version')}, this ddinfer reads {JOB_VERSION}"
+        )
+    try:
+        return JobRecord(**data)
+    except TypeError as error:
+        raise StorageError(f"{name} is damaged: {error}") from None
+
+
+def requests_sha256(requests: Sequence[Request]) -> str:
+    """One hash of all Requests in order."""
+    digest = hashlib.sha256()
+    for request in requests:
+        digest.update(bytes.fromhex(request.content_hash()))
+    return digest.hexdigest()
+
+
+def record_of(job: JobDescription) -> JobRecord:
+    identity = json.loads(canonical_json(dict(job.identity)))
+    versions, hashed = dict(job.versions), requests_sha256(job.requests)
+    fingerprint = _fingerprint(hashed, identity, versions)
+    return JobRecord(
+        fingerprint=fingerprint,
+        num_requests=len(job.requests),
+        requests_sha256=hashed,
+        identity=identity,
+        versions=versions,
+        config=json.loads(canonical_json(dict(job.config))),
+        fingerprints=[fingerprint],
+        segments=[len(job.requests)],
+    )
+
+
+def _fingerprint(hashed: str, identity: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    text = canonical_json({"requests": hashed, "identity": identity, "versions": versions})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def same_or_extended(
+    files: Files,
+    path: str,
+    job: JobDescription,
+    old: JobRecord,
+    new: JobRecord,
+    *,
+    extend: bool,
+    accept_versions: bool,
+) -> JobRecord:
+    """The record under which ``job`` goes on in a folder that holds ``old``; writes nothing.
+
+    Raises:
+        UsageError: another job; says what differs and the ways out.
+    """
+    differences = _differences(old.identity, new.identity)
+    is_grown = _is_extension(job.requests, old)
+    if old.requests_sha256 != new.requests_sha256 and not (is_grown and extend):
+        differences.append(_requests_difference(files, path, job.requests, old, is_grown))
+    versions: list[str] = []
+    if new.versions != old.versions and new.versions not in old.other_versions:
+        versions = _differences(old.versions, new.versions, "version of ")
+    if differences or (versions and not accept_versions):
+        raise UsageError(_refusal(path, differences, versions, is_extending=is_grown and extend))
+    if versions:
+        old = replace(old, other_versions=[*old.other_versions, new.versions])
+    if not is_grown:
+        return old
+    fingerprint = _fingerprint(new.requests_sha256, old.identity, old.versions)
+    return replace(
+        old,
+        fingerprint=fingerprint,
+        fingerprints=[*old.fingerprints, fingerprint],
+        num_requests=new.num_requests,
+        requests_sha256=new.requests_sha256,
+        segments=[*old.segments, new.num_requests],
+        config=new.config,
+    )
+
+
+def _is_extension(requests: Sequence[Request], old: JobRecord) -> bool:
+    if len(requests) <= old.num_requests:
+        return False
+    return requests_sha256(requests[: old.num_requests]) == old.requests_sha256
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], what: str = "") -> list[str]:
+    names = sorted({*old, *new})
+    return [
+        f"{what}{name}: {_shown(old.get(name))} in the folder, {_shown(new.get(name))} now"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _requests_difference(
+    files: Files, path: str, requests: Sequence[Request], old: JobRecord, grown: bool
+) -> str:
+    counts = f"requests: {old.num_requests} in the folder, {len(requests)} now"
+    if grown:
+        return f"{counts}; the first {old.num_requests} are the same (--extend adds the new ones)"
+    try:
+        before = metadata.read_requests(files, path, old.num_requests)
+    except StorageError:
+        return f"{counts}; they are not the same"
+    for a, b in zip(before, requests, strict=False):
+        if a.content_hash() != b.content_hash():
+            parts = _differences(a.to_dict(), b.to_dict()) or ["other hashes"]
+            return f"{counts}; the first that differs is {b.index} (id {b.id}): {parts[0]}"
+    return f"{counts}; the first {min(len(before), len(requests))} are the same"
+
+
+def _refusal(path: str, differences: list[str], versions: list[str], *, is_extending: bool) -> str:
+    if not differences:
+        lines = "".join(f"\n  {line}" for line in versions)
+        return (
+            f"{path} holds this job, begun with other library versions:{lines}\n"
+            "Images made from here on may differ in their last bits. Go on with "
+            "--accept_versions, or install the versions of before, or choose another --output"
+        )
+    lines = "".join(f"\n  {line}" for line in (*differences, *versions))
+    what = "cannot be extended: not only prompts differ" if is_extending else "holds another job"
+    return (
+        f"{path} {what}:{lines}\n"
+        "Choose another --output, or delete that job and start again with --overwrite"
+    )
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "…"

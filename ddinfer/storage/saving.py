@@ -1,0 +1,58 @@
+"""The loop between an engine and a writer, whatever the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from ddinfer.errors import DdinferError
+from ddinfer.request import Request, Result
+from ddinfer.storage.writer import Writer
+
+
+def save_as_made(
+    make: Callable[[Iterable[Sequence[Request]]], Iterator[Result]],
+    batches: Iterable[Sequence[Request]],
+    writer: Writer,
+) -> Iterator[Result]:
+    """Run ``make`` (an engine's ``run``) and hand each batch to the writer once it is whole.
+
+    A batch's start is journaled when the engine pulls it. Results may come in any order.
+
+    Yields:
+        each Result when it has been handed over, without its pictures.
+
+    Raises:
+        StorageError: what was made could not be written.
+        DdinferError: the engine answered a Request twice, or not at all.
+    """
+    open_batches: dict[int, _OpenBatch] = {}
+
+    def announced() -> Iterator[Sequence[Request]]:
+        for batch in batches:
+            waiting = _OpenBatch(len(batch))
+            open_batches.update((request.index, waiting) for request in batch)
+            writer.started([request.index for request in batch])
+            yield batch
+
+    for result in make(announced()):
+        batch = open_batches.pop(result.index, None)
+        if batch is None:
+            raise DdinferError(f"the engine answered request {result.index} twice or unasked")
+        batch.results.append(result)
+        if len(batch.results) == batch.size:
+            writer.put(batch.results)
+            for made in batch.results:
+                yield made.without_pictures()
+    if open_batches:
+        raise DdinferError(
+            f"the engine ended without an answer to {len(open_batches)} requests, the first is "
+            f"{min(open_batches)}"
+        )
+
+
+class _OpenBatch:
+    """A batch of which some Results are still to come."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.results: list[Result] = []

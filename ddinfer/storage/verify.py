@@ -1,0 +1,234 @@
+"""Is everything there, and is it what was written? And is there room for what is to come?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+from ddinfer.errors import StorageError
+from ddinfer.request import Request
+from ddinfer.storage import metadata
+from ddinfer.storage.files import Files, is_temporary
+from ddinfer.storage.images import IMAGES_FOLDER, image_path
+from ddinfer.storage.job_folder import JobFolder
+from ddinfer.storage.journal import JournalState, read_journals
+
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        num_requests: of the job; each is made, failed, missing or pending.
+        num_good: images that are there with the bytes that were journaled.
+        num_failed: prompts listed as failed.
+        pending: indices that were never made: the job is not finished.
+        missing: indices that were made but whose file is gone.
+        torn: indices whose file has other bytes than were journaled → what is wrong.
+        extra: files below ``images`` that no journal line speaks of.
+        stale: metadata files that do not say what the journals say.
+    """
+
+    num_requests: int = 0
+    num_good: int = 0
+    num_failed: int = 0
+    pending: list[int] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    torn: dict[int, str] = field(default_factory=dict)
+    extra: list[str] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether every Request has its image, or its line in failures.jsonl, and no more."""
+        return not (self.pending or self.missing or self.torn or self.extra or self.stale)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "is_good": self.is_good}
+
+
+def verify(
+    files: Files, path: str, *, progress: Callable[[int], object] = lambda done: None
+) -> VerifyReport:
+    """Compare a job's folder with its journals: every hash, every Request, every file.
+
+    Args:
+        progress: told how many images have been read, now and then.
+
+    Raises:
+        UsageError: no job there.
+        StorageError: a journal, ``job.json`` or ``requests.jsonl.gz`` cannot be believed.
+    """
+    folder = JobFolder.look(files, path)
+    capacity = 1 + max((request.index for request in folder.requests), default=-1)
+    state = read_journals(files, path, folder.record.fingerprints, capacity)
+    report = VerifyReport(num_requests=len(folder.requests))
+    for k, request in enumerate(folder.requests):
+        index = request.index
+        if state.is_failed(index):
+            report.num_failed += 1
+        elif state.is_pending(index):
+            report.pending.append(index)
+        else:
+            _check_image(files, path, index, state, report)
+        if k % 256 == 0:
+            progress(k)
+    report.extra = list(_extra_files(files, path, state, capacity))
+    report.stale = list(_stale_files(files, path, folder.requests, state))
+    return report
+
+
+def rebuild_metadata(files: Files, path: str) -> None:
+    """Write ``metadata.jsonl`` and ``failures.jsonl`` anew from the journals."""
+    JobFolder.look(files, path).finish()
+
+
+def _check_image(
+    files: Files, path: str, index: int, state: JournalState, report: VerifyReport
+) -> None:
+    name = os.path.join(path, image_path(index))
+    size = files.size(name)
+    if size is None:
+        report.missing.append(index)
+    elif size != state.size(index):
+        report.torn[index] = f"{size} bytes, {state.size(index)} were written"
+    elif _hash_of(files, name) != state.sha256(index):
+        report.torn[index] = "its bytes have changed (SHA-256)"
+    else:
+        report.num_good += 1
+
+
+def _hash_of(files: Files, name: str) -> str:
+    digest = hashlib.sha256()
+    with files.reading(name) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _extra_files(files: Files, path: str, state: JournalState, capacity: int) -> Iterator[str]:
+    images = os.path.join(path, IMAGES_FOLDER)
+    for folder in files.list(images):
+        for name in files.list(os.path.join(images, folder)):
+            place = f"{IMAGES_FOLDER}/{folder}/{name}"
+            stem = os.path.splitext(name)[0]
+            index = int(stem) if stem.isascii() and stem.isdigit() else capacity
+            known = index < capacity and state.is_done(index) and place == image_path(index)
+            if not known:
+                yield place
+    for name in files.list(path):
+        if is_temporary(name):
+            yield name
+
+
+def _stale_files(
+    files: Files, path: str, requests: Sequence[Request], state: JournalState
+) -> Iterator[str]:
+    for name, rows in (
+        (metadata.METADATA_FILE, metadata.metadata_rows(requests, state)),
+        (metadata.FAILURES_FILE, metadata.failure_rows(requests, state)),
+    ):
+        if not _says(files, os.path.join(path, name), rows):
+            yield name
+
+
+def _says(files: Files, path: str, rows: Iterator[Mapping[str, Any]]) -> bool:
+    if not files.exists(path):
+        return False
+    with files.reading(path) as file:
+        for line, row in zip_longest(file, rows):
+            if line is None or row is None:
+                return False
+            try:
+                if json.loads(line) != row:
+                    return False
+            except ValueError:
+                return False
+    return True
+
+
+# --- room on the disk --------------------------------------------------------------------------
+
+#: What a picture keeps of its raw bytes as PNG: about two thirds for photograph-like ones.
+_PNG_SHARE = 0.7
+_OTHER_BYTES_PER_IMAGE = 1500  # text chunks, journal lines, metadata
+
+
+@dataclass(frozen=True)
+class DiskEstimate:
+    """Room that is needed and room that there is, in bytes.
+
+    Attributes:
+        is_measured: the guess rests on images that this job has made, not on their size alone.
+    """
+
+    needed_bytes: int
+    free_bytes: int
+    num_images: int
+    is_measured: bool = False
+
+    @property
+    def is_enough(self) -> bool:
+        return self.needed_bytes <= self.free_bytes
+
+    def __str__(self) -> str:
+        basis = "as this job's images so far" if self.is_measured else "guessed by their size"
+        return (
+            f"{self.num_images} images need about {_gigabytes(self.needed_bytes)} ({basis}), "
+            f"{_gigabytes(self.free_bytes)} are free"
+        )
+
+
+def estimate_disk(
+    files: Files,
+    path: str,
+    pending: Sequence[Request],
+    *,
+    default_size: tuple[int, int] = (1024, 1024),
+    num_frames: int = 1,
+    state: JournalState | None = None,
+) -> DiskEstimate:
+    """How much room the images to come will take.
+
+    Args:
+        path: the output folder, or where it will be.
+        default_size: width and height where a Request leaves them to the pipeline.
+        num_frames: of a video.
+    """
+    at = os.path.abspath(path)
+    while not files.exists(at) and at != os.path.dirname(at):
+        at = os.path.dirname(at)
+    free = files.free_bytes(at)
+    if state is not None and state.num_done >= 8:
+        each = state.total_bytes / state.num_done + _OTHER_BYTES_PER_IMAGE
+        return DiskEstimate(round(each * len(pending)), free, len(pending), is_measured=True)
+    needed = 0.0
+    for request in pending:
+        width, height = request.width or default_size[0], request.height or default_size[1]
+        frames = request.kwargs.get("num_frames", num_frames)
+        needed += width * height * 3 * frames * _PNG_SHARE + _OTHER_BYTES_PER_IMAGE
+    return DiskEstimate(round(needed), free, len(pending))
+
+
+def check_room(estimate: DiskEstimate, path: str) -> None:
+    """Raise `StorageError` where the images to come cannot fit.
+
+    A guess by size may be three times too large; only what cannot be refuses the job.
+    """
+    least = estimate.needed_bytes if estimate.is_measured else estimate.needed_bytes / 10
+    if least > estimate.free_bytes:
+        raise StorageError(
+            f"{path}: {estimate}; free some space or choose another --output, then run the same "
+            "command again"
+        )
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
