@@ -108,7 +108,7 @@ def _assert_real(model: torch.nn.Module) -> None:
     """
     import torch
 
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     for path, module in model.named_modules():
         for name, value in vars(module).items():

@@ -1,0 +1,348 @@
+"""The plan itself: units and budgets in, a `Placement` out. Arithmetic only."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
+
+from ddinfer.models.placement import (
+    CPU,
+    DISK,
+    HEADROOM,
+    STEP_COMPONENTS,
+    Placement,
+    PlacementError,
+    Strategy,
+    format_bytes,
+    merged,
+)
+from ddinfer.models.tree import Node, Unit, units_of
+
+#: Arrangements of whole components that are compared before a heuristic takes over.
+MAX_ARRANGEMENTS = 20_000
+
+#: Unit's index → device.
+Assignment = dict[int, str]
+_Filler = Callable[[Sequence[Unit], Iterable[int], Mapping[str, int]], Assignment]
+
+
+def plan(
+    root: Node,
+    budgets: Mapping[str, int],
+    strategy: Strategy = "balanced",
+    headroom: int | Fraction | None = None,
+    *,
+    prefetch: bool = True,
+) -> Placement:
+    """Places a tree of modules.
+
+    Args:
+        budgets: device → bytes. A missing "disk" holds anything, a missing "cpu" nothing.
+        headroom: bytes (or share) of each GPU's budget kept for activations.
+        prefetch: keeps room to fetch a unit while the one before it computes, where there is any.
+
+    Raises:
+        PlacementError: it does not fit.
+    """
+    units = units_of(root)
+    gpus = {d: size for d, size in budgets.items() if d not in (CPU, DISK)}
+    kept = {d: _kept(size, headroom) for d, size in gpus.items()}
+    free = {d: size - kept[d] for d, size in gpus.items()}
+    main, room, ahead = next(iter(gpus), CPU), 0, True
+    if gpus and (placed := _on_gpus(units, free, strategy)) is not None:
+        assignment = placed
+    elif not gpus and sum(u.num_bytes for u in units) <= budgets.get(CPU, 0):
+        assignment = dict.fromkeys(range(len(units)), CPU)
+    else:
+        assignment, main, room, ahead = _with_fetching(units, free, budgets, prefetch)
+    reserved = dict(kept)
+    if room:
+        reserved[main] = reserved.get(main, 0) + room
+    devices = {name: assignment[n] for n, unit in enumerate(units) for name in unit.names}
+    names = merged(root, devices, main)
+    return Placement(names, main, ahead, _sizes(root, names), dict(budgets), reserved)
+
+
+def _kept(budget: int, headroom: int | Fraction | None) -> int:
+    if headroom is None:
+        headroom = HEADROOM
+    return min(budget, int(budget * headroom) if isinstance(headroom, Fraction) else headroom)
+
+
+def _sizes(root: Node, names: Mapping[str, str]) -> dict[str, int]:
+    """Name → bytes below it; a tensor with several names counts under the first."""
+    sizes = dict.fromkeys(names, 0)
+    seen = set()
+    for tensor in root.every_tensor():
+        path = tensor.name
+        while path not in sizes:
+            path = path.rpartition(".")[0]
+        if tensor.identity not in seen:
+            sizes[path] += tensor.num_bytes
+            seen.add(tensor.identity)
+    return sizes
+
+
+def _on_gpus(
+    units: Sequence[Unit], free: Mapping[str, int], strategy: Strategy
+) -> Assignment | None:
+    """Everything on GPUs, or ``None`` when it does not fit there."""
+    if sum(u.num_bytes for u in units) > sum(free.values()):
+        return None
+    everything = range(len(units))
+    found: Assignment | None = None
+    if strategy == "balanced":
+        components = _components(units)
+        if len(components) > 1:
+            found = _whole_components(units, components, free)
+            found = found or _one_divided(units, components, free)
+        found = found or _evenly(units, everything, free)
+    found = found or _in_order(units, everything, free)
+    if found is None or len(found) < len(units):
+        found = _tightly(units, everything, free)
+    return found if len(found) == len(units) else None
+
+
+def _components(units: Sequence[Unit]) -> dict[str, list[int]]:
+    """Component → its units, where the tree is a pipeline (several first parts of names)."""
+    found: dict[str, list[int]] = {}
+    for n, unit in enumerate(units):
+        found.setdefault(unit.component, []).append(n)
+    return found
+
+
+def _whole_components(
+    units: Sequence[Unit], components: Mapping[str, list[int]], free: Mapping[str, int]
+) -> Assignment | None:
+    """Each component on one GPU, the fullest GPU as empty as possible; ``None``: impossible."""
+    sizes = {c: sum(units[n].num_bytes for n in inside) for c, inside in components.items()}
+    order = sorted(sizes, key=lambda c: -sizes[c])
+    chosen = _arrange(order, sizes, free)
+    if chosen is None:
+        return None
+    return {n: chosen[c] for c, inside in components.items() for n in inside}
+
+
+def _arrange(
+    order: Sequence[str], sizes: Mapping[str, int], free: Mapping[str, int]
+) -> dict[str, str] | None:
+    """Items (largest first) → bins, the fullest bin's share as small as possible."""
+    best: tuple[Fraction, dict[str, str]] | None = None
+    if len(free) ** len(order) <= MAX_ARRANGEMENTS:
+        trials: Iterable[tuple[str, ...]] = itertools.product(free, repeat=len(order))
+    else:
+        trials = [_largest_first(order, sizes, free)]
+    for trial in trials:
+        loads = dict.fromkeys(free, 0)
+        for item, device in zip(order, trial, strict=True):
+            loads[device] += sizes[item]
+        if any(loads[d] > free[d] for d in free):
+            continue
+        share = max(Fraction(loads[d], free[d]) for d in free if free[d]) if loads else Fraction(0)
+        if best is None or share < best[0]:
+            best = share, dict(zip(order, trial, strict=True))
+    return best[1] if best else None
+
+
+def _largest_first(
+    order: Sequence[str], sizes: Mapping[str, int], free: Mapping[str, int]
+) -> tuple[str, ...]:
+    loads = dict.fromkeys(free, 0)
+    trial = []
+    for item in order:
+        device = max(free, key=lambda d: free[d] - loads[d])
+        loads[device] += sizes[item]
+        trial.append(device)
+    return tuple(trial)
+
+
+def _one_divided(
+    units: Sequence[Unit], components: Mapping[str, list[int]], free: Mapping[str, int]
+) -> Assignment | None:
+    """All components but one whole, that one divided over the room left; the largest first."""
+    sizes = {c: sum(units[n].num_bytes for n in inside) for c, inside in components.items()}
+    order = sorted(sizes, key=lambda c: -sizes[c])
+    for divided in order:
+        others = [c for c in order if c != divided]
+        chosen = _arrange(others, sizes, free)
+        if chosen is None:
+            continue
+        left = dict(free)
+        for component, device in chosen.items():
+            left[device] -= sizes[component]
+        found = _evenly(units, components[divided], left, {d: free[d] - left[d] for d in free})
+        if found is not None:
+            whole = {n: chosen[c] for c in others for n in components[c]}
+            return {**whole, **found}
+    return None
+
+
+def _evenly(
+    units: Sequence[Unit],
+    members: Sequence[int],
+    free: Mapping[str, int],
+    loads: Mapping[str, int] | None = None,
+) -> Assignment | None:
+    """Neighbours together, in order over the GPUs, the most loaded one as little as possible."""
+    loads = loads or {}
+    sizes = [units[n].num_bytes for n in members]
+    low, high = max(sizes, default=0), sum(sizes) + max(loads.values(), default=0)
+    found: Assignment | None = None
+    while low <= high:
+        limit = (low + high) // 2
+        room = {d: min(free[d], max(0, limit - loads.get(d, 0))) for d in free}
+        trial = _in_order(units, members, room, back=False)
+        if len(trial) == len(members):
+            found, high = trial, limit - 1
+        else:
+            low = limit + 1
+    return found
+
+
+def _in_order(
+    units: Sequence[Unit], members: Iterable[int], free: Mapping[str, int], *, back: bool = True
+) -> Assignment:
+    """Units onto devices in both orders, as far as they fit.
+
+    A unit that does not fit goes to a later device, else (``back``) to an earlier one.
+    """
+    devices, left = list(free), dict(free)
+    now = 0
+    found: Assignment = {}
+    for n in members:
+        size = units[n].num_bytes
+        later = (d for d in range(now, len(devices)) if size <= left[devices[d]])
+        earlier = (d for d in range(now) if back and size <= left[devices[d]])
+        place = next(later, None)
+        if place is not None:
+            now = place
+        else:
+            place = next(earlier, None)
+        if place is None:
+            continue
+        found[n] = devices[place]
+        left[devices[place]] -= size
+    return found
+
+
+def _tightly(units: Sequence[Unit], members: Iterable[int], free: Mapping[str, int]) -> Assignment:
+    """Largest first, each where the least room stays: fits more than any order does."""
+    left = dict(free)
+    found: Assignment = {}
+    for n in sorted(members, key=lambda n: (-units[n].num_bytes, n)):
+        fitting = [d for d in left if units[n].num_bytes <= left[d]]
+        if fitting:
+            found[n] = min(fitting, key=lambda d: left[d])
+            left[found[n]] -= units[n].num_bytes
+    return found
+
+
+def _with_fetching(
+    units: Sequence[Unit], free: Mapping[str, int], budgets: Mapping[str, int], prefetch: bool
+) -> tuple[Assignment, str, int, bool]:
+    """Some units on host or disk: who lies where, what they are fetched into, and whether two fit.
+
+    The room is for a fetched unit and the next one (where that does not fit: for one alone). Which
+    units are fetched depends on the room and the room on them, so every size is tried.
+    """
+    order = sorted(range(len(units)), key=lambda n: (not _every_step(units[n]), n))
+    sizes = [u.num_bytes for u in units]
+    pairs = {one + other for one, other in itertools.pairwise([*sizes, *sizes[:1]])}
+    for ahead, rooms in ((True, {*sizes, *pairs, *(2 * n for n in sizes)}), (False, set(sizes))):
+        if ahead and not prefetch:
+            continue
+        best: dict[_Filler, tuple[tuple[int, int, int], Assignment, str, int]] = {}
+        for main, room, filler in itertools.product(
+            free or (CPU,), sorted(rooms), (_in_order, _tightly)
+        ):
+            found = _try_room(units, order, free, budgets, main, room, filler)
+            if found is None:
+                continue
+            fetched = sorted(n for n, d in found.items() if d in (CPU, DISK) and d != main)
+            if room < _needed([sizes[n] for n in fetched], ahead):
+                continue
+            on_disk = sum(sizes[n] for n in fetched if found[n] == DISK)
+            score = (on_disk, sum(sizes[n] for n in fetched), room)
+            if filler not in best or score < best[filler][0]:
+                best[filler] = score, found, main, room
+        if best:
+            return *_chosen(best, sum(sizes)), ahead
+    raise PlacementError(_does_not_fit(units, free, budgets))
+
+
+def _chosen(
+    best: Mapping[_Filler, tuple[tuple[int, int, int], Assignment, str, int]], total: int
+) -> tuple[Assignment, str, int]:
+    """Neighbours together, unless filling tightly spares a twentieth of all bytes a slower tier."""
+    ordered, tight = best.get(_in_order), best.get(_tightly)
+    if ordered is None or tight is None:
+        return (ordered or tight or next(iter(best.values())))[1:]
+    gain = [one - other for one, other in zip(ordered[0][:2], tight[0][:2], strict=True)]
+    return (tight if next((g for g in gain if g), 0) > total // 20 else ordered)[1:]
+
+
+def _needed(fetched: Sequence[int], ahead: bool) -> int:
+    """Bytes for the largest fetched unit, or (``ahead``) the largest pair of neighbours.
+
+    The first follows the last: the next step begins where this one ended.
+    """
+    if not ahead or len(fetched) < 2:
+        return max(fetched, default=0)
+    return max(a + b for a, b in itertools.pairwise([*fetched, fetched[0]]))
+
+
+def _every_step(unit: Unit) -> bool:
+    return unit.component in STEP_COMPONENTS
+
+
+def _try_room(
+    units: Sequence[Unit],
+    order: Sequence[int],
+    free: Mapping[str, int],
+    budgets: Mapping[str, int],
+    main: str,
+    room: int,
+    filler: _Filler,
+) -> Assignment | None:
+    tiers = dict(free)
+    host = budgets.get(CPU, 0)
+    if main == CPU:
+        host -= room
+    else:
+        tiers[main] -= room
+    if host < 0 or any(size < 0 for size in tiers.values()):
+        return None
+    found = filler(units, order, tiers)
+    rest = [n for n in order if n not in found]
+    held = filler(units, rest, {CPU: host})
+    last = [n for n in rest if n not in held]
+    if DISK in budgets and sum(units[n].num_bytes for n in last) > budgets[DISK]:
+        return None
+    return {**found, **held, **dict.fromkeys(last, DISK)}
+
+
+def _does_not_fit(
+    units: Sequence[Unit], free: Mapping[str, int], budgets: Mapping[str, int]
+) -> str:
+    largest = max(units, key=lambda u: u.num_bytes)
+    total = sum(u.num_bytes for u in units)
+    lines = [f"the model does not fit: {format_bytes(total)} of weights"]
+    for device, budget in budgets.items():
+        left = free.get(device, budget)
+        kept = f", {format_bytes(budget - left)} of it for activations" if left < budget else ""
+        lines.append(f"  {device}: {format_bytes(budget)}{kept}")
+    main = next(iter(free), CPU)
+    room = free.get(main, budgets.get(CPU, 0))
+    if largest.num_bytes > room:
+        lines.append(
+            f"{largest.names[0]} alone is {format_bytes(largest.num_bytes)} and is not divided; "
+            f"{main} has room for {format_bytes(room)}. Raise its budget, or lower the dtype"
+        )
+    else:
+        lines.append(
+            f"the largest block, {largest.names[0]}, is {format_bytes(largest.num_bytes)}; a "
+            f"fetched block needs that much of {main} beside what stays. Raise a budget "
+            "(max_memory), allow disk, or lower the dtype"
+        )
+    return "\n".join(lines)

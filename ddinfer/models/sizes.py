@@ -1,0 +1,158 @@
+"""The tree of sizes (`Node`) of a module, a pipeline, or a folder whose weights are not read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddinfer.models.tree import Node, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+def tree_of(
+    thing: Any, *, no_split: Sequence[str] | None = None, dtype: Any = None, gpu: bool = False
+) -> Node:
+    """The sizes of a module, a pipeline, or the folder (or Hub id) of either.
+
+    Args:
+        dtype: counted for floating tensors instead of their own.
+        gpu: whether it will run on a GPU: decides the dtype of a path when none is given.
+
+    Raises:
+        UsageError: no such folder, or nothing in it that could be loaded.
+    """
+    import torch
+
+    from ddinfer.models.opening import open_model, parse_dtype
+
+    if isinstance(thing, torch.nn.Module):
+        wanted = None if dtype is None else parse_dtype(dtype)
+        return tree_of_model(thing, no_split=no_split, dtype=wanted)
+    if hasattr(thing, "components"):
+        wanted = None if dtype is None else parse_dtype(dtype)
+        models = {n: m for n, m in thing.components.items() if isinstance(m, torch.nn.Module)}
+        return Node("", (), tuple(
+            tree_of_model(model, name, no_split=no_split, dtype=wanted)
+            for name, model in models.items()
+        ), pipeline=True)  # fmt: skip
+    folder = Path(thing)
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        opened = open_model(folder, dtype=None if dtype is None else parse_dtype(dtype))
+        return tree_of_model(opened.model, no_split=no_split, dtypes=opened.dtypes)
+    return _tree_of_pipeline_folder(thing, no_split, "auto" if dtype is None else dtype, gpu)
+
+
+def _tree_of_pipeline_folder(
+    path: str | os.PathLike[str], no_split: Sequence[str] | None, dtype: Any, gpu: bool
+) -> Node:
+    import torch
+
+    from ddinfer.models.repository import pipeline_folder
+    from ddinfer.models.source import PipelineSource
+
+    source = PipelineSource(pipeline_folder(path))
+    types = source.dtypes(dtype, torch.device("cuda" if gpu else "cpu"))
+    children = []
+    for name in source.model_names():
+        if source.is_model(name):
+            opened = source.open(name, types[name])
+            children.append(
+                tree_of_model(opened.model, name, no_split=no_split, dtypes=opened.dtypes)
+            )
+    return Node("", (), tuple(children), pipeline=True)
+
+
+def tree_of_model(
+    model: torch.nn.Module,
+    name: str = "",
+    *,
+    no_split: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+    dtypes: dict[str, torch.dtype] | None = None,
+) -> Node:
+    """The sizes of a module whose dotted name is ``name``; it may be on meta.
+
+    Args:
+        dtype: counted for floating tensors instead of their own.
+        dtypes: tensor's name (within the model) → the type counted for it.
+    """
+    import torch
+
+    known = dict(dtypes or {})
+    identities: dict[int, str] = {}
+
+    def measure(tensor: torch.Tensor, path: str) -> Tensor:
+        inside = path.removeprefix(name).removeprefix(".")
+        kind = known.get(inside, tensor.dtype)
+        if dtype is not None and tensor.is_floating_point():
+            kind = dtype
+        size = tensor.numel() * torch.empty((), dtype=kind, device="meta").element_size()
+        return Tensor(path, size, identities.setdefault(id(tensor), path))
+
+    def walk(module: torch.nn.Module, path: str, blocks: set[str], is_block: bool) -> Node:
+        own = getattr(module, "_no_split_modules", None)
+        blocks = blocks | set(own or ())
+        held = {**module._parameters, **module._buffers}
+        tensors = tuple(
+            measure(tensor, f"{path}.{leaf}".lstrip("."))
+            for leaf, tensor in held.items()
+            if tensor is not None
+        )
+        repeated = _repeated_classes(module)
+        children = tuple(
+            walk(child, f"{path}.{leaf}".lstrip("."), blocks, type(child) in repeated)
+            for leaf, child in module.named_children()
+        )
+        whole = bool(path) and (is_block or type(module).__name__ in blocks)
+        return Node(path, tensors, children, whole)
+
+    root = walk(model, name, set(no_split or ()), False)
+    return _small_modules_whole(root, _largest_block(root), _containers(model, name), top=True)
+
+
+def _repeated_classes(module: torch.nn.Module) -> set[type]:
+    """Classes that a ModuleList holds at least twice: its elements are blocks."""
+    import torch
+
+    if not isinstance(module, torch.nn.ModuleList):
+        return set()
+    kinds = [type(child) for child in module]
+    return {kind for kind in kinds if kinds.count(kind) > 1}
+
+
+def _largest_block(node: Node) -> int:
+    if node.whole:
+        return node.num_bytes()
+    return max((_largest_block(child) for child in node.children), default=0)
+
+
+def _containers(model: torch.nn.Module, name: str) -> set[str]:
+    """Modules that are never called themselves: lists, dicts, and whatever has no forward."""
+    import torch
+
+    kinds = (torch.nn.ModuleList, torch.nn.ModuleDict)
+    unused = getattr(torch.nn.modules.module, "_forward_unimplemented", None)
+    return {
+        f"{name}.{path}".strip(".")
+        for path, module in model.named_modules()
+        if isinstance(module, kinds) or getattr(type(module), "forward", None) is unused
+    }
+
+
+def _small_modules_whole(node: Node, limit: int, containers: set[str], *, top: bool) -> Node:
+    """Modules no larger than the largest block are units too: fewer and larger fetches."""
+    if node.whole or not node.children:
+        return node
+    if not top and node.name not in containers and 0 < node.num_bytes() <= limit:
+        return replace(node, whole=True)
+    return replace(
+        node,
+        children=tuple(
+            _small_modules_whole(child, limit, containers, top=False) for child in node.children
+        ),
+    )
