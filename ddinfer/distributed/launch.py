@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ddinfer.distributed.world import World, num_gpus, pick_device
+from ddinfer.distributed.board import Board, Failure
+from ddinfer.distributed.gpus import Gpus
+from ddinfer.distributed.gpus import resolve_num_threads as resolve_num_threads
+from ddinfer.distributed.world import World, pick_device
 from ddinfer.errors import EXIT_BUG, EXIT_INTERRUPTED, ErrorRecord, RankError, UsageError
 
 #: What torchrun sets for its ranks. A nested launch must not hand it on: with
@@ -99,31 +102,14 @@ def _count(nproc_per_node: str | int | None, device: str) -> int | None:
     if text == "cpu":
         return os.cpu_count() or 1
     if text == "gpu":
-        return num_gpus(required=True)
+        return _usable_gpus("cuda")
     if text == "auto":
         return _usable_gpus(device) or os.cpu_count() or 1
     raise UsageError(f"--nproc_per_node={text} must be a number from 1, auto, gpu or cpu")
 
 
 def _usable_gpus(device: str) -> int:
-    return 0 if device == "cpu" else num_gpus(required=device.startswith("cuda"))
-
-
-def resolve_num_threads(num_threads: int | None, local_world_size: int) -> int:
-    """CPU threads of a rank: as given, else ``OMP_NUM_THREADS``, else cores / ranks, at least 1."""
-    if num_threads is not None:
-        return num_threads
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given) > 0:
-        return int(given)
-    return max(1, num_cores() // local_world_size)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return 0 if device == "cpu" else Gpus.probe().usable
 
 
 def launch(
@@ -175,7 +161,9 @@ def launch(
         ranks.append(_Rank(rank, process, receiver))
     from torch.distributed import PrefixStore
 
-    watch = _Watch(ranks, PrefixStore(f"ddinfer/{run_id}/0", store), on_failure)
+    watch = _Watch(
+        ranks, PrefixStore("board", PrefixStore(f"ddinfer/{run_id}/0", store)), on_failure
+    )
     try:
         watch.wait()
     finally:
@@ -239,25 +227,13 @@ class _Watch:
             self._fail(None, rank)
 
     def _fail(self, error: RankError | None, rank: _Rank) -> None:
-        from ddinfer.distributed.process_group import activity_key, read_failure, write_failure
-
-        told = read_failure(self.store)
-        if told is None:
-            if error is None:
-                doing = activity_key(rank.number)
-                known = self.store.check([doing])
-                phase = self.store.get(doing).decode() if known else "starting"
-                error = RankError(rank.number, phase, exitcode=rank.process.exitcode)
-            write_failure(
-                self.store,
-                error.rank,
-                error.phase,
-                record=error.record,
-                exitcode=error.exitcode,
-                exit_code=error.exit_code,
-            )
-        if self.failure is None:
-            self.failure = told or error
+        board = Board(self.store, [r.number for r in self.ranks])
+        if error is None:
+            phase = board.activity_of(rank.number) or "starting"
+            failure = Failure(rank.number, phase, exitcode=rank.process.exitcode)
+        else:
+            failure = Failure.of(rank.number, error.phase, error)
+        self.failure = self.failure or board.post_failure(failure).to_error()
         if self.on_failure == "terminate" and self._deadline is None:
             self._deadline = time.monotonic() + FAILURE_GRACE_SECONDS
 

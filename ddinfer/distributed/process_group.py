@@ -1,210 +1,204 @@
-"""The process group of a job, and the store beside it through which ranks speak during the work."""
+"""The group of ranks: made for a job, or borrowed from a program that has one already."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
 import os
 import socket
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import weakref
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
+from ddinfer.distributed.board import Board, Failure, StoreLost
+from ddinfer.distributed.world import World, from_environment
+from ddinfer.errors import DdinferError, JoinError, RankError, UsageError
 
-from ddinfer.distributed.world import World
-from ddinfer.errors import EXIT_BUG, ErrorRecord, JoinError, RankError, UsageError
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup, Store
 
-#: How long ranks wait for the last one to join.
-JOIN_TIMEOUT_SECONDS = 600.0
-#: How long one exchange of small objects may take once all ranks have come to it.
-CONTROL_TIMEOUT_SECONDS = 300.0
-#: Exchanges in a borrowed group: ranks come to them after work of any length, and a peer that
-#: died is noticed by its closed connection, so the timeout has nothing to tell.
-BORROWED_TIMEOUT_SECONDS = 7 * 24 * 3600.0
+JOIN_TIMEOUT_SECONDS = 300.0
+CONTROL_TIMEOUT_SECONDS = 600.0
 
-#: How long the victim of a broken connection waits to be told whose fault it is.
-DEAD_PEER_SECONDS = 3.0
+#: How long a rank that hosts the store itself keeps it for the others at the end.
+_HOST_LINGERS_SECONDS = 60.0
 
-FAILURE_KEY = "failure"
+#: What gloo and NCCL say of a connection, as against an error of the program.
+_CONNECTION_WORDS = ("onnection", "Broken pipe", "imed out", "NCCL", "socket")
+
+#: Gloo groups made beside groups that cannot carry objects; they end with those.
+_SIDE_GROUPS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-@dataclass
 class Group:
-    """Ranks that work together.
-
-    Collectives take part before and after the work only. During the work ranks speak through
-    the store: a failure, a counter, a finish line; no timeout runs while a peer is busy.
+    """Ranks that work together, and what they tell one another.
 
     Attributes:
-        device_group: for tensors, of the device's backend; ``None`` in a world of one.
-        object_group: for objects, always gloo; ``None`` in a world of one.
-        group_rank: this rank's number in the group, which is ``world.rank`` unless borrowed.
+        world: who this process is.
+        device: where it computes.
+        ranks: global ranks in the group's order.
+        group_rank: this rank's place among them.
+        store: shared by these ranks, for any keys of the caller's.
+        device_group: the ``torch.distributed`` group; ``None`` for a process alone.
+        object_group: gloo on the CPU, for objects; ``None`` for a process alone.
     """
 
-    world: World
-    store: dist.Store
-    device_group: dist.ProcessGroup | None = None
-    object_group: dist.ProcessGroup | None = None
-    group_rank: int = 0
-    group_size: int = 1
-    phase: str = "starting"
-    _meetings: dict[str, int] = field(default_factory=dict)
+    def __init__(
+        self,
+        world: World,
+        store: Store,
+        *,
+        device: torch.device,
+        ranks: Sequence[int] = (0,),
+        group_rank: int = 0,
+        device_group: ProcessGroup | None = None,
+        object_group: ProcessGroup | None = None,
+    ):
+        from torch.distributed import PrefixStore
+
+        self.world, self.device = world, device
+        self.ranks, self.group_rank = tuple(ranks), group_rank
+        self.device_group, self.object_group = device_group, object_group
+        self.store = PrefixStore("shared", store)
+        self.board = Board(PrefixStore("board", store), self.ranks, group_rank)
 
     @classmethod
     def alone(cls, world: World | None = None) -> Group:
-        """A world of one: the same methods, no sockets."""
-        return cls(world or World(), dist.HashStore())
+        """A group of this process: the same methods, no connections, nothing listens."""
+        import torch
+        from torch.distributed import HashStore
+
+        world = World() if world is None else world
+        return cls(world, HashStore(), device=torch.device(world.device), ranks=(world.rank,))
 
     @classmethod
-    def borrow(cls, group: dist.ProcessGroup | None = None, world: World | None = None) -> Group:
-        """The caller's group, or a world of one where there is none. Never destroyed by us.
+    def borrow(cls, group: ProcessGroup | None = None) -> Group:
+        """The group of somebody's program, left as it is: never made again, never destroyed.
 
-        A gloo group for objects is made beside it on first use and kept with it, so that every
-        rank of ``group`` must come here together the first time.
+        Every rank of ``group`` (default: all ranks) calls this, in the same order as its other
+        collectives. Where the group has no gloo backend, a gloo group is made beside it once.
 
         Raises:
-            UsageError: this rank is not in ``group``.
+            UsageError: this rank is not in ``group``; or a launcher started several ranks and
+                there is no process group, so that each would do all the work.
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            if group is not None:
-                raise UsageError("a group was given, but torch.distributed is not initialised")
-            return cls.alone(world)
-        members = dist.group.WORLD if group is None else group
-        group_rank = dist.get_rank(members)
-        if group_rank < 0:
-            raise UsageError(
-                f"rank {dist.get_rank()} is not in the group it was given; call this on the "
-                "group's ranks only"
-            )
-        ranks = dist.get_process_group_ranks(members)
-        store = dist.PrefixStore("ddinfer", dist.distributed_c10d._get_default_store())
-        return cls(
-            world or World.detect("cpu"),
-            store,
-            members,
-            _object_group_beside(members, ranks),
-            group_rank,
-            len(ranks),
-        )
+        import torch.distributed as dist
+
+        if group is None and not (dist.is_available() and dist.is_initialized()):
+            world = from_environment(os.environ)
+            if world.world_size > 1:
+                raise UsageError(
+                    f"this is rank {world.rank} of {world.world_size}, but there is no process "
+                    "group, so that every rank would do all the work; call "
+                    "torch.distributed.init_process_group() first"
+                )
+            return cls.alone()
+        return _borrowed(dist.group.WORLD if group is None else group)
+
+    @property
+    def group_size(self) -> int:
+        return len(self.ranks)
 
     def global_rank(self, group_rank: int) -> int:
-        if self.object_group is None:
-            return self.world.rank
-        return dist.get_global_rank(self.object_group, group_rank)
+        """The global rank of a place in this group."""
+        return self.ranks[group_rank]
 
-    # --- before and after the work: everybody comes -------------------------------------------
+    # Exchanges: everybody is waited for without a timeout, then the exchange itself has one.
 
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, in rank order, on every rank; pickled, over gloo."""
+    def all_gather_object(self, item: Any) -> list[Any]:
+        """Every rank's ``item``, in rank order, on every rank. Pickled; keep tensors on the CPU."""
         if self.object_group is None:
-            return [value]
+            return [item]
+        import torch.distributed as dist
+
+        self.wait_for_peers(self.phase)
         gathered: list[Any] = [None] * self.group_size
-        dist.all_gather_object(gathered, value, group=self.object_group)
+        with self._blaming():
+            dist.all_gather_object(gathered, item, group=self.object_group)
         return gathered
 
-    def broadcast_object(self, value: Any = None) -> Any:
-        """Rank 0's ``value`` on every rank."""
+    def broadcast_object(self, item: Any = None, src: int = 0) -> Any:
+        """The ``item`` of group rank ``src``, on every rank."""
         if self.object_group is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, group_src=0, group=self.object_group)
+            return item
+        import torch.distributed as dist
+
+        self.wait_for_peers(self.phase)
+        box = [item if self.group_rank == src else None]
+        with self._blaming():
+            dist.broadcast_object_list(box, src=self.ranks[src], group=self.object_group)
         return box[0]
 
-    def scatter_object(self, values: list[Any] | None) -> Any:
-        """Rank 0's ``values[k]`` on rank k."""
+    def scatter_object(self, items: Sequence[Any] | None = None, src: int = 0) -> Any:
+        """``items[k]`` of group rank ``src``, on group rank k."""
         if self.object_group is None:
-            assert values is not None
-            return values[0]
+            assert items is not None
+            return items[0]
+        import torch.distributed as dist
+
+        self.wait_for_peers(self.phase)
         box: list[Any] = [None]
-        dist.scatter_object_list(box, values, group_src=0, group=self.object_group)
+        given = list(items) if items is not None and self.group_rank == src else None
+        with self._blaming():
+            dist.scatter_object_list(box, given, src=self.ranks[src], group=self.object_group)
         return box[0]
 
-    # --- during the work: through the store ---------------------------------------------------
-
-    def enter(self, phase: str, detail: str = "") -> None:
-        """Say what this rank does now; shown when it fails or is killed."""
-        self.phase = phase
-        if self.group_size > 1:
-            self.store.set(activity_key(self.world.rank), f"{phase} {detail}".strip())
-
-    def add(self, key: str, amount: int) -> int:
-        """Add to a counter of the group; returns its new value. ``amount=0`` reads it."""
-        return self.store.add(f"count/{key}", amount)
-
-    def report_failure(self, error: BaseException) -> None:
-        """Tell the others that this rank failed. The first failure is kept."""
-        exit_code = getattr(error, "exit_code", EXIT_BUG)
-        record = ErrorRecord.of(error)
-        write_failure(self.store, self.world.rank, self.phase, record=record, exit_code=exit_code)
-
-    def check_peers(self) -> None:
-        """Raise the group's first failure, if there is one. Cheap: one look into the store."""
-        if self.group_size > 1:
-            failure = read_failure(self.store)
-            if failure is not None:
-                raise failure
-
-    def wait_for_peers(self, meeting: str, *, poll_seconds: float = 0.2) -> None:
-        """Wait until every rank has come here, however long that takes.
+    def wait_for_peers(self, phase: str) -> None:
+        """Wait, without a timeout, until every rank is here.
 
         Raises:
-            RankError: a peer failed meanwhile.
+            RankError: a rank failed, or died before it came.
         """
-        turn = self._meetings[meeting] = self._meetings.get(meeting, -1) + 1
-        key = f"meeting/{meeting}/{turn}"
-        pause = 0.002
-        if self.store.add(key, 1) > self.group_size:
-            raise RuntimeError(f"more than {self.group_size} ranks came to {key}")
-        while self.store.add(key, 0) < self.group_size:
-            self.check_peers()
-            time.sleep(pause)
-            pause = min(2 * pause, poll_seconds)
+        if self.group_size > 1:
+            self.board.meet(phase)
 
+    # Failures and progress
 
-def activity_key(rank: int) -> str:
-    return f"activity/{rank}"
+    def report_failure(self, error: BaseException) -> RankError:
+        """Tell every rank and the launcher → the first failure of the job, this or another."""
+        return self.board.post_failure(Failure.of(self.world.rank, self.phase, error)).to_error()
 
+    def check_peers(self) -> None:
+        """Raise if a rank has failed. One short question to the store; ask it between batches.
 
-def write_failure(
-    store: dist.Store,
-    rank: int,
-    phase: str,
-    *,
-    record: ErrorRecord | None = None,
-    exitcode: int | None = None,
-    exit_code: int = EXIT_BUG,
-) -> None:
-    """Put a rank's failure into the store, unless one is there."""
-    text = json.dumps(
-        {
-            "rank": rank,
-            "phase": phase,
-            "record": None if record is None else record.to_dict(),
-            "exitcode": exitcode,
-            "exit_code": exit_code,
-        }
-    )
-    store.compare_set(FAILURE_KEY, "", text)
+        Where the launcher lets the living finish (``on_failure="finish"``) it raises nothing.
+        """
+        if self.group_size > 1 and not self.board.carries_on:
+            self.board.raise_failure()
 
+    @property
+    def phase(self) -> str:
+        """What this rank does now, as it said last."""
+        return self.board.phase
 
-def read_failure(store: dist.Store) -> RankError | None:
-    """The first failure that any rank, or the launcher on its behalf, has put into the store."""
-    if not store.check([FAILURE_KEY]):
-        return None
-    data: Mapping[str, Any] = json.loads(store.get(FAILURE_KEY))
-    record = None if data["record"] is None else ErrorRecord(**data["record"])
-    return RankError(
-        data["rank"],
-        data["phase"],
-        record,
-        exitcode=data["exitcode"],
-        exit_code=data["exit_code"],
-    )
+    def enter(self, phase: str, detail: str = "") -> None:
+        """Say what this rank does now: shown with its failure, and if it is killed."""
+        self.board.enter(phase, detail)
+
+    def add(self, key: str, number: int = 1) -> int:
+        """Add to a counter that all ranks share → its new value. Two ranks never get the same."""
+        return self.board.add(key, number)
+
+    @contextlib.contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """A broken connection is the symptom; raise the failure of the rank that caused it."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.raise_cause_of(error)
+            raise DdinferError(
+                f"an exchange with {self.group_size} ranks failed on rank {self.world.rank} while "
+                f"{self.phase}: {error}"
+            ) from error
+
+    def raise_cause_of(self, error: BaseException) -> None:
+        """Raise the `RankError` behind a broken connection, if another rank failed or died."""
+        try:
+            self.board._wait_for_obituary()
+            self.board.raise_dead()
+        except RankError as cause:
+            raise cause from error
 
 
 @contextlib.contextmanager
@@ -214,175 +208,234 @@ def process_group(
     join_timeout_seconds: float = JOIN_TIMEOUT_SECONDS,
     control_timeout_seconds: float = CONTROL_TIMEOUT_SECONDS,
 ) -> Iterator[Group]:
-    """The group of ``world``: made and destroyed here, or the caller's, borrowed.
+    """The group of ``world``: NCCL with gloo beside it on GPUs, gloo on CPUs.
 
-    ``init_process_group("nccl")`` with a gloo group beside it for objects where the device is a
-    GPU; gloo alone on CPU. What fails inside is told to the other ranks before it is raised.
-
-    Raises:
-        JoinError: the ranks did not all come within ``join_timeout_seconds``.
-    """
-    if dist.is_available() and dist.is_initialized():
-        with _failures_told(Group.borrow(world=world)) as group:
-            yield group
-        return
-    if world.world_size == 1:
-        with _failures_told(Group.alone(world)) as group:
-            yield group
-        return
-    with contextlib.ExitStack() as undo:
-        if world.num_nodes == 1:
-            undo.enter_context(_loopback_only())
-        store = join(world, join_timeout_seconds)
-        timeout = datetime.timedelta(seconds=control_timeout_seconds)
-        on_gpu = world.device.startswith("cuda")
-        if on_gpu:
-            torch.cuda.set_device(world.device)
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=store,
-            rank=world.rank,
-            world_size=world.world_size,
-            timeout=timeout,
-            device_id=torch.device(world.device) if on_gpu else None,
-        )
-        device_group = dist.group.WORLD
-        object_group = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else device_group
-        group = Group(world, store, device_group, object_group, world.rank, world.world_size)
-        with _failures_told(group):
-            yield group
-        # Only after success: destroying an NCCL group whose peers are gone can wait for them.
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _failures_told(group: Group) -> Iterator[Group]:
-    try:
-        yield group
-    except RankError:
-        raise  # a peer's, told by that peer
-    except BaseException as error:
-        culprit = _dead_peer(group, error)
-        if culprit is not None:
-            raise culprit from error
-        group.report_failure(error)
-        raise
-
-
-def _dead_peer(group: Group, error: BaseException) -> RankError | None:
-    """The peer behind a broken connection: its own error, or what the launcher saw of it.
-
-    A rank that hears a connection break is the victim; whoever broke it is about to be reported.
-    """
-    if group.group_size == 1 or "onnection" not in str(error):
-        return None
-    deadline = time.monotonic() + DEAD_PEER_SECONDS
-    while time.monotonic() < deadline:
-        failure = read_failure(group.store)
-        if failure is not None:
-            return failure
-        time.sleep(0.05)
-    return None
-
-
-def join(world: World, timeout_seconds: float = JOIN_TIMEOUT_SECONDS) -> dist.Store:
-    """Connect to the launcher's store and wait there for all ranks of ``world``.
-
-    Raises:
-        JoinError: no store there, or some ranks did not come.
-    """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = datetime.timedelta(seconds=timeout_seconds)
-    try:
-        base = _connect(world, host, port, limit)
-    except (dist.DistNetworkError, dist.DistStoreError, OSError) as error:
-        raise JoinError(
-            f"rank {world.rank} of {world.world_size} found no store at {host}:{port} within "
-            f"{timeout_seconds:.0f} s: {_first_line(error)}. Is the launcher still running, and "
-            "is MASTER_ADDR reachable from this machine?"
-        ) from error
-    # A restarted run finds the keys of its last attempt in the same store.
-    store = dist.PrefixStore(f"ddinfer/{world.run_id}/{world.restart_count}", base)
-    store.set(f"joined/{world.rank}", world.device)
-    wanted = [f"joined/{rank}" for rank in range(world.world_size)]
-    deadline = time.monotonic() + timeout_seconds
-    while not store.check(wanted):
-        failure = read_failure(store)
-        if failure is not None:
-            raise failure
-        if time.monotonic() > deadline:
-            missing = [r for r, key in enumerate(wanted) if not store.check([key])]
-            raise JoinError(
-                f"{len(missing)} of {world.world_size} ranks did not join within "
-                f"{timeout_seconds:.0f} s: {_some(missing)}. Look at their own output for the "
-                "reason; all ranks must be started with the same world size"
-            )
-        time.sleep(0.01)
-    return store
-
-
-def _connect(world: World, host: str, port: int, limit: datetime.timedelta) -> dist.Store:
-    hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    host_it_here = world.rank == 0 and not hosted_by_launcher
-    if host_it_here and world.num_nodes == 1 and host in ("127.0.0.1", "localhost"):
-        return loopback_store(port)
-    return dist.TCPStore(host, port, None, host_it_here, timeout=limit, wait_for_workers=False)
-
-
-def loopback_store(port: int = 0) -> dist.TCPStore:
-    """A store that this process hosts and that nobody outside this machine can reach.
-
-    Given a host name TCPStore would listen on every address, so it is handed a socket instead.
+    A group that exists is borrowed. A world of one needs none. Leaving the context meets the
+    other ranks, so that the failure of one is raised on all: each raises the first failure, the
+    failed rank its own error.
 
     Args:
-        port: 0 takes a free one.
+        join_timeout_seconds: for all ranks to come.
+        control_timeout_seconds: for one exchange of objects, once all ranks have arrived at it.
+
+    Raises:
+        JoinError: ranks are missing or cannot be connected to.
+        RankError: another rank failed.
     """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        yield Group.borrow()
+        return
+    if world.world_size == 1:
+        yield Group.alone(world)
+        return
+    with _on_loopback(world):
+        group = _join(world, join_timeout_seconds, control_timeout_seconds)
+        try:
+            yield group
+            group.wait_for_peers("leaving")
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            _raise_first(group, error)
+            raise
+        finally:
+            dist.destroy_process_group()
+            if not _launcher_hosts_store():
+                _leave_store(group)
+
+
+def _raise_first(group: Group, error: BaseException) -> None:
+    """Raise another rank's failure instead, if that came first."""
+    with contextlib.suppress(StoreLost):
+        if isinstance(error, RuntimeError) and any(w in str(error) for w in _CONNECTION_WORDS):
+            group.raise_cause_of(error)
+        first = group.report_failure(error)
+        if first.rank != group.world.rank and not isinstance(error, RankError):
+            raise first from error
+
+
+def _join(world: World, join_seconds: float, control_seconds: float) -> Group:
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = world.device.startswith("cuda")
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+    def failed(why: str, fix: str) -> JoinError:
+        return JoinError(
+            f"rank {world.rank} of {world.world_size} could not join its process group "
+            f"(backend {backend}, store at {address}): {why}. {fix}"
+        )
+
+    try:
+        store = dist.PrefixStore(
+            f"ddinfer/{world.run_id}/{world.restart_count}", _open_store(world, join_seconds)
+        )
+    except (RuntimeError, OSError) as error:
+        raise failed(
+            f"no store answered within {join_seconds:g} s: {_first_line(error)}",
+            "Check MASTER_ADDR and MASTER_PORT, and that rank 0 or torchrun runs there",
+        ) from error
+    device = torch.device(world.device)
+    group = Group(world, store, device=device, ranks=range(world.world_size), group_rank=world.rank)
+    missing = group.board.enroll(join_seconds)
+    if missing:
+        raise failed(
+            f"after {join_seconds:g} s {world.world_size - len(missing)} of {world.world_size} "
+            f"ranks were there; missing: {', '.join(map(str, missing[:20]))}",
+            "See whether those ranks started, or give them more time to start",
+        )
+    try:
+        if on_gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("init", store),
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timedelta(seconds=control_seconds),
+            # Only for an accelerator: a CPU device raises.
+            device_id=device if on_gpu else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise failed(
+            f"all ranks were there, but connecting them failed: {_first_line(error)}",
+            "Check that these machines reach one another (GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME choose the network interface)",
+        ) from error
+    group.device_group = group.object_group = dist.group.WORLD
+    return group
+
+
+def _open_store(world: World, timeout_seconds: float) -> Store:
+    """The launcher's store; without one, rank 0 hosts it where MASTER_ADDR says."""
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=timeout_seconds)
+    if _launcher_hosts_store() or world.rank != 0:
+        return TCPStore(host, port, is_master=False, timeout=timeout)
+    if _is_loopback(host):  # torch's own server would listen on every address
+        return loopback_store(port, timeout_seconds)
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout)
+
+
+def loopback_store(port: int = 0, timeout_seconds: float = JOIN_TIMEOUT_SECONDS) -> Any:
+    """A store that listens on 127.0.0.1 and nowhere else; port 0 takes a free one.
+
+    torch binds its own sockets to every address, also for ``tcp://127.0.0.1``.
+    """
+    from torch.distributed import TCPStore
+
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
     listener.listen(1024)
     port = listener.getsockname()[1]
-    return dist.TCPStore(
+    return TCPStore(
         "127.0.0.1",
         port,
-        None,
-        True,
+        is_master=True,
         wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_seconds),
         master_listen_fd=listener.detach(),
     )
 
 
+def _launcher_hosts_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return False
+
+
+def _leave_store(group: Group) -> None:
+    """Whoever hosts the store ends last."""
+    with contextlib.suppress(StoreLost):
+        group.board.leave()
+        if group.world.rank == 0:
+            group.board.wait_until_left(_HOST_LINGERS_SECONDS)
+
+
 @contextlib.contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Keep gloo's and NCCL's own sockets on loopback, where the user has not chosen otherwise."""
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    ours = [n for n in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if n not in os.environ]
-    os.environ.update(dict.fromkeys(ours, loopback))
+def _on_loopback(world: World) -> Iterator[None]:
+    """On one machine, ranks meet on the loopback interface alone, unless the user chose another."""
+    interface = "lo" if os.path.isdir("/sys/class/net/lo") else "lo0"
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if world.num_nodes == 1 else ()
+    chosen = [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(chosen, interface))
     try:
         yield
     finally:
-        for name in ours:
+        for name in chosen:
             os.environ.pop(name, None)
 
 
-def _object_group_beside(members: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
-    """The gloo group that goes with a borrowed one: kept as its attribute, dying with it."""
-    kept = getattr(members, "_ddinfer_object_group", None)
-    if kept is None:
-        kept = dist.new_group(
-            ranks,
-            backend="gloo",
-            timeout=datetime.timedelta(seconds=BORROWED_TIMEOUT_SECONDS),
-            use_local_synchronization=True,  # ranks outside a subgroup need not come
+def _borrowed(group: Any) -> Group:
+    import torch
+    import torch.distributed as dist
+
+    if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+        raise UsageError(
+            f"rank {dist.get_rank()} is not in the group: only its ranks may call this"
         )
-        members._ddinfer_object_group = kept  # type: ignore[attr-defined]
-    return kept
+    ranks, group_rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+    backends = _backends(group)
+    on_gpu = "cuda" in backends and torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    world = World.detect("cpu")
+    store = _store_of(group)
+    # Every call gets keys of its own. Ranks call equally often, so that their numbers agree.
+    number = store.add(f"calls/{group_rank}", 1)
+    return Group(
+        _with_device(world, str(device)),
+        dist.PrefixStore(f"call/{number}", store),
+        device=device,
+        ranks=ranks,
+        group_rank=group_rank,
+        device_group=group,
+        object_group=group if backends.get("cpu") == "gloo" else _side_group(group, ranks),
+    )
+
+
+def _with_device(world: World, device: str) -> World:
+    from dataclasses import replace
+
+    return replace(world, device=device)
+
+
+def _side_group(group: Any, ranks: Sequence[int]) -> Any:
+    import torch.distributed as dist
+
+    side = _SIDE_GROUPS.get(group)
+    if side is None:
+        side = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+        _SIDE_GROUPS[group] = side
+    return side
+
+
+def _store_of(group: Any) -> Any:
+    import torch.distributed as dist
+
+    ask = getattr(group, "get_group_store", None)
+    base = ask() if ask else dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"ddinfer/{group.group_name}", base)
+
+
+def _backends(group: Any) -> dict[str, str]:
+    """Device type → backend name."""
+    import torch.distributed as dist
+
+    pairs = (item.split(":", 1) for item in str(dist.get_backend_config(group)).split(","))
+    return {device: backend for device, backend in pairs}
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _some(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8]))
-    return f"ranks {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,195 +1,265 @@
-"""The `World`: which rank this process is, among how many, on which device. Detected once.
-
-Imports torch only where a process group may exist or a GPU is asked for.
-"""
+"""The state of the world as a value: detected once, passed on. No torch, but to ask for GPUs."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
+from ddinfer.distributed.gpus import Gpus
 from ddinfer.errors import UsageError
 
-#: What every distributed launcher sets for its ranks; all of them, or the world is half set.
-NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+#: What torchrun sets, and every rank needs. All of them or none.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+#: Schedulers that start many copies and say so, without saying what torch needs.
+_OTHER_LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
 
 
 @dataclass(frozen=True)
 class World:
-    """Where a rank stands.
+    """Who this process is among the ranks of a job.
 
     Attributes:
-        rank: global, 0-based; picks the slice of the work.
+        rank: global, 0-based; picks the share of the work.
         local_rank: among the ranks of this machine; picks the device.
         local_world_size: ranks on this machine.
+        node_rank: this machine's number, 0-based.
         num_nodes: machines.
-        device: what ``torch.device`` takes: ``"cpu"``, ``"cuda:1"``.
-        run_id: of the launcher's run, equal on all ranks; restarts keep it.
-        restart_count: how often the launcher has started this run's ranks again.
+        device: ``cpu`` or ``cuda:N``, where this rank computes (the first of its `devices`).
+        gpus_per_rank: a rank with local rank l drives GPUs l·g … l·g + g − 1.
+        run_id: of the launch, equal on all ranks; keeps apart jobs that share a store.
+        restart_count: how often the launcher has restarted its ranks.
+        is_launched: the environment names a store to meet at; ``False`` for a process alone.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    node_rank: int = 0
     num_nodes: int = 1
     device: str = "cpu"
+    gpus_per_rank: int = 1
     run_id: str = ""
     restart_count: int = 0
+    is_launched: bool = False
 
     @classmethod
-    def detect(cls, device: str = "auto", environ: Mapping[str, str] | None = None) -> World:
-        """From the live process group, else from the environment, else a world of one.
+    def detect(
+        cls,
+        device: str = "auto",
+        environ: Mapping[str, str] | None = None,
+        *,
+        gpus_per_rank: int = 1,
+        gpus: Gpus | None = None,
+    ) -> World:
+        """Read the live process group, else the environment. Nothing else reads them.
 
         Args:
-            device: ``auto`` (the GPU of the local rank where there are any, else the CPU),
-                ``cpu``, ``cuda`` (the GPU of the local rank), or ``cuda:N``.
+            device: ``auto`` (this rank's GPU where GPUs are usable, else the CPU), ``cpu``,
+                ``cuda``, or ``cuda:N`` for a machine's only rank.
+            environ: default ``os.environ``.
+            gpus: what the machine has; default: looked up when ``device`` asks for it.
 
         Raises:
-            UsageError: a half-set environment, more ranks than GPUs, or a GPU that this torch
-                cannot use.
+            UsageError: a half-set environment, fewer GPUs than ranks need, or a GPU that is
+                there and that this torch cannot use.
         """
         environ = os.environ if environ is None else environ
-        found = _environment(environ)
-        live = _live_group()
-        if live is not None:
-            rank, world_size = live
-            local_rank = found.local_rank if found else 0
-            local_world_size = found.local_world_size if found else 1
-            if found is None and world_size > 1:
-                local_rank, local_world_size = _current_device(), 1
-        elif found is not None:
-            rank, world_size = found.rank, found.world_size
-            local_rank, local_world_size = found.local_rank, found.local_world_size
-        else:
-            rank, world_size, local_rank, local_world_size = 0, 1, 0, 1
-        return cls(
-            rank,
-            world_size,
-            local_rank,
-            local_world_size,
-            max(1, world_size // local_world_size),
-            pick_device(device, local_rank, local_world_size),
-            environ.get("TORCHELASTIC_RUN_ID", ""),
-            int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        world = _from_live_group(environ) or from_environment(environ)
+        chosen = pick_device(
+            device, world.local_rank, world.local_world_size, gpus_per_rank, environ, gpus
         )
+        return replace(world, device=chosen, gpus_per_rank=gpus_per_rank)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All devices that this rank drives, `device` first."""
+        if not self.device.startswith("cuda:"):
+            return (self.device,)
+        first = int(self.device.removeprefix("cuda:"))
+        return tuple(f"cuda:{first + k}" for k in range(self.gpus_per_rank))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
 
 
-@dataclass(frozen=True)
-class _Found:
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
+def from_environment(environ: Mapping[str, str]) -> World:
+    """The world that a launcher's variables describe; a world of one where there are none.
 
-
-def _environment(environ: Mapping[str, str]) -> _Found | None:
-    there = [name for name in NEEDED if environ.get(name)]
-    ranks = [name for name in there if not name.startswith("MASTER_")]
-    if not ranks:
-        return None  # MASTER_ADDR alone is what clusters export everywhere
-    missing = [name for name in NEEDED if name not in there]
+    Raises:
+        UsageError: some are set and others are not, or they contradict one another.
+    """
+    given = [name for name in RANK_VARIABLES if environ.get(name)]
+    missing = [name for name in RANK_VARIABLES if not environ.get(name)]
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(given):
+        _refuse_other_launchers(environ)
+        return World()
     if missing:
+        found = ", ".join(f"{name}={environ[name]}" for name in given)
         raise UsageError(
-            f"the environment is half set: {', '.join(f'{n}={environ[n]}' for n in there)} but no "
-            f"{', '.join(missing)}. Start ranks with torchrun or with ddinfer --nproc_per_node=N, "
-            "which set all of them; or unset them for a world of one"
+            f"the environment is half set: {found}, but {_and(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Start the ranks with torchrun (or "
+            f"with --nproc_per_node), set all of {', '.join(RANK_VARIABLES)}, or unset "
+            f"{_and(given)} to run alone"
         )
-    values = {}
-    for name in NEEDED[:4]:
-        try:
-            values[name] = int(environ[name])
-        except ValueError:
-            raise UsageError(f"{name}={environ[name]!r} is not a number") from None
-    found = _Found(*values.values())
-    if not (
-        0 <= found.rank < found.world_size
-        and 0 <= found.local_rank < found.local_world_size <= found.world_size
-    ):
-        shown = ", ".join(f"{n}={v}" for n, v in values.items())
-        raise UsageError(f"the environment contradicts itself: {shown}")
-    return found
+    rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+    local_rank = _number(environ, "LOCAL_RANK")
+    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", _guess_local_size(world_size, environ))
+    num_nodes = _number(environ, "GROUP_WORLD_SIZE", max(1, world_size // local_world_size))
+    node_rank = _number(environ, "GROUP_RANK", rank // local_world_size)
+    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+        raise UsageError(
+            f"the environment contradicts itself: RANK={rank} of WORLD_SIZE={world_size}, "
+            f"LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_world_size}; expected "
+            "0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE"
+        )
+    return World(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        node_rank=node_rank,
+        num_nodes=num_nodes,
+        run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
+        restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+        is_launched=True,
+    )
 
 
-def _live_group() -> tuple[int, int] | None:
-    """(rank, world size) of the process group, if this process is in one."""
+def pick_device(
+    device: str,
+    local_rank: int,
+    ranks_per_machine: int,
+    gpus_per_rank: int = 1,
+    environ: Mapping[str, str] | None = None,
+    gpus: Gpus | None = None,
+) -> str:
+    """``auto|cpu|cuda|cuda:N`` → ``cpu`` or ``cuda:N`` for one rank of this machine.
+
+    Raises:
+        UsageError: the machine cannot give these ranks their devices.
+    """
+    kind, index = parse_device(device)
+    if kind == "cpu":
+        return "cpu"
+    gpus = Gpus.probe(environ) if gpus is None else gpus
+    unusable = gpus.why_unusable()
+    if unusable:
+        raise UsageError(unusable)
+    if not gpus.usable:
+        if kind == "auto":
+            return "cpu"
+        raise UsageError(
+            f"--device {device} needs a GPU and this machine shows none"
+            + (f" to torch {gpus.torch_version}" if gpus.torch_version else "")
+            + "; use --device cpu"
+        )
+    if index is not None:
+        _check_one_gpu(device, index, ranks_per_machine, gpus_per_rank, gpus.usable)
+        return f"cuda:{index}"
+    check_gpus_suffice(ranks_per_machine, gpus_per_rank, gpus.usable)
+    return f"cuda:{local_rank * gpus_per_rank}"
+
+
+def parse_device(device: str) -> tuple[str, int | None]:
+    """``"cuda:1"`` → ``("cuda", 1)``; ``"auto"``, ``"cpu"`` and ``"cuda"`` without a number."""
+    kind, colon, number = device.partition(":")
+    if kind in ("auto", "cpu") and not colon:
+        return kind, None
+    if kind == "cuda" and (not colon or number.isdigit()):
+        return kind, int(number) if colon else None
+    raise UsageError(f"--device {device!r} must be auto, cpu, cuda or cuda:N")
+
+
+def check_gpus_suffice(ranks_per_machine: int, gpus_per_rank: int, usable: int) -> None:
+    """Every rank needs GPUs of its own.
+
+    Raises:
+        UsageError: with the numbers and the largest number of ranks that fits.
+    """
+    needed = ranks_per_machine * gpus_per_rank
+    if needed <= usable:
+        return
+    each = "" if gpus_per_rank == 1 else f" with --gpus_per_rank={gpus_per_rank}"
+    fitting = usable // gpus_per_rank
+    fix = f"use --nproc_per_node={fitting}" if fitting else f"use --gpus_per_rank={usable}"
+    raise UsageError(
+        f"--nproc_per_node={ranks_per_machine}{each} needs {needed} GPU{'s' * (needed > 1)}, this "
+        f"machine shows {usable}; {fix} or --device cpu"
+    )
+
+
+def _check_one_gpu(device: str, index: int, ranks: int, gpus_per_rank: int, usable: int) -> None:
+    if ranks > 1 or gpus_per_rank > 1:
+        raise UsageError(
+            f"--device {device} is one GPU, but there are {ranks} ranks with {gpus_per_rank} "
+            f"each on this machine; use --device cuda, and CUDA_VISIBLE_DEVICES to choose GPUs"
+        )
+    if index >= usable:
+        raise UsageError(
+            f"--device {device} is not there: this machine shows {usable} GPUs, "
+            f"cuda:0 … cuda:{usable - 1}"
+        )
+
+
+def _from_live_group(environ: Mapping[str, str]) -> World | None:
+    """The group that somebody made already; the environment only adds what it cannot say."""
     if "torch.distributed" not in sys.modules:
         return None
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    return dist.get_rank(), dist.get_world_size()
-
-
-def _current_device() -> int:
-    import torch
-
-    return torch.cuda.current_device() if torch.cuda.is_available() else 0
-
-
-def pick_device(device: str, local_rank: int, local_world_size: int) -> str:
-    """The device of a local rank, as `World.detect` describes it."""
-    if device == "cpu":
-        return "cpu"
-    if device != "auto" and device.split(":")[0] != "cuda":
-        raise UsageError(f"--device {device} is not known; use auto, cpu, cuda or cuda:N")
-    count = num_gpus(required=device != "auto")
-    if count == 0:
-        return "cpu"
-    if ":" in device:
-        index = int(device.split(":")[1])
-        if index >= count:
-            raise UsageError(f"--device {device}: this machine shows {count} GPUs, 0 … {count - 1}")
-        if local_world_size > 1:
-            raise UsageError(
-                f"--device {device} is one GPU for {local_world_size} ranks; use --device cuda, "
-                "which gives each local rank its own"
-            )
-        return device
-    if local_world_size > count:
-        raise UsageError(
-            f"--nproc_per_node={local_world_size} needs {local_world_size} GPUs, this machine "
-            f"shows {count}; use --nproc_per_node={count} or --device cpu"
-        )
-    return f"cuda:{local_rank}"
-
-
-def num_gpus(*, required: bool = False) -> int:
-    """GPUs that this torch can use.
-
-    Raises:
-        UsageError: an NVIDIA device is there that this torch cannot use, or none is there and
-            one is ``required``. A job must not fall back to the CPU in silence.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    build = f"torch {torch.__version__}, built for " + (
-        f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
+    local_rank = _number(environ, "LOCAL_RANK", rank % local_world_size)
+    return World(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        node_rank=_number(environ, "GROUP_RANK", rank // local_world_size),
+        num_nodes=_number(environ, "GROUP_WORLD_SIZE", max(1, world_size // local_world_size)),
+        run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
+        restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+        is_launched=True,
     )
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None and hidden.strip() in ("", "-1"):
-        if required:
-            raise UsageError(f"--device cuda, but CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU")
-        return 0
-    devices = nvidia_devices()
-    if devices:
-        raise UsageError(
-            f"this machine has an NVIDIA device ({devices[0]}) that {build}, cannot use. Install a "
-            "CUDA build of torch that fits the driver (https://pytorch.org/get-started/locally/), "
-            "or use --device cpu"
-        )
-    if required:
-        raise UsageError(f"--device cuda needs a GPU; this machine shows none to {build}")
-    return 0
 
 
-def nvidia_devices() -> list[str]:
-    """NVIDIA devices that the kernel shows, whether or not torch can use them."""
-    found = [str(p) for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
-    return found or [str(p) for p in sorted(Path("/proc/driver/nvidia/gpus").glob("*"))]
+def _guess_local_size(world_size: int, environ: Mapping[str, str]) -> int:
+    nodes = _number(environ, "GROUP_WORLD_SIZE", 1)
+    return max(1, world_size // max(1, nodes))
+
+
+def _refuse_other_launchers(environ: Mapping[str, str]) -> None:
+    """srun and mpirun start N copies; without torch's variables each would do all the work."""
+    for name, launcher in _OTHER_LAUNCHERS.items():
+        copies = environ.get(name, "")
+        if copies.isdigit() and int(copies) > 1:
+            raise UsageError(
+                f"{launcher} started {copies} copies of this program ({name}={copies}), but none "
+                f"of {', '.join(RANK_VARIABLES)} is set, so that each would do all the work. "
+                "Start one torchrun on each machine, or set these variables for each copy"
+            )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if not text and default is not None:
+        return default
+    try:
+        return int(str(text))
+    except ValueError:
+        raise UsageError(f"environment variable {name}={text!r} is not a number") from None
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
