@@ -1,1 +1,55 @@
-"""Any diffusers pipeline over many prompts on many GPUs, with raw torch.distributed."""
+"""Any diffusers pipeline over many prompts on many GPUs, with raw torch.distributed.
+
+Public names are imported when they are first used, so that ``import ddinfer`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ddinfer._version import __version__
+
+if TYPE_CHECKING:
+    from ddinfer.config import JobConfig
+    from ddinfer.distributed.launch import launch
+    from ddinfer.distributed.world import World
+    from ddinfer.embed import generate, stream
+    from ddinfer.models.loading import load_pipeline
+    from ddinfer.request import Request, Result
+    from ddinfer.run import run_job
+
+_HOMES = {
+    "generate": "ddinfer.embed",
+    "stream": "ddinfer.embed",
+    "run_job": "ddinfer.run",
+    "launch": "ddinfer.distributed.launch",
+    "load_pipeline": "ddinfer.models.loading",
+    "JobConfig": "ddinfer.config",
+    "Request": "ddinfer.request",
+    "Result": "ddinfer.request",
+    "World": "ddinfer.distributed.world",
+}
+
+__all__ = [
+    "JobConfig",
+    "Request",
+    "Result",
+    "World",
+    "__version__",
+    "generate",
+    "launch",
+    "load_pipeline",
+    "run_job",
+    "stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ddinfer' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

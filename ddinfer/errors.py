@@ -124,3 +124,10 @@ class PromptsFailed(DdinferError):
     """Everything ran; some prompts could not be made (``generate(errors="raise")``)."""
 
     exit_code = EXIT_FAILED_PROMPTS
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code that the command line ends with after ``error``."""
+    if isinstance(error, DdinferError):
+        return error.exit_code
+    return EXIT_CTRL_C if isinstance(error, KeyboardInterrupt) else EXIT_BUG

@@ -1,1 +1,66 @@
 """The command line: one file a command. The library never imports this package."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ddinfer.errors import EXIT_CTRL_C, EXIT_OK, DdinferError, RankError
+
+#: Command → what it does, in one line. Each is a module of this package with a ``main(argv)``.
+COMMANDS = {
+    "run": "make the images of a prompt file (the default command)",
+    "replay": "make one image again from its own metadata and compare",
+}
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run the command that ``argv`` names and return its exit code; errors go to stderr."""
+    name, rest = _split(list(argv))
+    if name is None:
+        return 2
+    if name == "help":
+        print(_usage())
+        return EXIT_OK
+    try:
+        return importlib.import_module(f"ddinfer.cli.{name.replace('-', '_')}").main(rest)
+    except DdinferError as error:
+        print(f"ddinfer: error: {_message(error)}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("ddinfer: interrupted; the same command again goes on from here", file=sys.stderr)
+        return EXIT_CTRL_C
+
+
+def _split(argv: list[str]) -> tuple[str | None, list[str]]:
+    if not argv or argv[0].startswith("-"):
+        if argv and argv[0] in ("-V", "--version"):
+            return "version", argv[1:]
+        return "run", argv
+    name = argv[0]
+    if name in (*COMMANDS, "help", "version"):
+        return name, argv[1:]
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    print(
+        f"ddinfer: error: no command {name!r}{hint} The commands are: {', '.join(COMMANDS)}. "
+        "A prompt goes behind --prompt.",
+        file=sys.stderr,
+    )
+    return None, []
+
+
+def _usage() -> str:
+    lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["ddinfer COMMAND [options]", "", *lines, "", "ddinfer COMMAND --help lists its options."]
+    )
+
+
+def _message(error: DdinferError) -> str:
+    """A user's mistake is told in its own words, without the traceback of the rank it met."""
+    if isinstance(error, RankError) and error.record is not None and error.exit_code in (2, 74):
+        return f"{error.record.message} (found by rank {error.rank} while {error.phase})"
+    return str(error)

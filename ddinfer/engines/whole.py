@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ddinfer.config import JobConfig
 from ddinfer.engines.base import Batch
 from ddinfer.errors import ErrorRecord, UsageError
+from ddinfer.models.loading import find_denoiser, load_pipeline
 from ddinfer.request import Request, Result
 
 
@@ -120,6 +122,57 @@ class WholeEngine:
         if "output_type" in self._parameters and _processor(self.pipe) is not None:
             arguments["output_type"] = "np"  # NaN is still visible there, in "pil" no longer
         return arguments
+
+
+def load_engine(model: str, config: JobConfig, *, device: str, rank: int) -> WholeEngine:
+    """Load the pipeline of a job onto ``device`` as its configuration says.
+
+    Raises:
+        UsageError: the pipeline lacks what an option asks for.
+    """
+    pipe = load_pipeline(
+        model,
+        dtype=config.dtype,
+        device=device,
+        variant=config.variant,
+        revision=config.revision,
+        token=config.token,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+    )
+    pipe.set_progress_bar_config(disable=True)  # the job has one bar of its own
+    if config.vae_tiling:
+        _vae_method(pipe, "enable_tiling", "--vae_tiling")()
+    if config.vae_slicing:
+        _vae_method(pipe, "enable_slicing", "--vae_slicing")()
+    if config.attention_backend is not None or config.compile:
+        name, denoiser = find_denoiser(pipe)
+        if config.attention_backend is not None:
+            _set_attention_backend(name, denoiser, config.attention_backend)
+        if config.compile:
+            if getattr(denoiser, "_repeated_blocks", None):
+                denoiser.compile_repeated_blocks()
+            else:
+                denoiser.compile()
+    return WholeEngine(pipe, rank=rank)
+
+
+def _vae_method(pipe: Any, method: str, option: str) -> Any:
+    found = getattr(getattr(pipe, "vae", None), method, None)
+    if found is None:
+        raise UsageError(f"{option}: the VAE of {type(pipe).__name__} has no {method}()")
+    return found
+
+
+def _set_attention_backend(name: str, denoiser: Any, backend: str) -> None:
+    if not hasattr(denoiser, "set_attention_backend"):
+        raise UsageError(
+            f"--attention_backend: {type(denoiser).__name__} ({name}) cannot choose a backend"
+        )
+    try:
+        denoiser.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UsageError(f"--attention_backend {backend}: {error}") from error
 
 
 def check_call(

@@ -1,0 +1,87 @@
+"""``ddinfer run``: options in, a folder of images out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ddinfer.cli.process import own_process, quiet_libraries
+from ddinfer.config import JobConfig, parse_config
+from ddinfer.errors import EXIT_OK
+
+if TYPE_CHECKING:
+    from ddinfer.distributed.world import World
+    from ddinfer.leader import RunReport
+
+#: Imported once, by the process from which all ranks are forked.
+PRELOAD = ("torch", "torch.distributed", "diffusers", "ddinfer.run")
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse_config(argv)
+    if config.print_config:
+        import yaml
+
+        sys.stdout.write(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+        return EXIT_OK
+    config = config.with_absolute_paths()
+
+    from ddinfer.distributed.launch import end_with_parent, plan_launch
+
+    quiet_libraries()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # torchrun; a shell that ends is no reason to end
+    plan = plan_launch(config.nproc_per_node, config.device, os.environ)
+    if plan.note and os.environ.get("RANK", "0") == "0":
+        print(f"ddinfer: {plan.note}", file=sys.stderr)
+    if config.dry_run:
+        from ddinfer.cli.dry_run import print_plan
+
+        return print_plan(config, plan.num_ranks)
+    stdin = sys.stdin.buffer.read() if config.prompts == "-" else None
+    if plan.kind == "join" or plan.num_ranks == 1:
+        return _run_here(config, stdin)
+    return _run_in_ranks(config, plan.num_ranks, stdin)
+
+
+def _run_here(config: JobConfig, stdin: bytes | None) -> int:
+    """This process is a rank: of torchrun's, or the only one."""
+    from ddinfer.cli.summary import print_summary
+    from ddinfer.distributed.launch import leave
+    from ddinfer.distributed.world import World
+    from ddinfer.run import run_job
+
+    world = World.detect(config.device)
+    own_process(world.rank)
+    report = run_job(config, world, stdin=stdin)
+    if world.rank == 0:
+        print_summary(report, as_json=config.json)
+    # One rank tells torchrun how it went; a second would look like a second failure.
+    leave(report.exit_code if world.rank == 0 else EXIT_OK)
+
+
+def _run_in_ranks(config: JobConfig, num_ranks: int, stdin: bytes | None) -> int:
+    from ddinfer.cli.summary import print_summary
+    from ddinfer.distributed.launch import launch, leave
+
+    reports = launch(
+        run_on_rank,
+        config,
+        stdin,
+        nproc_per_node=num_ranks,
+        device=config.device,
+        num_threads=config.num_threads,
+        preload=PRELOAD,
+    )
+    print_summary(reports[0], as_json=config.json)
+    leave(reports[0].exit_code)
+
+
+def run_on_rank(world: World, config: JobConfig, stdin: bytes | None) -> RunReport:
+    """What every rank that we launch does."""
+    from ddinfer.run import run_job
+
+    own_process(world.rank)
+    return run_job(config, world, stdin=stdin)

@@ -1,0 +1,243 @@
+"""What rank 0 alone does for a job: open it, hand out the shares, close the books."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ddinfer._version import __version__
+from ddinfer.config import JobConfig
+from ddinfer.distributed.collectives import place_by_index
+from ddinfer.distributed.launch import resolve_num_threads
+from ddinfer.distributed.partition import contiguous_slice
+from ddinfer.distributed.progress import RankTimes, evenness
+from ddinfer.distributed.world import World
+from ddinfer.engines.base import Batch
+from ddinfer.engines.whole import check_call
+from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, exit_code_of
+from ddinfer.job import Job, job_identity, library_versions, prepare_job, resolve_model
+from ddinfer.models.fingerprint import model_fingerprint
+from ddinfer.models.repository import pipeline_folder
+from ddinfer.models.signature import call_parameters, pipeline_class
+from ddinfer.request import Result
+from ddinfer.storage.files import Files
+from ddinfer.storage.job_folder import JobDescription, JobFolder, read_job
+from ddinfer.storage.journal import JournalHeader
+from ddinfer.storage.metadata import write_status
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What rank 0 sends each rank: all it needs to do its part.
+
+    Attributes:
+        batches: its contiguous slice of the pending ones.
+        wanted: indices in them that are not there yet. A batch runs whole, but rewrites nothing.
+        info: what every image's metadata says of the job.
+        header: of this attempt's journals.
+        model: folder or hub id.
+        num_images, num_finished: of the whole job, made or failed before this run.
+    """
+
+    batches: Sequence[Batch]
+    wanted: frozenset[int]
+    info: Mapping[str, Any]
+    header: JournalHeader
+    model: str
+    num_threads: int
+    num_images: int
+    num_finished: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ranks tell one another of an image: pictures stay where they were made."""
+
+    index: int
+    failed: bool
+    exact: bool
+    flags: tuple[str, ...]
+
+    @classmethod
+    def of(cls, result: Result) -> Record:
+        return cls(result.index, result.error is not None, result.exact, result.flags)
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run came to; the same on every rank.
+
+    Attributes:
+        num_images: of the whole job.
+        num_made: there now, those of earlier runs included.
+        num_failed: listed in failures.jsonl.
+        num_new: made by this run.
+        num_inexact: of these, made in another batch than planned (out of memory, a neighbour
+            that failed).
+        flags: how many of the new images are "nan", "black" or "nsfw".
+        seconds: wall time of the run, loading included.
+        ranks: how each rank spent its time.
+    """
+
+    output: str
+    num_images: int
+    num_made: int
+    num_failed: int
+    num_new: int
+    num_inexact: int
+    flags: Mapping[str, int]
+    seconds: float
+    ranks: Sequence[RankTimes]
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_FAILED_PROMPTS if self.num_failed else EXIT_OK
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "evenness": evenness(self.ranks), "exit_code": self.exit_code}
+
+
+class Leader:
+    """The open job. Made on rank 0, before anything is loaded."""
+
+    def __init__(self, config: JobConfig, world: World, stdin: bytes | None = None):
+        """Read and check everything, then open the folder.
+
+        Raises:
+            UsageError: the options, the prompts, the model or the folder cannot be right.
+            StorageError: the folder cannot be written.
+        """
+        self.config, self.world, self.files = config, world, Files()
+        self.started = time.monotonic()
+        hub = {"revision": config.revision, "token": config.token}
+        model, _, _ = resolve_model(config)
+        parameters = call_parameters(model, config.trust_remote_code, **hub)
+        self.job: Job = prepare_job(config, parameters=parameters, stdin=stdin)
+        pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
+        check_call(pipeline, parameters, self.job.call_arguments(), config.batch_size)
+        model_folder = pipeline_folder(
+            model,
+            variant=config.variant,
+            trust_remote_code=config.trust_remote_code,
+            allow_pickle=config.allow_pickle,
+            **hub,
+        )
+        self.num_threads = self._num_threads()
+        identity = job_identity(
+            self.job,
+            model_hash=model_fingerprint(model_folder),
+            device_type=world.device.split(":")[0],
+            num_threads=self.num_threads,
+        )
+        self.info = {
+            **identity,
+            "pipeline": pipeline,
+            "version": __version__,
+            "versions": library_versions(),
+            "call_defaults": {
+                name: parameters[name].default
+                for name in ("num_inference_steps", "guidance_scale")
+                if name in parameters and isinstance(parameters[name].default, (int, float))
+            },
+        }
+        self.folder = JobFolder.open(
+            self.files,
+            config.output,
+            JobDescription(self.job.requests, identity, library_versions(), config.to_dict()),
+            overwrite=config.overwrite,
+            run_id=world.run_id if world.is_launched else "",
+            notify=log.info,
+        )
+        state = self.folder.read_state()
+        self.pending = self.folder.pending_batches(self.job.batches, state)
+        self.wanted = self.folder.pending(state)
+        for note in self.job.notes:
+            log.info(note)
+        if self.folder.is_resumed:
+            log.info(
+                "going on with the job in %s: %d of %d images are there",
+                config.output,
+                state.num_done,
+                len(self.job.requests),
+            )
+
+    def _num_threads(self) -> int:
+        """As given, else as the job in the folder was begun, else by the machine's cores."""
+        config = self.config
+        before = None if config.overwrite else read_job(self.files, config.output)
+        if config.num_threads is None and before is not None:
+            return int(before.identity["num_threads"])
+        return resolve_num_threads(config.num_threads, self.world.local_world_size)
+
+    def shares(self, num_ranks: int) -> list[Share]:
+        """Each rank's part, in rank order."""
+        wanted = set(self.wanted)
+        parts = [contiguous_slice(len(self.pending), num_ranks, k) for k in range(num_ranks)]
+        return [self._share([self.pending[k] for k in part], wanted) for part in parts]
+
+    def _share(self, batches: Sequence[range], wanted: set[int]) -> Share:
+        num_images = len(self.job.requests)
+        run_id = self.world.run_id
+        return Share(
+            [self.job.batch(batch) for batch in batches],
+            frozenset(k for batch in batches for k in batch if k in wanted),
+            self.info,
+            JournalHeader(self.folder.fingerprint, attempt=self.folder.attempt, run_id=run_id),
+            self.job.model,
+            self.num_threads,
+            num_images,
+            num_images - len(self.wanted),
+        )
+
+    def finish(self, told: Sequence[tuple[Sequence[Record], RankTimes]]) -> RunReport:
+        """Reconcile the journals with the Requests, write the metadata, close the folder.
+
+        Args:
+            told: what each rank says that it made, and how it spent its time.
+
+        Raises:
+            DdinferError: the journals do not account for every Request.
+        """
+        place = {index: k for k, index in enumerate(self.wanted)}
+        records = place_by_index(
+            [records for records, _ in told], len(place), lambda record: place[record.index]
+        )
+        done = self.folder.finish()
+        if not done.is_complete:
+            raise DdinferError(
+                f"{len(done.pending)} of {len(self.job.requests)} images are neither made nor "
+                f"failed by the journals in {self.config.output}, the first is {done.pending[0]}"
+            )
+        report = RunReport(
+            self.config.output,
+            len(self.job.requests),
+            done.num_done,
+            done.num_failed,
+            num_new=sum(not record.failed for record in records),
+            num_inexact=sum(not record.exact and not record.failed for record in records),
+            flags=dict(Counter(flag for record in records for flag in record.flags)),
+            seconds=time.monotonic() - self.started,
+            ranks=[times for _, times in told],
+        )
+        self._write_status("finished", report.to_dict())
+        self.folder.close()
+        return report
+
+    def working(self) -> None:
+        """Say in status.json that the ranks are at work."""
+        self._write_status("running", {"num_images": len(self.job.requests)})
+
+    def stopped(self, error: BaseException) -> None:
+        """Say why the job ended early, for whoever cannot see our exit code; close the folder."""
+        self._write_status("stopped", {"exit_code": exit_code_of(error), "error": str(error)})
+        self.folder.close()
+
+    def _write_status(self, state: str, more: Mapping[str, Any]) -> None:
+        status = {"state": state, "world_size": self.world.world_size, **more}
+        write_status(self.files, self.config.output, status)

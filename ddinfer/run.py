@@ -1,0 +1,120 @@
+"""`run_job`: the whole story of a job on one rank. Engine, storage and ranks meet here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from ddinfer.config import JobConfig
+from ddinfer.distributed.process_group import Group, process_group
+from ddinfer.distributed.progress import Progress, RankTimes
+from ddinfer.distributed.world import World
+from ddinfer.engines.base import Batch, Engine
+from ddinfer.engines.whole import load_engine
+from ddinfer.errors import UsageError
+from ddinfer.leader import Leader, Record, RunReport, Share
+from ddinfer.request import Result
+from ddinfer.storage.files import Files
+from ddinfer.storage.job_folder import read_job, start_writer
+from ddinfer.storage.saving import save_as_made
+
+
+def run_job(
+    config: JobConfig, world: World | None = None, *, stdin: bytes | None = None
+) -> RunReport:
+    """Make the images of a job; every rank of the world calls this.
+
+    Args:
+        world: default: detected from the live process group or the environment.
+        stdin: what ``prompts="-"`` reads on rank 0; default: its standard input.
+
+    Returns:
+        the same report on every rank, once every image is on disk or listed as failed.
+
+    Raises:
+        UsageError: the options, the prompt file, the model or the output folder cannot be right.
+        StorageError: the disk failed; the same command goes on from there.
+        RankError: another rank failed; the same on every rank.
+    """
+    config = config.with_absolute_paths()
+    world = World.detect(config.device) if world is None else world
+    with process_group(world) as group:
+        group.enter("preparing")
+        leader = Leader(config, world, stdin) if group.group_rank == 0 else None
+        try:
+            return _run(config, group, leader)
+        except BaseException as error:
+            if leader is not None:
+                leader.stopped(error)
+            raise
+
+
+def _run(config: JobConfig, group: Group, leader: Leader | None) -> RunReport:
+    shares = group.broadcast_object(leader and leader.shares(group.group_size))
+    share: Share = shares[group.group_rank]
+    _check_folder_is_shared(config.output, share, group)
+    if leader is not None:
+        leader.working()
+
+    group.enter("loading")
+    started = time.monotonic()
+    torch.set_num_threads(share.num_threads)
+    engine = load_engine(share.model, config, device=group.world.device, rank=group.world.rank)
+    loaded = time.monotonic()
+
+    results = _make(engine, share, config, group)
+    times = RankTimes(
+        group.world.rank,
+        len(results),
+        loading=loaded - started,
+        working=time.monotonic() - loaded,
+        pipeline=sum(result.seconds for result in results),
+    )
+
+    group.enter("gathering")
+    told = group.all_gather_object(([Record.of(result) for result in results], times))
+    report = None
+    if leader is not None:
+        report = leader.finish(told)
+    return group.broadcast_object(report)
+
+
+def _make(engine: Engine, share: Share, config: JobConfig, group: Group) -> list[Result]:
+    """This rank's new Results, each on disk and in the journal when this returns."""
+    made: list[Result] = []
+    writer = start_writer(
+        Files(),
+        config.output,
+        replace(share.header, rank=group.world.rank),
+        share.info,
+        fps=config.fps,
+        wanted=share.wanted.__contains__,
+    )
+    with Progress(group, share.num_images, share.num_finished) as progress, writer:
+        for result in save_as_made(engine.run, _one_by_one(share.batches, group), writer):
+            if result.index in share.wanted:
+                made.append(result)
+                progress.made(1, failed=int(result.error is not None))
+        group.enter("saving")
+    return made
+
+
+def _one_by_one(batches: Sequence[Batch], group: Group) -> Iterator[Batch]:
+    """The batches, each after a look whether a peer has failed."""
+    for batch in batches:
+        group.check_peers()
+        group.enter("running", f"prompt {batch[0].index} (id {batch[0].id})")
+        yield batch
+
+
+def _check_folder_is_shared(output: str, share: Share, group: Group) -> None:
+    """Every machine must see the folder that rank 0 has opened."""
+    job = read_job(Files(), output)
+    if job is None or job.fingerprint != share.header.fingerprint:
+        raise UsageError(
+            f"rank {group.world.rank} does not see the job that rank 0 opened in {output}: all "
+            "machines of a job need the same --output on a file system that they share"
+        )

@@ -1,0 +1,131 @@
+"""The import rule of docs/architecture.md, held against the source and against running processes."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ddinfer"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+#: Module or package → what it may import of ours. A package may always import itself.
+VALUES = {"errors", "_version"}
+MAY_IMPORT = {
+    "errors": set(),
+    "_version": set(),
+    "request": {"errors"},
+    "config": {"errors"},
+    "prompts": {"errors", "request"},
+    "storage": VALUES | {"request", "config"},
+    "distributed": VALUES | {"request", "config"},
+    "models": VALUES | {"request", "config"},
+    "tiny": VALUES | {"request"},
+    "parallel": VALUES | {"request", "distributed", "models"},
+    "engines": VALUES | {"request", "config", "distributed", "models", "parallel"},
+    "job": VALUES | {"request", "config", "prompts", "distributed", "tiny"},
+    "run": None,
+    "embed": None,
+    "cli": None,
+    "main": {"cli"},
+    "__main__": {"main"},
+    "__init__": None,
+}
+#: What None (anything below) must still not reach up to.
+NEVER = {"run": {"cli", "main", "embed"}, "embed": {"cli", "main", "run", "job", "storage"}}
+DIFFUSION = {"models", "parallel", "engines", "tiny"}
+
+
+def imports(path):
+    """(module, line, is inside a function) for every import statement."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+
+    def visit(node, inside):
+        for child in ast.iter_child_nodes(node):
+            deeper = inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield alias.name, child.lineno, deeper
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}:{child.lineno}: relative import"
+                yield child.module, child.lineno, deeper
+            yield from visit(child, deeper)
+
+    yield from visit(tree, False)
+
+
+def home(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_imports_upward(path):
+    me = home(path)
+    assert me in MAY_IMPORT, f"{me} has no place in the import rule yet"
+    allowed, never = MAY_IMPORT[me], NEVER.get(me, set())
+    for module, line, _ in imports(path):
+        parts = module.split(".")
+        if parts[0] != "ddinfer":
+            continue
+        other = parts[1] if len(parts) > 1 else "__init__"
+        if other == me:
+            continue
+        if other == "__init__":
+            other = "_version"
+        assert other not in never, f"{path}:{line} imports {module}"
+        assert allowed is None or other in allowed, f"{path}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_diffusers_is_touched_late_and_by_few_and_accelerate_by_none(path):
+    for module, line, inside_function in imports(path):
+        library = module.split(".")[0]
+        assert library != "accelerate", f"{path}:{line}"
+        if library in ("diffusers", "transformers"):
+            assert home(path) in DIFFUSION, f"{path}:{line} imports {module}"
+            assert inside_function, f"{path}:{line} imports {module} at its top"
+        if library == "torch":
+            assert home(path) not in ("storage", "config", "request", "prompts"), f"{path}:{line}"
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        check=True,
+    ).stdout
+
+
+def test_help_imports_neither_torch_nor_diffusers():
+    code = (
+        "import sys\nfrom ddinfer.main import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    assert run_python(code).endswith("[]\n")
+
+
+def test_import_of_ddinfer_is_late():
+    code = "import sys, ddinfer; print([m for m in ('torch', 'diffusers', 'yaml') if m in sys.modules])"
+    assert run_python(code) == "[]\n"
+
+
+def test_every_public_name_is_there():
+    import ddinfer
+
+    for name in ddinfer.__all__:
+        assert getattr(ddinfer, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'generat'"):
+        ddinfer.generat  # noqa: B018
+
+
+def test_accelerate_is_not_installed_here():
+    assert importlib.util.find_spec("accelerate") is None
