@@ -145,11 +145,18 @@ class Files:
             self.disk.replace(source, target)
 
     def sync_folder(self, path: str) -> None:
+        self._sync_folder(path, _CANNOT_SYNC)
+
+    def sync_folder_of_others(self, path: str) -> None:
+        """`sync_folder` of one that may be another user's, where we may not."""
+        self._sync_folder(path, (*_CANNOT_SYNC, errno.EACCES, errno.EPERM))
+
+    def _sync_folder(self, path: str, tolerated: tuple[int, ...]) -> None:
         with _named("fsync the folder", path):
             try:
                 self.disk.fsync_folder(path)
             except OSError as error:
-                if error.errno not in _CANNOT_SYNC:
+                if error.errno not in tolerated:
                     raise
 
     def remove(self, path: str) -> None:
@@ -231,7 +238,9 @@ def _named(verb: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        code = errno.errorcode.get(error.errno or 0, "")
+        if error.errno is None:  # not the system's: gzip's complaint about bytes, for one
+            raise
+        code = errno.errorcode.get(error.errno, "")
         hint = _HINTS.get(code, "")
         raise StorageError(
             f"cannot {verb} {path}: {error.strerror or error}{f' ({code})' if code else ''}{hint}"

@@ -107,6 +107,7 @@ class JobFolder:
             UsageError: the folder holds another job or other data; says what differs.
             FolderInUse: another process writes there.
         """
+        path = os.path.abspath(path)
         _make_folders(files, path)
         lease = Lease.acquire(files, path, run_id, notify=notify)
         try:
@@ -114,6 +115,7 @@ class JobFolder:
             _remove_temporaries(files, path)
             for name in (JOURNAL_FOLDER, IMAGES_FOLDER):
                 files.make_folder(os.path.join(path, name))
+            _make_journals_durable(files, path)
             attempt = _next_attempt(files, path)
         except BaseException:
             with suppress(StorageError):
@@ -187,10 +189,11 @@ def start_writer(
     *,
     fps: float = 8,
     wanted: Callable[[int], bool] = lambda index: True,
+    writer_class: type[Writer] = Writer,
 ) -> Writer:
     """This process's writer, with a journal of its own. Any rank, once rank 0 has opened."""
     journal = JournalWriter(files, path, header)
-    return Writer(files, path, journal, info, fps=fps, wanted=wanted)
+    return writer_class(files, path, journal, info, fps=fps, wanted=wanted)
 
 
 def list_images(files: Files, path: str, capacity: int) -> bytearray:
@@ -243,13 +246,20 @@ def _settle(
 
 
 def _make_folders(files: Files, path: str) -> None:
-    missing = []
-    at = os.path.abspath(path)
-    while not files.exists(at):
-        missing.append(at)
+    """Make the output folder, and what is missing above it, so that a power failure keeps it."""
+    if files.exists(os.path.join(path, metadata.JOB_FILE)):
+        return
+    above, at = [], os.path.dirname(path)
+    while at not in above:
+        above.append(at)
         at = os.path.dirname(at)
-    for folder in reversed(missing):
-        files.make_folder(folder)
+    for folder in reversed(above):
+        if not files.exists(folder):
+            files.make_folder(folder)
+    files.make_folder(path)
+    # A run that was killed here may have left folders that are not durable yet.
+    for folder in above:
+        files.sync_folder_of_others(folder)
 
 
 def _refuse_foreign(files: Files, path: str) -> None:
@@ -292,6 +302,21 @@ def delete_job(files: Files, path: str) -> None:
     files.sync_folder(path)
     files.remove(os.path.join(path, metadata.JOB_FILE))
     files.sync_folder(path)
+
+
+def _make_journals_durable(files: Files, path: str) -> None:
+    """A killed process may have written lines that it had no time to fsync.
+
+    This run is going to build on them, so they must not be lost with the power after it.
+    """
+    journal = os.path.join(path, JOURNAL_FOLDER)
+    for name in files.list(journal):
+        fd = files.open_in_place(os.path.join(journal, name))
+        try:
+            files.sync(fd)
+        finally:
+            files.close(fd)
+    files.sync_folder(journal)
 
 
 def _remove_temporaries(files: Files, path: str) -> None:
