@@ -15,8 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddinfer.errors import EXIT_BUG, EXIT_CTRL_C, EXIT_INTERRUPTED, DdinferError, ErrorRecord
-from ddinfer.errors import RankError as RankError  # the error that this module is about
+from ddinfer.errors import (
+    EXIT_BUG,
+    EXIT_CTRL_C,
+    EXIT_INTERRUPTED,
+    DdinferError,
+    ErrorRecord,
+    RankError,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -26,6 +32,9 @@ LOOK_FOR_THE_DEAD_SECONDS = 1.0
 
 #: A supervisor that sees a rank die posts why, with its signal. Peers give it this long.
 OBITUARY_SECONDS = 3.0
+
+#: The type in the record of a rank that a peer found dead.
+GONE = "ProcessDied"
 
 
 class StoreLost(DdinferError):
@@ -53,6 +62,11 @@ class Failure:
         if isinstance(error, KeyboardInterrupt):
             code = EXIT_CTRL_C
         return cls(rank, phase, ErrorRecord.of(error), exit_code=code)
+
+    @property
+    def is_guess(self) -> bool:
+        """A peer found the process gone, without knowing how it ended."""
+        return self.record is not None and self.record.type == GONE
 
     def to_error(self) -> RankError:
         return RankError(
@@ -143,7 +157,7 @@ class Board:
                 continue
             self._wait_for_obituary()
             activity = self.activity_of(rank) or phase or self.phase
-            record = ErrorRecord("ProcessDied", f"the process of rank {rank} is gone")
+            record = ErrorRecord(GONE, f"the process of rank {rank} is gone")
             raise RankError(rank, activity, record)
 
     def _is_gone(self, k: int) -> bool:

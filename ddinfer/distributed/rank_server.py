@@ -1,0 +1,211 @@
+"""The process that a launch's ranks are forked from: it imports once what all of them need.
+
+It knows no more than that: `launch` tells it what to import and what to run, and hears from it
+which process is which rank and how each ended. It and its ranks are a session of their own: a
+Ctrl-C in the terminal reaches the launcher alone, which passes it on once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import process, spawn
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ddinfer.distributed.parent import end_with_parent, leave
+from ddinfer.errors import EXIT_BUG, DdinferError, ErrorRecord, RankError
+
+#: Runs in a bare interpreter whose first import must be ours: nothing from the current folder.
+BOOTSTRAP = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from ddinfer.distributed.rank_server import main; main({control}, {preload!r})"
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What to run.
+
+    Attributes:
+        payload: pickled ``(fn, args)``.
+        main: how the launcher's ``__main__`` is imported again, where ``fn`` comes from it.
+        environments: what each rank adds to the environment.
+        outcomes: file descriptors, each the writing end of a rank's pipe to the launcher.
+    """
+
+    payload: bytes
+    main: Mapping[str, str]
+    argv: Sequence[str]
+    device: str
+    gpus_per_rank: int
+    num_threads: int
+    environments: Sequence[Mapping[str, str]]
+    outcomes: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How ``fn`` ended on a rank.
+
+    Attributes:
+        error: what it raised.
+        exit_code: that the command line would end with.
+        blamed: the `RankError` it raised, which tells of another rank's failure.
+    """
+
+    value: Any = None
+    error: ErrorRecord | None = None
+    exit_code: int = 0
+    blamed: RankError | None = None
+
+
+def main(control: int, preload: Sequence[str]) -> None:
+    end_with_parent()
+    launcher = Connection(control)
+    for name in preload:
+        # An import that fails here fails again in the ranks, which can say so.
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    _refuse_cuda(preload)
+    try:
+        start: Start = pickle.loads(launcher.recv_bytes())
+    except EOFError:
+        os._exit(0)
+    ranks: dict[int, int] = {}
+    wake, signalled = _pipe()
+    signal.set_wakeup_fd(signalled)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for rank in range(len(start.environments)):
+        me = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _be_rank(rank, start, me, close=(launcher.fileno(), wake, signalled))
+        ranks[pid] = rank
+        launcher.send_bytes(pickle.dumps(("started", rank, pid)))
+    for fd in start.outcomes:
+        os.close(fd)
+    while ranks:
+        for pid, exitcode in _ended():
+            launcher.send_bytes(pickle.dumps(("ended", ranks.pop(pid), exitcode)))
+        if not ranks:
+            break
+        ready, _, _ = select.select([wake, launcher.fileno()], [], [])
+        if launcher.fileno() in ready:  # it never speaks again: it is gone
+            os.killpg(0, signal.SIGKILL)
+        with contextlib.suppress(BlockingIOError):
+            os.read(wake, 4096)
+    leave(0)
+
+
+def _ended() -> list[tuple[int, int]]:
+    """(pid, exit code) of children that have ended; negative for a signal."""
+    found: list[tuple[int, int]] = []
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if pid == 0:
+            return found
+        found.append((pid, os.waitstatus_to_exitcode(status)))
+
+
+def _pipe() -> tuple[int, int]:
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
+    return ends
+
+
+def _refuse_cuda(preload: Sequence[str]) -> None:
+    """A forked process cannot use a GPU that its parent has opened."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        sys.stderr.write(
+            f"ddinfer: error: importing {', '.join(preload)} initialises CUDA, so that these "
+            "cannot be imported before the ranks are started; leave them out of preload=\n"
+        )
+        sys.stderr.flush()
+        os._exit(EXIT_BUG)
+
+
+def _be_rank(rank: int, start: Start, server: int, close: Sequence[int]) -> None:
+    """A rank's whole life, in the forked process."""
+    exit_code = EXIT_BUG
+    try:
+        end_with_parent(server)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for fd in (*close, *(fd for k, fd in enumerate(start.outcomes) if k != rank)):
+            os.close(fd)
+        os.set_inheritable(start.outcomes[rank], False)
+        os.environ.update(start.environments[rank])
+        process.current_process().name = f"rank-{rank}"
+        threading.current_thread().name = f"rank-{rank}"
+        data = _pickled(_run(rank, start))
+        with os.fdopen(start.outcomes[rank], "wb") as pipe:
+            pipe.write(len(data).to_bytes(8, "little") + data)
+        exit_code = 0
+    except KeyboardInterrupt:
+        exit_code = 130
+    except BaseException:  # noqa: BLE001 - the launcher hears it by the exit code
+        traceback.print_exc()
+    finally:
+        leave(exit_code)
+
+
+def _run(rank: int, start: Start) -> Outcome:
+    from ddinfer.distributed.world import World
+
+    try:
+        import torch
+
+        torch.set_num_threads(start.num_threads)
+        sys.argv[:] = start.argv
+        _import_main(start.main)
+        fn, args = pickle.loads(start.payload)
+        world = World.detect(start.device, gpus_per_rank=start.gpus_per_rank)
+        return Outcome(fn(world, *args))
+    except RankError as error:
+        if error.rank == rank:
+            return Outcome(error=ErrorRecord.of(error), exit_code=error.exit_code)
+        return Outcome(exit_code=error.exit_code, blamed=error)
+    except BaseException as error:  # noqa: BLE001 - told to the launcher, which raises it
+        code = error.exit_code if isinstance(error, DdinferError) else EXIT_BUG
+        code = 130 if isinstance(error, KeyboardInterrupt) else code
+        return Outcome(error=ErrorRecord.of(error), exit_code=code)
+
+
+def _import_main(main: Mapping[str, str]) -> None:
+    """Import the launcher's script as ``__mp_main__``, as multiprocessing does."""
+    if not main:
+        return
+    # So that a script without `if __name__ == "__main__"` is told, instead of starting ranks.
+    setattr(process.current_process(), "_inheriting", True)  # noqa: B010 - no public name
+    try:
+        spawn.prepare(dict(main))
+    finally:
+        delattr(process.current_process(), "_inheriting")
+
+
+def _pickled(outcome: Outcome) -> bytes:
+    try:
+        return pickle.dumps(outcome)
+    except Exception as error:  # noqa: BLE001 - whatever pickle meets in the value
+        kind = type(outcome.value).__name__
+        problem = TypeError(f"a rank must return what can be pickled, not this {kind}: {error}")
+        return pickle.dumps(Outcome(error=ErrorRecord.of(problem), exit_code=EXIT_BUG))
