@@ -133,7 +133,7 @@ def job_identity(
     index, in the job folder.
     """
     config = job.config
-    dtype = config.dtype
+    dtype: str = config.dtype
     if dtype == "auto":
         dtype = "float32" if device_type == "cpu" else "checkpoint"
     return {

@@ -12,7 +12,7 @@ from typing import Any
 from ddinfer._version import __version__
 from ddinfer.config import JobConfig
 from ddinfer.distributed.collectives import place_by_index
-from ddinfer.distributed.launch import resolve_num_threads
+from ddinfer.distributed.gpus import resolve_num_threads
 from ddinfer.distributed.partition import contiguous_slice
 from ddinfer.distributed.progress import RankTimes, evenness
 from ddinfer.distributed.world import World

@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     config = config.with_absolute_paths()
 
-    from ddinfer.distributed.launch import end_with_parent, plan_launch
+    from ddinfer.distributed.parent import end_with_parent
+    from ddinfer.distributed.plan import plan_launch
 
     quiet_libraries()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 def _run_here(config: JobConfig, stdin: bytes | None) -> int:
     """This process is a rank: of torchrun's, or the only one."""
     from ddinfer.cli.summary import print_summary
-    from ddinfer.distributed.launch import leave
+    from ddinfer.distributed.parent import leave
     from ddinfer.distributed.world import World
     from ddinfer.run import run_job
 
@@ -64,7 +65,8 @@ def _run_here(config: JobConfig, stdin: bytes | None) -> int:
 
 def _run_in_ranks(config: JobConfig, num_ranks: int, stdin: bytes | None) -> int:
     from ddinfer.cli.summary import print_summary
-    from ddinfer.distributed.launch import launch, leave
+    from ddinfer.distributed.launch import launch
+    from ddinfer.distributed.parent import leave
 
     reports = launch(
         run_on_rank,

@@ -150,11 +150,16 @@ def load_engine(model: str, config: JobConfig, *, device: str, rank: int) -> Who
         if config.attention_backend is not None:
             _set_attention_backend(name, denoiser, config.attention_backend)
         if config.compile:
-            if getattr(denoiser, "_repeated_blocks", None):
-                denoiser.compile_repeated_blocks()
-            else:
-                denoiser.compile()
+            _compile(denoiser)
     return WholeEngine(pipe, rank=rank)
+
+
+def _compile(denoiser: Any) -> None:
+    """Its repeated blocks where it names them: one compilation serves them all."""
+    if getattr(denoiser, "_repeated_blocks", None):
+        denoiser.compile_repeated_blocks()
+    else:
+        denoiser.compile()
 
 
 def _vae_method(pipe: Any, method: str, option: str) -> Any:
