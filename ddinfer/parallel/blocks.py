@@ -1,0 +1,84 @@
+"""Where a model can be cut: the modules that one rank has to keep whole."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ddinfer.errors import UsageError
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters, on whatever device (meta too)."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks of ``model``, none inside another, in the order of its children.
+
+    The classes in the model's own ``_no_split_modules`` where it names any that occur more than
+    once; else repeated modules (the elements of a list or a `torch.nn.Sequential`); else the
+    children with parameters, looking inside as long as there is just one.
+    """
+    for found in (_unsplittable(model), list(_repeated(model)), _children(model)):
+        if len(found) > 1:
+            return found
+    return []
+
+
+def check_names(model: nn.Module, names: list[str]) -> None:
+    """Raises `UsageError` where ``names`` holds something that is no module of ``model``."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if not name or name not in modules:
+            close = difflib.get_close_matches(name, modules, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise UsageError(f"{type(model).__name__} has no module named {name!r}{hint}")
+    doubled = [name for name in names if names.count(name) > 1]
+    if doubled:
+        raise UsageError(f"split point {doubled[0]!r} is given twice")
+
+
+def _unsplittable(model: nn.Module) -> list[str]:
+    classes = getattr(model, "_no_split_modules", None) or ()
+    return list(_outermost(model, lambda m: type(m).__name__ in classes))
+
+
+def _repeated(model: nn.Module, prefix: str = "") -> Iterator[str]:
+    for name, child in model.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            elements = [(n, m) for n, m in child.named_children() if module_bytes(m)]
+            if len(elements) > 1 and len({type(m) for _, m in elements}) == 1:
+                yield from (f"{path}.{n}" for n, _ in elements)
+                continue
+        yield from _repeated(child, f"{path}.")
+
+
+def _children(model: nn.Module) -> list[str]:
+    prefix, module = "", model
+    while True:
+        heavy = [(n, m) for n, m in module.named_children() if module_bytes(m)]
+        if len(heavy) != 1:
+            return [f"{prefix}{n}" for n, _ in heavy]
+        prefix, module = f"{prefix}{heavy[0][0]}.", heavy[0][1]
+
+
+def _outermost(model: nn.Module, wanted, prefix: str = "") -> Iterator[str]:
+    for name, child in model.named_children():
+        if wanted(child):
+            yield f"{prefix}{name}"
+        else:
+            yield from _outermost(child, wanted, f"{prefix}{name}.")
+
+
+def drop_weights(module: nn.Module) -> None:
+    """Puts a module's parameters on the meta device: they keep shape and dtype, hold no memory."""
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                empty = torch.empty_like(parameter, device="meta")
+                inner._parameters[name] = nn.Parameter(empty, requires_grad=False)

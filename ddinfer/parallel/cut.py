@@ -1,0 +1,78 @@
+"""Blocks → stages. Pure arithmetic: no torch, no processes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from ddinfer.errors import UsageError
+
+
+def balance(
+    sizes: Sequence[float], num_stages: int, *, first: float = 0, last: float = 0
+) -> list[range]:
+    """Cut blocks into contiguous stages so that the largest stage is as small as possible.
+
+    Every stage gets at least one block. Among cuts with an equally large largest stage the
+    evener one is taken.
+
+    Args:
+        sizes: of the blocks, in the order they run (bytes, seconds: any one unit).
+        first: what the first stage carries besides its blocks, in the same unit.
+        last: likewise for the last stage.
+
+    Returns:
+        One range of block numbers per stage.
+
+    Raises:
+        UsageError: fewer blocks than stages.
+    """
+    num_blocks = len(sizes)
+    if num_stages < 1:
+        raise UsageError(f"the number of stages must be at least 1, found {num_stages}")
+    if num_blocks < num_stages:
+        raise UsageError(
+            f"{num_blocks} blocks cannot be cut into {num_stages} stages: every stage needs one"
+        )
+    total = [0.0]  # total[i] = size of the first i blocks
+    for size in sizes:
+        total.append(total[-1] + size)
+
+    def weight(stage: int, begin: int, end: int) -> float:
+        extra = (first if stage == 0 else 0) + (last if stage == num_stages - 1 else 0)
+        return total[end] - total[begin] + extra
+
+    # best[i]: (largest stage, sum of squares, where the stages begin) of the first i blocks
+    best: list[tuple[float, float, tuple[int, ...]] | None] = [(0.0, 0.0, ())]
+    best += [None] * num_blocks
+    for stage in range(num_stages):
+        after: list[tuple[float, float, tuple[int, ...]] | None] = [None] * (num_blocks + 1)
+        for end in range(stage + 1, num_blocks - (num_stages - stage - 1) + 1):
+            choices = []
+            for begin in range(stage, end):
+                before = best[begin]
+                if before is not None:
+                    here = weight(stage, begin, end)
+                    largest, squares, begins = before
+                    choices.append((max(largest, here), squares + here * here, (*begins, begin)))
+            after[end] = min(choices) if choices else None
+        best = after
+    found = best[num_blocks]
+    assert found is not None  # num_blocks >= num_stages
+    begins = (*found[2], num_blocks)
+    return [range(a, b) for a, b in itertools.pairwise(begins)]
+
+
+def merge_weightless(sizes: Sequence[float]) -> list[range]:
+    """Neighbours joined so that each group but a lone first one has a weight of its own.
+
+    A block without parameters (an activation) goes to the block before it; those at the very
+    beginning go to the first block that weighs something.
+    """
+    groups: list[range] = []
+    for k, size in enumerate(sizes):
+        if groups and (size == 0 or sum(sizes[i] for i in groups[-1]) == 0):
+            groups[-1] = range(groups[-1].start, k + 1)
+        else:
+            groups.append(range(k, k + 1))
+    return groups

@@ -1,0 +1,395 @@
+"""What must travel between stages when every rank runs the model's own ``forward``.
+
+Every rank runs the same code. Blocks before its own return what was received, its own run, and
+after them a `Stop` ends the forward; what lies outside the blocks is on every rank. The *plan*
+of a call says which of its inputs and block outputs the later stages need. It is found by running
+the forward once with blocks that return zeros of the right shape, while a `Tracker` follows
+each value to where it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ddinfer.errors import DdinferError, UsageError
+from ddinfer.parallel.labels import Tracker
+from ddinfer.parallel.trace import faked
+from ddinfer.parallel.wire import Layout, layout_of
+
+
+class PlanError(DdinferError):
+    """A call that cannot be cut into stages. The message says what stands in the way."""
+
+
+class Stop(BaseException):
+    """Ends a forward after this rank's last block. No `Exception`, so that no model catches it."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A tree of values: tensors by shape, everything else as it is.
+
+    Attributes:
+        spec: the tree's structure.
+        leaves: per leaf its constant, or ``None`` where ``empty`` has a tensor.
+        empty: leaf number → a meta tensor with its shape, strides and dtype.
+        on_host: leaf numbers of tensors that stay on the CPU whatever the device is.
+    """
+
+    spec: Any
+    leaves: tuple[Any, ...]
+    empty: dict[int, torch.Tensor]
+    on_host: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, values: Any, device: torch.device) -> Tensors:
+        leaves, spec = pytree.tree_flatten(values)
+        found = {k: leaf for k, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        empty = {
+            k: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+            for k, t in found.items()
+        }
+        host = frozenset(k for k, t in found.items() if t.device.type != device.type)
+        constants = tuple(None if k in found else leaf for k, leaf in enumerate(leaves))
+        return cls(spec, constants, empty, host)
+
+    def fill(self, tensors: dict[int, torch.Tensor]) -> Any:
+        """The tree with these tensors in it."""
+        leaves = [tensors[k] if k in self.empty else leaf for k, leaf in enumerate(self.leaves)]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one kind of call flows through the stages. Made on the first rank, sent to the others.
+
+    Values are named ``("input", leaf)``, ``("block", block, leaf)`` and ``("output", leaf)``.
+
+    Attributes:
+        arguments: the call's ``(args, kwargs)``.
+        blocks: block number → what it returns, for the blocks that the call runs.
+        output: what the model returns.
+        edges: what travels from stage k to k + 1.
+        back: what travels from the last stage to the caller.
+    """
+
+    arguments: Tensors
+    blocks: dict[int, Tensors]
+    output: Tensors
+    edges: tuple[Layout, ...]
+    back: Layout
+
+
+class StagedModel:
+    """One rank's part of a model: its own blocks are real, the other ranks' need no weights.
+
+    The blocks' instances get a ``forward`` that asks this object; `detach` takes it off again.
+
+    Args:
+        blocks: names in the order they run.
+        stages: one range of block numbers per stage.
+        stage: this rank's.
+        device: where this rank computes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        stages: Sequence[range],
+        stage: int,
+        device: torch.device,
+    ):
+        self.model, self.blocks, self.stages = model, tuple(blocks), tuple(stages)
+        self.stage, self.device = stage, device
+        self.own = self.stages[stage]
+        self._modules = [model.get_submodule(name) for name in blocks]
+        self._forwards = [module.forward for module in self._modules]
+        self._forward = model.forward
+        self._call: Any = None  # what block calls are answered by, while the model runs
+        self._ghosts: dict[Any, torch.Tensor] = {}
+        self._shapes: dict[Any, Tensors] = {}
+        self._checked: set[int] = set()
+        for number, module in enumerate(self._modules):
+            module.forward = _BlockForward(self, number)
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == len(self.stages) - 1
+
+    def detach(self) -> None:
+        """Gives the blocks their own ``forward`` back."""
+        for module in self._modules:
+            module.__dict__.pop("forward", None)
+
+    def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, frozenset[int]]:
+        """The plan for calls like this one, and the input leaves whose contents it depends on.
+
+        Raises:
+            PlanError: the model does something between blocks that cannot be cut.
+        """
+        arguments = Tensors.of((args, kwargs), self.device)
+        call = _Planning(self)
+        leaves = pytree.tree_leaves((args, kwargs))
+        with torch.no_grad(), call.tracker:
+            for k in arguments.empty:
+                call.tracker.mark(leaves[k], ("input", k))
+            output = self._run(call, args, kwargs)
+        tracker = call.tracker
+        for label in tracker.inspected | tracker.written:
+            if label[0] == "block" or label in tracker.written:
+                what = "reads the contents of" if label in tracker.inspected else "writes into"
+                where = f"the output of block {self.blocks[label[1]]}"
+                where = where if label[0] == "block" else f"argument {label[1]}"
+                raise PlanError(f"{type(self.model).__name__} {what} {where} between blocks")
+        inspected = frozenset(label[1] for label in tracker.inspected)
+        made = Tensors.of(output, self.device)
+        for leaf in made.leaves:
+            if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
+                raise PlanError(f"{type(self.model).__name__} returns a {type(leaf).__name__}")
+        back = layout_of({("output", k): empty for k, empty in made.empty.items()})
+        edges = self._edges(call, arguments, tracker.labels(output), inspected)
+        return Plan(arguments, call.made, made, edges, back), inspected
+
+    def _edges(
+        self, call: _Planning, arguments: Tensors, in_output: Any, inspected: frozenset[int]
+    ) -> tuple[Layout, ...]:
+        # Integers have no NaN to give a forgotten label away, so they always travel.
+        always = {
+            ("input", k)
+            for k, empty in arguments.empty.items()
+            if k in inspected or not empty.dtype.is_floating_point
+        }
+        values: dict[Any, torch.Tensor] = {}
+        values |= {("input", k): empty for k, empty in arguments.empty.items()}
+        for block, made in call.made.items():
+            values |= {("block", block, k): empty for k, empty in made.empty.items()}
+        edges = []
+        for stage in self.stages[:-1]:
+            needed = set(in_output) | always
+            for block, labels in call.used.items():
+                if block >= stage.stop:
+                    needed |= labels
+            edges.append(
+                layout_of(
+                    {
+                        label: empty
+                        for label, empty in values.items()
+                        if label in needed and (label[0] == "input" or label[1] < stage.stop)
+                    }
+                )
+            )
+        return tuple(edges)
+
+    def run(self, plan: Plan, number: int, values: dict[Any, torch.Tensor]) -> dict[Any, Any]:
+        """Runs this stage on what was received (or, on the first, on all inputs).
+
+        Args:
+            number: the plan's, among this model's: the first call of each is checked.
+
+        Returns:
+            ``values`` and this stage's own: block outputs, or on the last stage the output's
+            leaves.
+
+        Raises:
+            PlanError: a value would be used that did not travel.
+        """
+        inputs = {
+            k: values[("input", k)] if ("input", k) in values else self._ghost(empty, host)
+            for k, empty in plan.arguments.empty.items()
+            for host in [k in plan.arguments.on_host]
+        }
+        args, kwargs = plan.arguments.fill(inputs)
+        check = number not in self._checked
+        call = _Running(self, plan, values, check)
+        with torch.no_grad():
+            try:
+                output = self._run(call, args, kwargs)
+            except Stop:
+                output = None
+        if check:
+            self._checked.add(number)
+        if not self.is_last:
+            return call.values
+        leaves = pytree.tree_leaves(output)
+        found = {("output", k): leaves[k] for k in plan.output.empty}
+        if check and _has_nan(found.values()) and not _has_nan(call.values.values()):
+            raise PlanError(f"{type(self.model).__name__}: NaN after the last block")
+        return found
+
+    def _run(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._call = call
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._call = None
+
+    def _ghost(self, empty: torch.Tensor, on_host: bool = False) -> torch.Tensor:
+        """A stand-in that must not be used: NaN, or zeros where there is no NaN."""
+        key = (empty.shape, empty.stride(), empty.dtype, on_host)
+        if key not in self._ghosts:
+            device = torch.device("cpu") if on_host else self.device
+            ghost = torch.empty_strided(
+                empty.shape, empty.stride(), dtype=empty.dtype, device=device
+            )
+            is_float = empty.dtype.is_floating_point or empty.dtype.is_complex
+            self._ghosts[key] = ghost.fill_(float("nan") if is_float else 0)
+        return self._ghosts[key]
+
+    def shapes(self, number: int, args: Any, kwargs: Any) -> Tensors:
+        """What a block returns for such arguments, found without its weights."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        module = self._modules[number]
+        key = _shape_key(module, args, kwargs)
+        if key is None or key not in self._shapes:
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+            before = [t._version for t in pytree.tree_leaves(fakes) if isinstance(t, torch.Tensor)]
+            with faked(module, mode, self.device), mode:
+                made = self._forwards[number](*fakes[0], **fakes[1])
+            after = [t._version for t in pytree.tree_leaves(fakes) if isinstance(t, torch.Tensor)]
+            if before != after:
+                raise PlanError(f"block {self.blocks[number]} changes its inputs in place")
+            found = Tensors.of(made, self.device)
+            if key is None:
+                return found
+            self._shapes[key] = found
+        return self._shapes[key]
+
+
+class _BlockForward:
+    """A block's ``forward`` while its model is staged."""
+
+    def __init__(self, owner: StagedModel, number: int):
+        self.owner, self.number = owner, number
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.owner._call
+        if call is None:
+            raise UsageError(
+                f"block {self.owner.blocks[self.number]} was called outside of its model, "
+                "which is cut into stages"
+            )
+        return call.block(self.number, args, kwargs)
+
+
+class _Planning:
+    """Answers block calls with zeros and notes what each block is given."""
+
+    def __init__(self, owner: StagedModel):
+        self.owner, self.tracker = owner, Tracker()
+        self.made: dict[int, Tensors] = {}
+        self.used: dict[int, frozenset[Any]] = {}
+
+    def block(self, number: int, args: Any, kwargs: Any) -> Any:
+        last = max(self.made, default=-1)
+        if number <= last:
+            names = self.owner.blocks
+            raise PlanError(
+                f"block {names[number]} runs after {names[last]}; expected each block once, "
+                "in order"
+            )
+        self.used[number] = self.tracker.labels((args, kwargs))
+        with _paused():
+            made = self.owner.shapes(number, args, kwargs)
+            zeros = {
+                k: torch.empty_strided(
+                    t.shape, t.stride(), dtype=t.dtype, device=self.owner.device
+                ).zero_()
+                for k, t in made.empty.items()
+            }
+        for k, zero in zeros.items():
+            self.tracker.mark(zero, ("block", number, k))
+        self.made[number] = made
+        return made.fill(zeros)
+
+
+class _Running:
+    """Answers block calls on one stage: received before its own, computed, then `Stop`."""
+
+    def __init__(self, owner: StagedModel, plan: Plan, values: dict[Any, Any], check: bool):
+        self.owner, self.plan, self.values, self.check = owner, plan, dict(values), check
+
+    def block(self, number: int, args: Any, kwargs: Any) -> Any:
+        owner = self.owner
+        if number in owner.own:
+            return self._own(number, args, kwargs)
+        if number >= owner.own.stop:
+            raise Stop
+        made = self.plan.blocks[number]
+        return made.fill(
+            {
+                k: self.values.get(("block", number, k), owner._ghost(empty))
+                for k, empty in made.empty.items()
+            }
+        )
+
+    def _own(self, number: int, args: Any, kwargs: Any) -> Any:
+        owner = self.owner
+        if self.check:
+            given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            if _has_nan(given) and not _has_nan(self.values.values()):
+                raise PlanError(f"a value that block {owner.blocks[number]} needs did not travel")
+        made = owner._forwards[number](*args, **kwargs)
+        leaves = pytree.tree_leaves(made)
+        for k in self.plan.blocks[number].empty:
+            self.values[("block", number, k)] = leaves[k]
+        if number == owner.own.stop - 1 and not owner.is_last:
+            raise Stop
+        return made
+
+
+def call_key(
+    args: tuple[Any, ...], kwargs: dict[str, Any], inspected: frozenset[int] = frozenset()
+) -> str:
+    """Equal for calls that one plan serves.
+
+    Args:
+        inspected: input leaves whose contents decide the flow.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    told: list[str] = [str(spec)]
+    for k, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            told.append(f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype} {leaf.device.type}")
+            if k in inspected:
+                raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                told.append(hashlib.sha256(raw.numpy().tobytes()).hexdigest())
+        else:
+            told.append(f"{type(leaf).__name__} {leaf!r}")
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def _shape_key(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Blocks of one class with equal parameters' shapes and arguments return equal shapes."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    told: list[Any] = [type(module), str(spec)]
+    told += [(n, p.shape, p.dtype) for n, p in module.named_parameters()]
+    told.append(str(module))
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            told.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+        elif leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
+            told.append(leaf)
+        else:
+            return None
+    return tuple(told)
+
+
+def _has_nan(tensors: Any) -> bool:
+    return any(bool(t.isnan().any()) for t in tensors if t.dtype.is_floating_point)
+
+
+def _paused() -> Any:
+    """Nothing inside is followed by a `Tracker`."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()

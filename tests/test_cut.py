@@ -1,0 +1,56 @@
+"""Blocks → stages, without any process."""
+
+import itertools
+
+import pytest
+
+from ddinfer.errors import UsageError
+from ddinfer.parallel.cut import balance, merge_weightless
+
+
+def largest(sizes, stages, first=0, last=0):
+    loads = [sum(sizes[k] for k in stage) for stage in stages]
+    loads[0] += first
+    loads[-1] += last
+    return max(loads)
+
+
+def every_cut(num_blocks, num_stages):
+    for inner in itertools.combinations(range(1, num_blocks), num_stages - 1):
+        starts = [0, *inner, num_blocks]
+        yield [range(a, b) for a, b in itertools.pairwise(starts)]
+
+
+@pytest.mark.parametrize("num_stages", range(1, 6))
+@pytest.mark.parametrize(
+    "sizes", [[1] * 7, [5, 1, 1, 1, 9, 2, 2], [0, 0, 3, 0, 1, 0], [100, 1, 1, 1, 1, 1, 1, 1]]
+)
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (4, 0), (0, 7), (3, 2)])
+def test_the_largest_stage_is_as_small_as_any_cut_can_make_it(sizes, num_stages, first, last):
+    found = balance(sizes, num_stages, first=first, last=last)
+    assert [k for stage in found for k in stage] == list(range(len(sizes)))
+    assert all(len(stage) for stage in found)
+    best = min(largest(sizes, cut, first, last) for cut in every_cut(len(sizes), num_stages))
+    assert largest(sizes, found, first, last) == best
+
+
+def test_equal_blocks_make_equal_stages():
+    assert [len(stage) for stage in balance([7] * 12, 4)] == [3, 3, 3, 3]
+    assert sorted(len(stage) for stage in balance([7] * 10, 4)) == [2, 2, 3, 3]
+
+
+def test_a_heavy_first_stage_gets_fewer_blocks():
+    assert [len(stage) for stage in balance([1] * 10, 2, first=4)] == [3, 7]
+
+
+def test_too_few_blocks_and_no_stage_are_refused_with_the_numbers():
+    with pytest.raises(UsageError, match="2 blocks cannot be cut into 3 stages"):
+        balance([1, 1], 3)
+    with pytest.raises(UsageError, match="found 0"):
+        balance([1], 0)
+
+
+def test_blocks_without_weight_join_the_one_before():
+    assert merge_weightless([4, 0, 4, 0, 0, 4]) == [range(0, 2), range(2, 5), range(5, 6)]
+    assert merge_weightless([0, 0, 4, 4]) == [range(0, 3), range(3, 4)]
+    assert merge_weightless([]) == []
