@@ -13,9 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
-from ddinfer.models.opening import open_model, parse_dtype
+from ddinfer.models.opening import OpenModel, open_model, parse_dtype
+from ddinfer.models.placement import (
+    CPU,
+    DISK,
+    MaxMemory,
+    Placement,
+    Strategy,
+    check_covers,
+    check_strategy,
+    parse_max_memory,
+)
 from ddinfer.models.repository import pipeline_folder
 from ddinfer.models.source import DENOISER_NAMES, PipelineSource
+from ddinfer.models.tree import Node
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +101,8 @@ def load_pipeline(
     *,
     dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
     device: str | torch.device | None = None,
-    placement: Any = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
+    placement: Strategy | Mapping[str, str] | Placement | None = None,
+    max_memory: MaxMemory | str | None = None,
     components: Mapping[str, Any] | None = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -105,7 +116,8 @@ def load_pipeline(
         dtype: of the floating weights, for all components or by name (``"default"`` for others).
             ``"auto"``: float32 on CPU, else the type in which the denoiser is stored.
         device: where the weights are put (default: ``"cpu"``).
-        placement: where each part goes instead; a strategy's name, a dict or a `Placement`.
+        placement: where each part goes instead; a strategy's name (see `plan_placement`), a dict
+            or a `Placement`. ``pipe.ddinfer_dispatched.undo()`` brings all of it to the host.
         max_memory: for a strategy's name: device → bytes or a text such as ``"16GB"``.
         components: given ones are used as they are; ``None`` leaves one out.
         variant: of the weight files ("fp16"); components without it use their plain files.
@@ -126,8 +138,6 @@ def load_pipeline(
         allow_pickle=allow_pickle,
     )
     source = PipelineSource(folder, variant, trust_remote_code, allow_pickle)
-    target = torch.device("cpu" if device is None else device)
-    types = source.dtypes(dtype, target)
     given = dict(components or {})
     unknown = sorted(set(given) - set(source.names()))
     if unknown:
@@ -135,11 +145,64 @@ def load_pipeline(
             f"{source.kind.__name__} has no component {', '.join(unknown)}; "
             f"it has {', '.join(source.names())}"
         )
-    if placement is not None:
-        raise UsageError("placement is not there yet")
-    for entry in source.index.entries:
-        if entry.name not in given:
-            given[entry.name] = source.load(entry.name, types[entry.name], target)
-    pipe = source.assemble(given)
+    if placement is None:
+        target = torch.device("cpu" if device is None else device)
+        types = source.dtypes(dtype, target)
+        for entry in source.index.entries:
+            if entry.name not in given:
+                given[entry.name] = source.load(entry.name, types[entry.name], target)
+        pipe = source.assemble(given)
+    elif device is not None:
+        raise UsageError("give device or placement, not both: a placement names devices")
+    else:
+        pipe = _load_placed(source, placement, max_memory, dtype, given)
     pipe.register_to_config(_name_or_path=os.fspath(path))
+    return pipe
+
+
+def _load_placed(
+    source: PipelineSource,
+    placement: Strategy | Mapping[str, str] | Placement,
+    max_memory: MaxMemory | str | None,
+    dtype: str | torch.dtype | Mapping[str, str | torch.dtype],
+    given: dict[str, Any],
+) -> DiffusionPipeline:
+    """A pipeline whose weights go straight to where the placement says (or stay on disk)."""
+    import torch
+
+    from ddinfer.models.dispatch import dispatch_pipeline
+    from ddinfer.models.memory import complete_budgets
+    from ddinfer.models.planner import plan
+    from ddinfer.models.sizes import tree_of_model
+
+    budgets: dict[str, int] = {}
+    if isinstance(placement, str):
+        check_strategy(placement)
+        budgets = complete_budgets(None if max_memory is None else parse_max_memory(max_memory))
+        devices = list(budgets)
+    else:
+        placement = placement if isinstance(placement, Placement) else Placement(placement)
+        devices = [placement.main]
+    main = next((d for d in devices if d not in (CPU, DISK)), CPU)
+    types = source.dtypes(dtype, torch.device(main))
+    opened: dict[str, OpenModel] = {}
+    for entry in source.index.entries:
+        if entry.name in given:
+            continue
+        if source.is_model(entry.name):
+            opened[entry.name] = source.open(entry.name, types[entry.name])
+            given[entry.name] = opened[entry.name].model
+        else:
+            given[entry.name] = source.load(entry.name, None, torch.device(CPU))
+    trees = [
+        tree_of_model(model, name, dtypes=opened[name].dtypes if name in opened else None)
+        for name, model in given.items()
+        if isinstance(model, torch.nn.Module)
+    ]
+    root = Node("", (), tuple(trees), pipeline=True)
+    if isinstance(placement, str):
+        placement = plan(root, budgets, placement)
+    check_covers(placement, root)
+    pipe = source.assemble(given)
+    pipe.ddinfer_dispatched = dispatch_pipeline(pipe, placement, opened=opened)
     return pipe

@@ -1,0 +1,184 @@
+"""Bytes on the host or on disk, and bringing them in: the next unit while this one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ddinfer.models.checkpoint import StoredTensor, read_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class HostSource:
+    """A tensor in host memory (which may itself be a view into a mapped file)."""
+
+    tensor: torch.Tensor
+
+
+@dataclass
+class DiskSource:
+    """A tensor in a file.
+
+    Attributes:
+        dtype: type it has in the model; converted after it was moved.
+        aligned: copied into fresh memory, as it was before it was written to disk. A view into a
+            mapped file may lie otherwise, and kernels round by alignment.
+    """
+
+    stored: StoredTensor
+    dtype: torch.dtype
+    aligned: bool = False
+
+
+Source = HostSource | DiskSource
+
+
+@dataclass(eq=False)
+class Unit:
+    """What is fetched together: a block (or a lone tensor) and where its tensors are.
+
+    Attributes:
+        sources: (module path, leaf) of each name → its bytes. Tied names share one source.
+    """
+
+    name: str
+    sources: Mapping[str, Source]
+    fetches: int = field(default=0)
+
+
+def read(sources: Sequence[Source], device: torch.device) -> list[torch.Tensor]:
+    """The tensors on ``device``, in order; each file is opened once.
+
+    On CPU a stored tensor stays a view; its pages are read here, not by the computation.
+    """
+    order = sorted(
+        (n for n, s in enumerate(sources) if isinstance(s, DiskSource)),
+        key=lambda n: str(sources[n].stored.file),  # type: ignore[union-attr]
+    )
+    out: dict[int, torch.Tensor] = {}
+    for n, tensor in zip(
+        order,
+        read_tensors(sources[n].stored for n in order),  # type: ignore[union-attr]
+        strict=True,
+    ):
+        source = sources[n]
+        assert isinstance(source, DiskSource)
+        made = move(tensor, device, copy=source.aligned).to(source.dtype)
+        if made.device.type == "cpu":
+            touch(made)
+        out[n] = made
+    for n, source in enumerate(sources):
+        if isinstance(source, HostSource):
+            out[n] = move(source.tensor, device, copy=device.index is not None)
+    return [out[n] for n in range(len(sources))]
+
+
+def move(tensor: torch.Tensor, device: torch.device, *, copy: bool = False) -> torch.Tensor:
+    """To a device; to a GPU through pinned memory, so that the copy runs beside computation.
+
+    ``copy`` is for CPU devices that stand in for an accelerator ("cpu:0"): they copy as it does.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, copy=copy and device.type == "cpu")
+
+
+def touch(tensor: torch.Tensor) -> None:
+    """Reads one byte of every page, so that a mapped file is in memory."""
+    import torch
+
+    if tensor.numel() and tensor.is_contiguous():
+        tensor.detach().view(-1).view(torch.uint8)[::4096].sum()
+
+
+class Fetcher:
+    """Holds at most the unit in use and the one being fetched.
+
+    The order is learned from the first run: after unit A came unit B, so B is fetched as soon as A
+    has begun to compute. A wrong guess is dropped before the right unit is read.
+
+    Args:
+        device: where units are computed.
+        prefetch: whether there is room for two.
+    """
+
+    def __init__(self, device: torch.device, *, prefetch: bool = True):
+        import torch
+
+        self.device, self.prefetch = device, prefetch
+        self.hits = self.misses = 0
+        self._after: dict[int, Unit] = {}
+        self._last: Unit | None = None
+        self._guess: tuple[Unit, Future[Any]] | None = None
+        self._done: Any = None  # CUDA: the last unit's end on the computing stream
+        self._pool = ThreadPoolExecutor(1, "ddinfer-fetch") if prefetch else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def take(self, unit: Unit) -> list[torch.Tensor]:
+        """The unit's tensors on the device, waiting for them where they are under way."""
+        guess, self._guess = self._guess, None
+        if guess is not None and guess[0] is unit:
+            self.hits += 1
+            tensors, event = guess[1].result()
+        else:
+            self.misses += 1
+            if guess is not None:
+                guess[1].result()  # its memory is freed here, before more is taken
+                del guess
+            tensors, event = self._load(unit)
+        self._ready(tensors, event)
+        unit.fetches += 1
+        if self._last is not None:
+            self._after[id(self._last)] = unit
+        self._last = unit
+        following = self._after.get(id(unit))
+        if self._pool is not None and following is not None and following is not unit:
+            self._guess = following, self._pool.submit(self._load, following, self._done)
+        return tensors
+
+    def give_back(self) -> None:
+        """The unit in use is done with (its last kernel may still be running)."""
+        import torch
+
+        if self._stream is not None:
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(self.device))
+
+    def forget(self) -> None:
+        """Drops what was fetched ahead; the order stays known."""
+        guess, self._guess = self._guess, None
+        if guess is not None:
+            guess[1].result()
+
+    def close(self) -> None:
+        self.forget()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _load(self, unit: Unit, after: Any = None) -> tuple[list[torch.Tensor], Any]:
+        import torch
+
+        if self._stream is None:
+            return read(list(unit.sources.values()), self.device), None
+        if after is not None:
+            # The host runs ahead of the GPU; without this, so would the memory.
+            after.synchronize()
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            tensors = read(list(unit.sources.values()), self.device)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return tensors, event
+
+    def _ready(self, tensors: Sequence[torch.Tensor], event: Any) -> None:
+        import torch
+
+        if event is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(event)
+            for tensor in tensors:
+                tensor.record_stream(stream)

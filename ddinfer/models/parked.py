@@ -1,0 +1,118 @@
+"""A parameter or buffer whose bytes are elsewhere, on the host or on disk.
+
+It knows its shape and type and says the device where it will be computed. Any operation on it
+fetches the bytes for that operation alone; so weights that are read outside their module's
+``forward`` (tied heads, ``layer.weight`` in a parent) give the right result, only slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ddinfer.errors import UsageError
+
+#: What can be answered from shape and type alone.
+_KNOWN = {
+    getattr(torch.Tensor, name)
+    for name in (
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size",
+        "is_floating_point", "is_complex", "is_contiguous", "storage_offset", "__len__",
+        "requires_grad_", "is_signed",
+    )
+}  # fmt: skip
+_KNOWN |= {
+    getattr(torch.Tensor, name).__get__
+    for name in (
+        "shape", "dtype", "ndim", "layout", "requires_grad", "grad", "grad_fn", "is_leaf",
+        "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes", "_version",
+        "_backward_hooks", "is_mkldnn", "is_sparse_csr",
+    )
+    if hasattr(torch.Tensor, name)
+}  # fmt: skip
+
+
+class _Parked:
+    """What parked parameters and buffers have in common."""
+
+    _fetch: Callable[[], torch.Tensor]
+    _at: torch.device
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _KNOWN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        answer = _answer(func, name, args)
+        if answer is not _UNANSWERED:
+            return answer
+        if args and isinstance(args[0], _Parked) and _writes(name):
+            raise UsageError(
+                f"{name} would change a weight that is not in memory (it lies on the host or disk "
+                "by a placement); undo the placement first"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*_fetched(args), **_fetched(kwargs))
+
+
+_UNANSWERED = object()
+
+
+def _answer(func: Any, name: str, args: tuple[Any, ...]) -> Any:
+    """Questions about where it is: where it will be computed."""
+    if name != "__get__" or not args:
+        return _UNANSWERED
+    about = getattr(getattr(func, "__self__", None), "__name__", "")
+    device = args[0]._at
+    if about == "device":
+        return device
+    if about == "is_meta":
+        return False
+    if about.startswith("is_") and about[3:] in ("cuda", "cpu", "xpu", "mps"):
+        return device.type == about[3:]
+    return _UNANSWERED
+
+
+def _writes(name: str) -> bool:
+    return name in ("__set__", "__setitem__", "set_data") or (
+        name.endswith("_") and not name.startswith("_") and name != "requires_grad_"
+    )
+
+
+def _fetched(value: Any) -> Any:
+    if isinstance(value, _Parked):
+        return value._fetch()
+    if isinstance(value, (list, tuple)):
+        items = [_fetched(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: _fetched(item) for key, item in value.items()}
+    return value
+
+
+class ParkedParameter(_Parked, torch.nn.Parameter):
+    """A parameter that is fetched when it is used."""
+
+
+class ParkedBuffer(_Parked, torch.Tensor):
+    """A buffer that is fetched when it is used."""
+
+
+def park(
+    like: torch.Tensor, dtype: torch.dtype, at: torch.device, fetch: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """A stand-in for ``like``; ``fetch()`` gives its bytes on the device ``at``."""
+    empty = torch.empty_like(like.detach(), device="meta", dtype=dtype)
+    made: Any
+    if isinstance(like, torch.nn.Parameter):
+        made = torch.Tensor._make_subclass(ParkedParameter, empty, like.requires_grad)
+    else:
+        made = torch.Tensor._make_subclass(ParkedBuffer, empty, False)
+    made._fetch, made._at = fetch, at
+    return made
