@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from typing import NoReturn
 
 from ddinfer.errors import EXIT_INTERRUPTED
 
@@ -48,7 +49,7 @@ def _watch(parent: int) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
-def leave(exit_code: int) -> None:
+def leave(exit_code: int) -> NoReturn:
     """End this process with its output flushed, but without the second of teardown after torch."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
