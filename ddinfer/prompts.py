@@ -144,7 +144,7 @@ def _unpack(file: BinaryIO, source: str) -> bytes:
     chunks: list[bytes] = []
     try:
         with gzip.GzipFile(fileobj=file) as unpacked:
-            while chunk := unpacked.read(1 << 20):
+            while chunk := unpacked.read1(1 << 20):
                 chunks.append(chunk)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         line = 1 + sum(chunk.count(b"\n") for chunk in chunks)
