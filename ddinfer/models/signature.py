@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
 from ddinfer.models.repository import custom_code_message, index_folder, read_model_index
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 def pipeline_class(
@@ -64,6 +67,14 @@ def dynamic_class(
     if "trust_remote_code" in inspect.signature(get_class_from_dynamic_module).parameters:
         arguments["trust_remote_code"] = True
     return get_class_from_dynamic_module(os.fspath(source), **arguments)
+
+
+def _custom_code_lock() -> FileLock:
+    from diffusers.utils.constants import HF_MODULES_CACHE
+    from filelock import FileLock
+
+    os.makedirs(HF_MODULES_CACHE, exist_ok=True)
+    return FileLock(os.path.join(HF_MODULES_CACHE, "ddinfer.lock"))
 
 
 def call_parameters(
