@@ -410,7 +410,7 @@ class _Carrier:
             if depth == 0:
                 for (held, leaf), name in zip(places, unit.sources, strict=True):
                     if held[leaf] is not stand_ins[name]:
-                        _keep_changes(unit.sources[name], held[leaf])
+                        _keep_changes(unit.sources[name], held[leaf], module.training)
                         held[leaf] = stand_ins[name]
                 fetcher.give_back()
 
@@ -475,10 +475,14 @@ def _like(stand_in: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return torch.nn.Parameter(tensor, requires_grad=stand_in.requires_grad)
 
 
-def _keep_changes(source: Source, tensor: torch.Tensor) -> None:
-    """A buffer that forward changed in place (running statistics) is carried back."""
-    changed = not isinstance(tensor, torch.nn.Parameter) and tensor._version > 0
-    if changed and isinstance(source, HostSource):
+def _keep_changes(source: Source, tensor: torch.Tensor, training: bool) -> None:
+    """A buffer that forward changed in place is carried back.
+
+    Running statistics, which only training changes, do so without a new version.
+    """
+    if isinstance(tensor, torch.nn.Parameter) or not isinstance(source, HostSource):
+        return
+    if training or tensor._version > 0:
         source.tensor.copy_(tensor)
 
 
