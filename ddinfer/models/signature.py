@@ -66,7 +66,9 @@ def dynamic_class(
     arguments: dict[str, Any] = {"module_file": file, "class_name": name, **remote}
     if "trust_remote_code" in inspect.signature(get_class_from_dynamic_module).parameters:
         arguments["trust_remote_code"] = True
-    return get_class_from_dynamic_module(os.fspath(source), **arguments)
+    # It copies the file into a cache that all ranks share, and imports it from there.
+    with _custom_code_lock():
+        return get_class_from_dynamic_module(os.fspath(source), **arguments)
 
 
 def _custom_code_lock() -> FileLock:
