@@ -45,7 +45,7 @@ def save_as_made(
                 yield made.without_pictures()
     if open_batches:
         raise DdinferError(
-            f"the engine ended without an answer to {len(open_batches)} requests, the first is "
+            f"the engine gave no answer to {len(open_batches)} requests, the first is "
             f"{min(open_batches)}"
         )
 

@@ -116,6 +116,9 @@ def _hash_of(files: Files, name: str) -> str:
 def _extra_files(files: Files, path: str, state: JournalState, capacity: int) -> Iterator[str]:
     images = os.path.join(path, IMAGES_FOLDER)
     for folder in files.list(images):
+        if not (folder.isascii() and folder.isdigit()):
+            yield f"{IMAGES_FOLDER}/{folder}"
+            continue
         for name in files.list(os.path.join(images, folder)):
             place = f"{IMAGES_FOLDER}/{folder}/{name}"
             stem = os.path.splitext(name)[0]
