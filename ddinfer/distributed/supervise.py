@@ -22,6 +22,9 @@ from ddinfer.errors import EXIT_INTERRUPTED, DdinferError
 FAILURE_GRACE_SECONDS = 5.0
 #: Seconds between SIGTERM and SIGKILL.
 TERMINATE_SECONDS = 5.0
+#: Seconds after SIGKILL until a rank that still has not ended is left to the kernel.
+UNKILLABLE_SECONDS = 30.0
+ABANDON = 0
 
 
 class Interrupted(DdinferError):
@@ -195,7 +198,10 @@ class Supervisor:
 
     def _end_by(self, number: int) -> None:
         self.is_ending = True
-        self._signal(number)
+        if number == ABANDON:
+            self._kill_session()
+        else:
+            self._signal(number)
 
     def _signal(self, number: int) -> None:
         for rank in self.ranks:
@@ -203,7 +209,8 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rank.pid, number)
         if number == signal.SIGKILL:
-            self._kill_session()
+            # All that stands between a kill and its end is a process that hangs in the kernel.
+            self._agenda = [(time.monotonic() + UNKILLABLE_SECONDS, ABANDON)]
 
     def _conclude(self) -> list[Any]:
         outcomes = [rank.outcome for rank in self.ranks]
