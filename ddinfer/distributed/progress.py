@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -10,10 +11,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TextIO
 
+from ddinfer.distributed.board import StoreLost
 from ddinfer.distributed.process_group import Group
 
-#: Seconds between two looks at the counters on a terminal, and between two lines elsewhere.
-BAR_SECONDS, LINE_SECONDS = 0.5, 10.0
+#: Seconds between two looks at the counters on a terminal.
+BAR_SECONDS = 0.5
+#: Seconds between two lines elsewhere: at first, and in a job that takes hours.
+LINE_SECONDS, LONGEST_LINE_SECONDS = 10.0, 300.0
 
 
 class Progress:
@@ -58,7 +62,9 @@ class Progress:
 
     def _show(self) -> None:
         show = self._bar if self.stream.isatty() else self._lines
-        show()
+        # Where the store is gone, the main thread will say so better.
+        with contextlib.suppress(StoreLost):
+            show()
 
     def _counts(self) -> tuple[int, int]:
         return self.finished + self.group.add("finished", 0), self.group.add("failed", 0)
@@ -78,7 +84,8 @@ class Progress:
 
     def _lines(self) -> None:
         started = time.monotonic()
-        while not self._stop.wait(LINE_SECONDS):
+        seconds = 0.0
+        while not self._stop.wait(min(max(LINE_SECONDS, seconds / 20), LONGEST_LINE_SECONDS)):
             finished, failed = self._counts()
             seconds = time.monotonic() - started
             print(
