@@ -157,24 +157,29 @@ class FieldChecker:
         close = difflib.get_close_matches(plain, self.known, n=3, cutoff=0.6)
         return next((c for c in close if _typing_slips(plain, c) <= (1 if len(c) < 6 else 2)), None)
 
+    def is_refused(self, name: str) -> bool:
+        """Whether ``name`` is known well, and this pipeline does not take it."""
+        return name not in self.known and name in (*STANDARD_FIELDS, *IMAGE_INPUTS)
+
     def unknown(self, name: str) -> str:
         """Message about a field that is not known."""
         if name in RESERVED_FIELDS:
             return f"{name!r} cannot be set in a prompt: {RESERVED_FIELDS[name]}"
         if not self._holdable(name):
             return f"{name!r} takes a tensor, which a prompt file cannot hold"
+        if self.is_refused(name):
+            return f"this pipeline takes no {name}"
         meant = self.suggestion(name)
         if meant is not None:
             return f"unknown field {name!r}; did you mean {meant}?"
         if self.call_parameters is None:
-            return f"unknown field {name!r}; known are {', '.join(STANDARD_FIELDS)} and the " + (
-                "usual arguments of diffusers pipelines"
+            return (
+                f"unknown field {name!r}; known are {', '.join(STANDARD_FIELDS)} and the usual "
+                "arguments of diffusers pipelines"
             )
-        rest = sorted(self.known - set(STANDARD_FIELDS))
-        return (
-            f"unknown field {name!r}; known are {', '.join(STANDARD_FIELDS)} and this pipeline's "
-            f"{', '.join(rest) if rest else 'nothing else'}"
-        )
+        standard = [n for n in STANDARD_FIELDS if n in self.known]
+        rest = sorted(self.known.difference(standard))
+        return f"unknown field {name!r}; this pipeline knows {', '.join([*standard, *rest])}"
 
     def check(self, row: Mapping[str, Any], line: int | None) -> Prompt:
         """One row, every field of a known name and a right type.

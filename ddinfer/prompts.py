@@ -262,8 +262,8 @@ def _columns(header: list[str], line: int, checker: FieldChecker) -> list[tuple[
     for at, title in enumerate(header):
         name = re.sub(r"[\s\-]+", "_", title.strip().lower())
         if name not in checker.known:
-            if checker.suggestion(title) is not None:
-                raise checker.error(checker.unknown(title.strip()), line)
+            if checker.is_refused(name) or checker.suggestion(title) is not None:
+                raise checker.error(checker.unknown(name), line)
             unused.append(title.strip() or "(unnamed)")
         elif name in columns:
             raise checker.error(f"two columns are named {name}", line)

@@ -363,7 +363,10 @@ def test_a_known_pipeline_decides_which_arguments_there_are(file):
     with pytest.raises(InputError, match=r"unknown field 'eta'.*strenght"):
         read_prompts(path, call_parameters=accepted)
     path = file("q.jsonl", '{"prompt": "a", "negative_prompt": "b"}')
-    with pytest.raises(InputError, match="negative_prompt"):
+    with pytest.raises(InputError, match="this pipeline takes no negative_prompt"):
+        read_prompts(path, call_parameters=accepted)
+    path = file("q.csv", "prompt,Negative Prompt\na,b\n")
+    with pytest.raises(InputError, match=r"q\.csv:1: this pipeline takes no negative_prompt"):
         read_prompts(path, call_parameters=accepted)
     path = file("r.jsonl", '{"prompt": "a", "generator": 1}')
     with pytest.raises(InputError, match="use seed"):
