@@ -23,6 +23,7 @@ from ddinfer.storage.images import image_path
 from ddinfer.storage.job_folder import JobDescription, JobFolder, start_writer
 from ddinfer.storage.job_record import read_job
 from ddinfer.storage.journal import JournalHeader, JournalState, read_journals
+from ddinfer.storage.lease import Lease
 from ddinfer.storage.saving import save_as_made
 from ddinfer.storage.verify import verify
 from ddinfer.storage.writer import Writer, _image_line
@@ -314,6 +315,47 @@ def test_a_crash_while_starting_again_and_then_the_job_without_it(power: str | N
         run_job(FakeDisk(platter))
         strike(platter, Fault(at, "crash"), power, at, overwrite=True)
         run_job(FakeDisk(platter))
+        check_end(platter)
+
+
+def run_two_ranks(first: FakeDisk, second: FakeDisk) -> bool:
+    """Two ranks share the pending batches; the second may die. → whether all was made."""
+    requests = make_requests()
+    job = JobDescription(requests, {"model": "tiny", "batch_size": BATCH_SIZE}, {"torch": "2"})
+    with JobFolder.open(Files(first), OUT, job) as folder:
+        state = folder.read_state()
+        pending = folder.pending_batches(cut(folder.record.segments), state)
+        for rank, disk in ((1, second), (0, first)):
+            header = JournalHeader(folder.fingerprint, rank, folder.attempt)
+            try:
+                with (
+                    Lease.join(Files(disk), OUT),
+                    start_writer(Files(disk), OUT, header, INFO, wanted=state.is_pending) as writer,
+                ):
+                    mine = ([requests[k] for k in batch] for batch in pending[rank::2])
+                    list(save_as_made(engine, mine, writer))
+            except Crashed:
+                assert disk is second
+        return folder.finish().is_complete
+
+
+@pytest.mark.parametrize("power", [None, "wholly", "partly"])
+def test_one_of_two_ranks_dies_anywhere_and_any_number_of_ranks_goes_on(power: str | None):
+    platter = Platter()
+    second = FakeDisk(platter)
+    assert run_two_ranks(FakeDisk(platter), second)
+    check_end(platter)
+    for at in range(second.count):
+        platter = Platter()
+        dying = FakeDisk(platter, Fault(at, "crash"))
+        run_two_ranks(FakeDisk(platter), dying)
+        assert dying.is_dead
+        if power is not None:
+            platter.power_fails(random.Random(at) if power == "partly" else None)
+        if at % 2:
+            run_job(FakeDisk(platter))
+        else:
+            assert run_two_ranks(FakeDisk(platter), FakeDisk(platter))
         check_end(platter)
 
 

@@ -1,6 +1,9 @@
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -170,6 +173,34 @@ def test_a_retry_runs_what_failed(out):
         state.forget(index)
     assert folder.pending(state) == [1]
     assert folder.pending_batches([range(0, 2), range(2, 4)], state) == [range(0, 2)]
+
+
+ROOT = Path(__file__).parent.parent
+LIMITED = """
+import resource, sys
+from ddinfer.errors import StorageError
+from tests.storage_jobs import make_requests, run_job
+kind, limit, out = sys.argv[1:]
+resource.setrlimit(getattr(resource, kind), (int(limit), int(limit)))
+try:
+    run_job(out, make_requests(30))
+except StorageError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "cause"),
+    [("RLIMIT_FSIZE", "4000", "EFBIG"), ("RLIMIT_NOFILE", "5", "EMFILE")],
+)
+def test_limits_of_the_real_system_end_in_order_and_the_job_goes_on(out, kind, limit, cause):
+    command = [sys.executable, "-c", LIMITED, kind, limit, str(out)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (ended.returncode, cause in ended.stdout) == (74, True), ended
+    assert str(out) in ended.stdout
+    assert run_job(out, make_requests(30)).is_complete
+    assert check(out).is_good
 
 
 # --- verify ------------------------------------------------------------------------------------

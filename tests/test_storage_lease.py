@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,9 @@ from ddinfer.errors import StorageError
 from ddinfer.storage import lease as lease_module
 from ddinfer.storage.files import Files
 from ddinfer.storage.lease import FolderInUse, Holder, Lease, read_holder
+
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def test_nobody_waits_for_a_dead_process_of_this_machine(out):
         "from ddinfer.storage.lease import Lease\n"
         "Lease.acquire(Files(), sys.argv[1]); os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run([sys.executable, "-c", code, out], check=False)
+    done = subprocess.run([sys.executable, "-c", code, out], check=False, cwd=ROOT)
     assert done.returncode == -9
     assert read_holder(Files(), out).beat == 0
     Lease.acquire(Files(), out, sleep=never).release()

@@ -143,6 +143,8 @@ class Writer:
             try:
                 data = None if result.error is not None else self._encode(result)
                 error = result.error
+            except (OSError, MemoryError, ImportError) as problem:  # the machine's, not its
+                raise StorageError(f"cannot encode image {result.index}: {problem}") from problem
             except Exception as problem:  # noqa: BLE001  a picture that cannot be encoded
                 data, error = None, ErrorRecord.of(problem)
             if data is None:
