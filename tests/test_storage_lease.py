@@ -11,7 +11,6 @@ from ddinfer.storage import lease as lease_module
 from ddinfer.storage.files import Files
 from ddinfer.storage.lease import FolderInUse, Holder, Lease, read_holder
 
-
 ROOT = Path(__file__).parent.parent
 
 
