@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-WORDS = (
+_TEXT = (
     "a an the red green blue yellow cat dog bird house tree car on in of and photo picture "
     "big small square circle two three water sky night day old new stone happy"
-).split()
+)
+WORDS = _TEXT.split()
 
 
 def tiny_pipeline(kind: str, folder: str | Path, *, seed: int = 0) -> Path:
@@ -36,7 +37,7 @@ def tiny_pipeline(kind: str, folder: str | Path, *, seed: int = 0) -> Path:
 def call_arguments(kind: str) -> dict[str, Any]:
     """What to call a tiny pipeline with, beside the prompt, for a quick and small picture."""
     common: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
-    if kind in ("flux", "sd3", "sana", "pixart", "wan"):
+    if kind in ("flux", "sd3", "sana", "pixart", "wan", "qwen"):
         common["max_sequence_length"] = 16
     if kind == "pixart":
         common |= {"use_resolution_binning": False, "clean_caption": False}
@@ -323,6 +324,91 @@ def wan() -> Any:
     )
 
 
+def sana() -> Any:
+    from diffusers import (
+        AutoencoderDC,
+        FlowMatchEulerDiscreteScheduler,
+        SanaPipeline,
+        SanaTransformer2DModel,
+    )
+    from transformers import Gemma2Config, Gemma2Model
+
+    tokenizer = t5_tokenizer()
+    encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
+            pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        )
+    )  # fmt: skip
+    vae = AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv", upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407,
+    )  # fmt: skip
+    transformer = SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
+        attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=8,
+        cross_attention_dim=16, caption_channels=16, sample_size=16,
+    )  # fmt: skip
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def qwen() -> Any:
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = t5_tokenizer(max_length=2048)
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16,
+                "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+                "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+                "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+                "rope_theta": 1e6,
+            },
+            vision_config={
+                "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+                "out_hidden_size": 16, "patch_size": 14, "fullatt_block_indexes": [0],
+            },
+            vision_start_token_id=2, vision_end_token_id=2, vision_token_id=2, image_token_id=2,
+            video_token_id=2,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1,
+        temperal_downsample=[False, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
 #: kind → builder of a pipeline in memory.
 KINDS: dict[str, Callable[[], Any]] = {
     "sd": stable_diffusion,
@@ -331,4 +417,6 @@ KINDS: dict[str, Callable[[], Any]] = {
     "flux": flux,
     "pixart": pixart,
     "wan": wan,
+    "sana": sana,
+    "qwen": qwen,
 }
