@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,3 +85,35 @@ def drop_weights(module: nn.Module) -> None:
             if parameter is not None and not parameter.is_meta:
                 empty = torch.empty_like(parameter, device="meta")
                 inner._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
+def ring_blocks(model: nn.Module) -> list[str]:
+    """The blocks of a denoiser in the order they run; empty where it has none.
+
+    A UNet's ``down_blocks``, ``mid_block`` and ``up_blocks``; of any other model the elements of
+    its own lists that have at least two modules of one type. Lists run in the order in which the
+    model's ``forward`` speaks of them (a plan finds out if they do not, and refuses).
+    """
+    children: dict[str, Any] = dict(model.named_children())
+    if "down_blocks" in children and "up_blocks" in children:
+        names = [f"down_blocks.{k}" for k in range(len(children["down_blocks"]))]
+        names += ["mid_block"] if "mid_block" in children else []
+        return names + [f"up_blocks.{k}" for k in range(len(children["up_blocks"]))]
+    lists = {
+        name: child
+        for name, child in children.items()
+        if isinstance(child, nn.ModuleList)
+        and len(child) > 1
+        and len({type(element) for element in child}) == 1
+    }
+    return [f"{n}.{k}" for n in _mentioned_first(model, list(lists)) for k in range(len(lists[n]))]
+
+
+def _mentioned_first(model: nn.Module, names: list[str]) -> list[str]:
+    try:
+        source = inspect.getsource(type(model).forward)
+    except (OSError, TypeError):  # no source at hand: the order of registration
+        return names
+    found = {name: re.search(rf"\bself\.{name}\b", source) for name in names}
+    places = {name: match.start() if match else len(source) for name, match in found.items()}
+    return sorted(names, key=lambda name: places[name])

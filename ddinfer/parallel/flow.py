@@ -37,13 +37,13 @@ class Tensors:
     """A tree of values: tensors by shape, everything else as it is.
 
     Attributes:
-        spec: the tree's structure.
+        tree: the tree with each leaf's number in its place.
         leaves: per leaf its constant, or ``None`` where ``empty`` has a tensor.
         empty: leaf number → a meta tensor with its shape, strides and dtype.
         on_host: leaf numbers of tensors that stay on the CPU whatever the device is.
     """
 
-    spec: Any
+    tree: Any
     leaves: tuple[Any, ...]
     empty: dict[int, torch.Tensor]
     on_host: frozenset[int] = frozenset()
@@ -58,12 +58,14 @@ class Tensors:
         }
         host = frozenset(k for k, t in found.items() if t.device.type != device.type)
         constants = tuple(None if k in found else leaf for k, leaf in enumerate(leaves))
-        return cls(spec, constants, empty, host)
+        tree = pytree.tree_unflatten(list(range(len(leaves))), spec)
+        return cls(tree, constants, empty, host)
 
     def fill(self, tensors: dict[int, torch.Tensor]) -> Any:
         """The tree with these tensors in it."""
-        leaves = [tensors[k] if k in self.empty else leaf for k, leaf in enumerate(self.leaves)]
-        return pytree.tree_unflatten(leaves, self.spec)
+        return pytree.tree_map(
+            lambda k: tensors[k] if k in self.empty else self.leaves[k], self.tree
+        )
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class StagedModel:
         self.own = self.stages[stage]
         self._modules = [model.get_submodule(name) for name in blocks]
         self._forwards = [module.forward for module in self._modules]
+        self._before = [module.__dict__.get("forward") for module in self._modules]
         self._forward = model.forward
         self._call: Any = None  # what block calls are answered by, while the model runs
         self._ghosts: dict[Any, torch.Tensor] = {}
@@ -126,8 +129,10 @@ class StagedModel:
 
     def detach(self) -> None:
         """Gives the blocks their own ``forward`` back."""
-        for module in self._modules:
+        for module, before in zip(self._modules, self._before, strict=True):
             module.__dict__.pop("forward", None)
+            if before is not None:
+                module.__dict__["forward"] = before
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, frozenset[int]]:
         """The plan for calls like this one, and the input leaves whose contents it depends on.

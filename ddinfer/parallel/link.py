@@ -6,6 +6,7 @@ host wait for the GPU. Payload goes over the group's own backend where that serv
 
 from __future__ import annotations
 
+import datetime
 import pickle
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from ddinfer.errors import ErrorRecord, RankError, UsageError
 
 OK, FAILED, LOST = 0, 1, 2
+
+#: A control message may wait for work of any length; a peer that is gone closes its connection.
+LONG_TIMEOUT = datetime.timedelta(days=7)
 
 #: Statuses have a gloo tag of their own: a stream of activations may have been left half way.
 STATUS_TAG = 1
@@ -70,7 +74,12 @@ class Link:
             device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
         control = group
         if backends.get("cpu") != "gloo":
-            control = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+            control = dist.new_group(
+                list(ranks),
+                backend="gloo",
+                timeout=LONG_TIMEOUT,
+                use_local_synchronization=True,
+            )
         return cls(ranks, dist.get_rank(group), torch.device(device), group, control)
 
     @property

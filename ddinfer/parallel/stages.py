@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ddinfer.errors import UsageError
-from ddinfer.parallel.blocks import find_blocks, module_bytes
+from ddinfer.parallel.blocks import find_blocks, module_bytes, ring_blocks
 from ddinfer.parallel.cut import balance
 from ddinfer.parallel.flow import Plan, PlanError, StagedModel, call_key
 from ddinfer.parallel.link import Link
@@ -215,7 +215,7 @@ class _Blocks:
         link: Link,
     ):
         self._inputs, self.module, self._link = inputs, model, link
-        blocks = find_blocks(model)
+        blocks = ring_blocks(model) or find_blocks(model)
         stages = block_stages(model, blocks, link.size, split_points)
         self.cuts = tuple(blocks[stage.start] for stage in stages[1:])
         foreign = {b for k, b in enumerate(blocks) if k not in stages[link.group_rank]}
@@ -276,9 +276,17 @@ class _Blocks:
 
 
 def block_stages(
-    model: nn.Module, blocks: Sequence[str], num_stages: int, split_points: list[str] | None = None
+    model: nn.Module,
+    blocks: Sequence[str],
+    num_stages: int,
+    split_points: list[str] | None = None,
+    *,
+    first: float = 0,
 ) -> list[range]:
     """Which blocks each stage has: balanced by bytes, or as the split points say.
+
+    Args:
+        first: bytes' worth of what the first stage does besides its blocks.
 
     Raises:
         PlanError: too few blocks, or a split point that is none of them.
@@ -288,7 +296,8 @@ def block_stages(
             f"{type(model).__name__} has {len(blocks)} blocks, too few for {num_stages} ranks"
         )
     if split_points is None:
-        return balance([module_bytes(model.get_submodule(b)) for b in blocks], num_stages)
+        sizes = [module_bytes(model.get_submodule(block)) for block in blocks]
+        return balance(sizes, num_stages, first=first)
     unknown = [p for p in split_points if p not in blocks[1:]]
     if unknown:
         raise PlanError(

@@ -7,8 +7,8 @@ because another memory order can make a kernel round differently.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,15 @@ class Layout:
     def names(self) -> tuple[Any, ...]:
         return tuple(place.name for place in self.places)
 
+    def only(self, names: Collection[Any]) -> Layout:
+        """The layout of a message that carries just these of the tensors."""
+        places, offset = [], 0
+        for place in self.places:
+            if place.name in names:
+                places.append(replace(place, offset=offset))
+                offset += _padded(place.num_bytes)
+        return Layout(tuple(places), offset)
+
     def empty(self, device: torch.device) -> torch.Tensor:
         return torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
 
@@ -75,8 +84,12 @@ def layout_of(values: Mapping[Any, torch.Tensor]) -> Layout:
         shape = tuple(value.shape)
         place = Place(name, shape, _dense_stride(value), value.dtype, offset)
         places.append(place)
-        offset += -(-place.num_bytes // ALIGNMENT) * ALIGNMENT
+        offset += _padded(place.num_bytes)
     return Layout(tuple(places), offset)
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def _dense_stride(value: torch.Tensor) -> tuple[int, ...]:

@@ -1,0 +1,226 @@
+"""One image in the making: an unchanged pipeline call on a thread of its own.
+
+The thread stops at every denoiser call until the ring has answered it. Between denoiser calls
+exactly one image runs, while the ring's driver waits: that is the scheduler's step. What comes
+before the first call (encoding the prompt) and from the decoder on runs beside the ring.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Call:
+    """A denoiser call that waits to be answered."""
+
+    model: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Cancelled(BaseException):
+    """Thrown into images that nobody waits for any more. No `Exception`: pipelines catch those."""
+
+
+@dataclass(eq=False)
+class Image:
+    """One job on its thread, seen from the driver.
+
+    Attributes:
+        index: of the job.
+        call: what it waits for, while it does.
+        done: it has ended; ``value`` or ``error`` is set.
+        num_calls: denoiser calls made so far.
+        slot: its place in the ring while it is there.
+        has_entered: it has been in the ring.
+        serial: its number among all images of the ring.
+        repeated: tensors given to the denoiser before, see `ddinfer.parallel.constants`.
+    """
+
+    index: int
+    call: Call | None = None
+    done: bool = False
+    value: Any = None
+    error: BaseException | None = None
+    num_calls: int = 0
+    slot: int | None = None
+    has_entered: bool = False
+    serial: int = 0
+    repeated: Any = None
+    thread: threading.Thread | None = None
+    _resume: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _reply: Any = None
+    _beside: bool = True  # runs beside the ring, holding the studio's lock
+    _watched: bool = False  # the driver waits for it to stop
+
+
+class Studio:
+    """Runs images on threads and stops them at the denoisers of one pipeline.
+
+    Args:
+        pipe: a diffusers pipeline; each image gets a copy with a scheduler of its own.
+        models: the denoisers. Their ``forward`` is ours while `open` lasts.
+    """
+
+    def __init__(self, pipe: Any, models: Sequence[nn.Module], device: torch.device):
+        self.pipe, self.models, self.device = pipe, list(models), device
+        self._changed = threading.Condition()
+        self._beside = threading.Lock()  # one image at a time beside the ring
+        self._mine = threading.local()
+        self._images: list[Image] = []
+        self._serials = itertools.count(1)
+        self._num_threads = torch.get_num_threads()
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Denoiser and decoder calls come here, for as long as it lasts."""
+        patched: list[tuple[Any, str, Any]] = []
+        for number, model in enumerate(self.models):
+            patched.append((model, "forward", model.__dict__.get("forward")))
+            model.forward = _Denoise(self, number, model.forward)
+        for component in self.pipe.components.values():
+            if isinstance(component, nn.Module) and component not in self.models:
+                decode = getattr(component, "decode", None)
+                if callable(decode):
+                    patched.append((component, "decode", component.__dict__.get("decode")))
+                    component.decode = _Decode(self, decode)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            self._cancel()
+            for owner, name, before in patched:
+                owner.__dict__.pop(name, None)
+                if before is not None:
+                    owner.__dict__[name] = before
+
+    def start(self, index: int, job: Callable[[Any], Any]) -> Image:
+        """``job(pipe)`` begins beside the ring and goes on to its first denoiser call."""
+        image = Image(index, serial=next(self._serials))
+        image.thread = threading.Thread(
+            target=self._work, args=(image, job), name=f"image-{index}", daemon=True
+        )
+        self._images.append(image)
+        image.thread.start()
+        return image
+
+    def answer(self, image: Image, output: Any = None, error: BaseException | None = None) -> None:
+        """Answers the image's call; returns when it stops again: at a call, a decoder, its end."""
+        with self._changed:
+            image.call, image._watched = None, True
+            image._reply = (output, error)
+            image._resume.release()
+            self._changed.wait_for(lambda: not image._watched)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Waits until something about the images makes ``condition()`` true."""
+        with self._changed:
+            self._changed.wait_for(condition)
+
+    def _work(self, image: Image, job: Callable[[Any], Any]) -> None:
+        self._mine.image = image
+        torch.set_num_threads(self._num_threads)  # a new thread may not know; kernels round so
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a thread starts on device 0
+        self._beside.acquire()
+        try:
+            image.value = job(self._copy())
+        except Cancelled:
+            pass
+        except BaseException as error:  # noqa: BLE001 - the driver decides what it means
+            image.error = error
+        finally:
+            if image._beside:
+                self._beside.release()
+            with self._changed:
+                image.done, image._watched = True, False
+                self._images.remove(image)
+                self._changed.notify_all()
+
+    def _copy(self) -> Any:
+        # Not by setattr: a pipeline's setattr would enter the copy into the shared config.
+        pipe = copy.copy(self.pipe)
+        pipe.__dict__ = dict(self.pipe.__dict__)
+        if getattr(self.pipe, "scheduler", None) is not None:
+            pipe.__dict__["scheduler"] = copy.deepcopy(self.pipe.scheduler)
+        pipe.__dict__["_progress_bar_config"] = {"disable": True}
+        return pipe
+
+    def current(self) -> Image | None:
+        return getattr(self._mine, "image", None)
+
+    def denoise(self, image: Image, call: Call) -> Any:
+        """On the image's thread: stops until the ring has answered."""
+        if image._beside:
+            image._beside = False
+            self._beside.release()
+        with self._changed:
+            image.call, image._watched = call, False
+            image.num_calls += 1
+            self._changed.notify_all()
+        image._resume.acquire()
+        output, error = image._reply
+        image._reply = None
+        if error is not None:
+            raise error
+        return output
+
+    def step_aside(self, image: Image) -> None:
+        """On the image's thread: from here on it runs beside the ring, which goes on."""
+        if image._beside:
+            return
+        with self._changed:
+            image._watched = False
+            self._changed.notify_all()
+        self._beside.acquire()
+        image._beside = True
+
+    def _cancel(self) -> None:
+        for image in list(self._images):
+            if image.call is not None:
+                self.answer(image, error=Cancelled())
+        for image in list(self._images):
+            if image.thread is not None:
+                self._drain(image)
+
+    def _drain(self, image: Image) -> None:
+        """Waits for an image that is encoding or decoding, then lets it go."""
+        while not image.done:
+            self.wait(lambda: image.done or image.call is not None)
+            if image.call is not None:
+                self.answer(image, error=Cancelled())
+
+
+class _Denoise:
+    """A denoiser's ``forward`` while images are made."""
+
+    def __init__(self, studio: Studio, number: int, forward: Any):
+        self.studio, self.number, self.forward = studio, number, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        image = self.studio.current()
+        if image is None:
+            return self.forward(*args, **kwargs)
+        return self.studio.denoise(image, Call(self.number, args, kwargs))
+
+
+class _Decode:
+    """A decoder's ``decode`` while images are made."""
+
+    def __init__(self, studio: Studio, decode: Any):
+        self.studio, self.decode = studio, decode
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        image = self.studio.current()
+        if image is not None:
+            self.studio.step_aside(image)
+        return self.decode(*args, **kwargs)

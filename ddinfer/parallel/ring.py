@@ -1,0 +1,344 @@
+"""The ring: a pipeline's denoisers cut over ranks, with several images in flight.
+
+All ranks move in lockstep *ticks*. In a tick each rank runs its stage on the call in its hands,
+then hands the result to the next rank and takes the previous one's. The last rank hands the
+denoiser's output to the first, whose image goes on to its next call. Nothing is ever flushed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ddinfer.errors import ErrorRecord, RankError, UsageError
+from ddinfer.models.source import DENOISER_NAMES
+from ddinfer.parallel.admission import Queue
+from ddinfer.parallel.blocks import drop_weights, ring_blocks
+from ddinfer.parallel.flow import Plan, PlanError, StagedModel, call_key
+from ddinfer.parallel.images import Call, Studio
+from ddinfer.parallel.link import Link
+from ddinfer.parallel.messages import END, ERROR, WORK, Exchange, Message
+from ddinfer.parallel.stages import block_stages
+from ddinfer.parallel.wire import Layout
+
+#: Kinds of call (sizes, text lengths, settings) that one denoiser may see.
+MAX_PLANS = 1000
+
+#: A job makes one image (or batch of images) with the pipeline it is given.
+Job = Callable[[Any], Any]
+
+
+class Outcome(NamedTuple):
+    """What became of one job: a value, or why there is none. ``number`` counts jobs from 0."""
+
+    number: int
+    value: Any = None
+    error: BaseException | None = None
+
+
+class Span(NamedTuple):
+    """When a rank worked on a call, in `time.monotonic` seconds (one clock per machine)."""
+
+    start_seconds: float
+    end_seconds: float
+    serial: int
+
+
+class Ring:
+    """Runs jobs over the ranks of a group, each of which holds one stage of the denoisers.
+
+    Every rank of the group makes one with the same denoisers, then calls `run`. Blocks of other
+    ranks' stages go to the meta device.
+
+    Args:
+        pipe: the pipeline on the first rank; ``None`` or a pipeline elsewhere.
+        denoisers: by component name, on ranks that have no ``pipe``.
+        group: process group in stage order (default: all ranks).
+        num_in_flight: images in the ring at once (default: the number of stages).
+        head_bytes: what the first rank does besides its blocks (encoding, decoding, the
+            scheduler), as bytes of blocks that take as long; its stage is that much smaller.
+        device: where this rank computes.
+        record: keep a `Span` of each call in ``spans``.
+
+    Raises:
+        UsageError: a denoiser that cannot be cut; on every rank.
+        RankError: on the other ranks, when one failed.
+    """
+
+    def __init__(
+        self,
+        pipe: Any = None,
+        *,
+        denoisers: Mapping[str, nn.Module] | None = None,
+        group: Any = None,
+        num_in_flight: int | None = None,
+        head_bytes: int = 0,
+        device: str | torch.device | None = None,
+        record: bool = False,
+    ):
+        self.link = Link.of(group, device)
+        self.num_in_flight = num_in_flight or self.link.size
+        self.spans: list[Span] = []
+        self._record = record
+        self._staged: list[StagedModel] = []
+        error: Exception | None = None
+        try:
+            if num_in_flight is not None and num_in_flight < self.link.size:
+                raise UsageError(
+                    f"{num_in_flight} images in flight leave stages idle: {self.link.size} stages "
+                    f"need at least {self.link.size}"
+                )
+            models = dict(denoisers or find_denoisers(pipe))
+            if self.link.is_first and pipe is None:
+                raise UsageError("the first rank of a ring needs the whole pipeline")
+            for name, model in models.items():
+                self._staged.append(self._stage(name, model, head_bytes))
+        except Exception as failure:  # noqa: BLE001 - raised again, on every rank
+            error = failure
+        self.link.agree(error, "cutting the denoiser")
+        self._plans: list[list[Plan]] = [[] for _ in self._staged]
+        self._numbers: list[dict[str, int]] = [{} for _ in self._staged]
+        self._inspected: list[frozenset[int]] = [frozenset() for _ in self._staged]
+        self._exchange = Exchange(self.link, self._layout, self._learn)
+        if self.link.is_first:
+            self._studio = Studio(pipe, [staged.model for staged in self._staged], self.link.device)
+
+    def _stage(self, name: str, model: nn.Module, head_bytes: int) -> StagedModel:
+        _refuse(name, model)
+        blocks = ring_blocks(model)
+        try:
+            stages = block_stages(model, blocks, self.link.size, first=head_bytes)
+        except PlanError as error:
+            raise UsageError(f"the {name} cannot be cut: {error}") from error
+        own = stages[self.link.group_rank]
+        for number, block in enumerate(blocks):
+            if number not in own:
+                drop_weights(model.get_submodule(block))
+        if self.link.is_first and next(model.parameters()).is_meta:
+            raise UsageError(
+                f"the {name}'s first parameter is in a later stage, but pipelines ask it for the "
+                "device; use fewer stages"
+            )
+        return StagedModel(model, blocks, stages, self.link.group_rank, self.link.device)
+
+    def close(self) -> None:
+        """Gives the denoisers' blocks their own ``forward`` back (weights stay where they are)."""
+        for staged in self._staged:
+            staged.detach()
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        """Runs ``job(pipe)`` for each of ``jobs`` and yields what became of them as they end.
+
+        Every rank calls this and exhausts the iterator. The first takes jobs when there is room,
+        and yields; the others serve it until it is done, and yield nothing.
+
+        Raises:
+            RankError: another rank failed for good or is gone.
+        """
+        if not self.link.is_first:
+            self._serve()
+            return
+        with self._studio.open():
+            yield from self._drive(Queue(self._studio, jobs, self.link.size, self.num_in_flight))
+
+    # --- the first rank -----------------------------------------------------------------------
+
+    def _drive(self, queue: Queue) -> Iterator[Outcome]:
+        reason: BaseException | None = None
+        try:
+            while True:
+                queue.admit()
+                for image in queue.take_finished():
+                    yield Outcome(image.index, image.value, image.error)
+                if queue.ready or queue.in_ring:
+                    message = Message()
+                    if queue.ready:
+                        message = self._enter(queue)
+                    self._arrive(queue, self._exchange(message))
+                elif queue.is_over():
+                    break
+                else:
+                    queue.wait()
+        except Exception as error:
+            reason = error
+            raise
+        finally:
+            if not isinstance(reason, RankError):  # after one there is nobody to tell
+                self._end(Message(END, header=_told(reason)))
+
+    def _enter(self, queue: Queue) -> Message:
+        """The next image's call through the first stage."""
+        image = queue.ready.popleft()
+        call = image.call
+        assert call is not None
+        assert image.slot is not None
+        try:
+            number, header = self._plan(call)
+            leaves = pytree.tree_leaves((call.args, call.kwargs))
+            inputs = {
+                ("input", k): leaves[k] for k in self._plans[call.model][number].arguments.empty
+            }
+            tokens = {label: image.repeated.token(label, t) for label, t in inputs.items()}
+            message = Message(
+                WORK, image.slot, image.serial, call.model, number, 0, tokens, inputs, header
+            )
+            values = self._timed(message)
+        except torch.AcceleratorError:
+            raise  # sticky: no later call on this device can succeed
+        except Exception as error:  # noqa: BLE001 - this image's; the others go on
+            queue.answer(image, error=error)
+            return Message()
+        message.values = values
+        queue.in_ring[image.serial] = image
+        return message
+
+    def _plan(self, call: Call) -> tuple[int, bytes]:
+        """The number of the plan for a call, and the plan itself for those who do not know it."""
+        staged, numbers = self._staged[call.model], self._numbers[call.model]
+        key = call_key(call.args, call.kwargs, self._inspected[call.model])
+        if key in numbers:
+            return numbers[key], b""
+        if len(numbers) >= MAX_PLANS:
+            raise PlanError(
+                f"{type(staged.model).__name__} was called in {MAX_PLANS} different ways; an "
+                "argument that is no tensor seems to differ in every call"
+            )
+        plan, inspected = staged.plan(call.args, call.kwargs)
+        self._inspected[call.model] |= inspected
+        key = call_key(call.args, call.kwargs, self._inspected[call.model])
+        numbers[key] = len(self._plans[call.model])
+        self._plans[call.model].append(plan)
+        return numbers[key], pickle.dumps(plan)
+
+    def _arrive(self, queue: Queue, message: Message) -> None:
+        """What came back from the last stage goes to its image."""
+        if message.kind == END:
+            self._end(message, message.origin)
+        if message.kind not in (WORK, ERROR):
+            return
+        image = queue.in_ring.pop(message.serial)
+        if message.kind == ERROR:
+            rank, record, _ = message.loaded()
+            queue.answer(image, error=RankError(rank, "running its stage", record))
+            return
+        plan = self._plans[message.model][message.plan]
+        queue.answer(
+            image, plan.output.fill({k: message.values["output", k] for k in plan.output.empty})
+        )
+
+    # --- the other ranks ----------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        message = Message()
+        while True:
+            received = self._exchange(message)
+            if received.kind == END:
+                self._end(received, received.origin)
+                return
+            message = received if received.kind == ERROR else Message()
+            if received.kind == WORK:
+                message = self._pass(received)
+
+    def _pass(self, message: Message) -> Message:
+        """A received call through this rank's stage."""
+        try:
+            message.values = self._timed(message)
+        except torch.AcceleratorError as error:
+            self._end(Message(END, origin=self.link.group_rank, header=_told(error)))
+            raise
+        except Exception as error:  # noqa: BLE001 - it travels to the image whose call this is
+            # Later ranks may still need the plan that came with the failed call.
+            told = (self.link.ranks[self.link.group_rank], ErrorRecord.of(error), message.header)
+            message = Message(
+                ERROR, message.slot, message.serial, message.model, message.plan,
+                header=pickle.dumps(told),
+            )  # fmt: skip
+        return message
+
+    # --- both ---------------------------------------------------------------------------------
+
+    def _timed(self, message: Message) -> dict[Any, Any]:
+        started = time.monotonic()
+        plan = self._plans[message.model][message.plan]
+        values = self._staged[message.model].run(plan, message.plan, message.values)
+        if self._record:
+            if self.link.device.type == "cuda":
+                torch.cuda.synchronize(self.link.device)
+            self.spans.append(Span(started, time.monotonic(), message.serial))
+        return values
+
+    def _learn(self, message: Message) -> None:
+        """Keeps a plan that came with a message. A last rank's plan is of no use to the first."""
+        if self.link.is_first or message.kind not in (WORK, ERROR) or not message.header:
+            return
+        header = message.header if message.kind == WORK else message.loaded()[2]
+        if header:
+            plans = self._plans[message.model]
+            assert message.plan == len(plans)
+            plans.append(pickle.loads(header))
+
+    def _layout(self, message: Message, stage: int) -> Layout:
+        plan = self._plans[message.model][message.plan]
+        return plan.edges[stage] if stage < self.link.size - 1 else plan.back
+
+    def _end(self, message: Message, origin: int | None = None) -> None:
+        """Takes part until every rank knows of the end; it goes once around.
+
+        Args:
+            message: the end as it began here, or as it was received.
+            origin: group rank where it began, when that was elsewhere.
+
+        Raises:
+            RankError: it was a failure elsewhere.
+        """
+        size, record = self.link.size, message.loaded()
+        distance = 0 if origin is None else (self.link.group_rank - origin) % size
+        for _ in range(size - distance if size > 1 else 0):
+            received = self._exchange(message)
+            message = Message()
+            if received.kind == END and origin is None and received.origin != self.link.group_rank:
+                break  # it ends from two sides at once; the others are leaving
+        if origin is not None and record is not None:
+            raise RankError(self.link.ranks[origin], "running the ring", record)
+
+
+def _told(error: BaseException | None) -> bytes:
+    return b"" if error is None else pickle.dumps(ErrorRecord.of(error))
+
+
+def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline that the ring cuts, by component name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = {
+        name: pipe.components[name]
+        for name in DENOISER_NAMES
+        if isinstance(pipe.components.get(name), nn.Module) and ring_blocks(pipe.components[name])
+    }
+    if not found:
+        raise UsageError(
+            f"{type(pipe).__name__} has no denoiser made of blocks: expected a component called "
+            f"{', '.join(DENOISER_NAMES[:2])}, … with a list of at least two blocks of one type"
+        )
+    return found
+
+
+def _refuse(name: str, model: nn.Module) -> None:
+    """What keeps state on the model from one call to the next cannot have images interleaved."""
+    if model.training:
+        raise UsageError(f"the {name} is in training mode; call eval() first")
+    if getattr(model, "is_cache_enabled", False):
+        raise UsageError(
+            f"the {name} has a step cache enabled, which keeps one image's state on the model; "
+            "call disable_cache() first"
+        )
+    if getattr(model, "_hf_hook", None) is not None:
+        raise UsageError(f"the {name} has an accelerate hook; load it without offloading")

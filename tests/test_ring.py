@@ -1,0 +1,381 @@
+"""The ring against the uncut pipeline, bit for bit, on real ranks."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ddinfer.errors import RankError, UsageError
+from ddinfer.parallel.flow import StagedModel
+from ddinfer.parallel.ring import Ring
+from tests.ranks import run_ranks
+from tests.tiny_pipelines import KINDS, call_arguments
+
+# --- pipelines and their pictures ---------------------------------------------------------------
+
+
+def make_pipe(kind):
+    torch.manual_seed(0)
+    pipe = KINDS[kind]()
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def job_for(kind, number, **changes):
+    """One image as a job: other prompts, steps and seeds for other numbers."""
+    arguments = {"prompt": f"a red cat {'big ' * number}", **call_arguments(kind)}
+    arguments |= {"num_inference_steps": 2 + number % 2} | changes
+    seed = arguments.pop("seed", number)
+
+    def job(pipe):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        made = pipe(generator=generator, output_type="np", **arguments)
+        return made.frames[0] if hasattr(made, "frames") else made.images[0]
+
+    return job
+
+
+def in_ring(pipe, jobs, **options):
+    """What became of each job, in order; ``None`` on ranks other than the first."""
+    ring = Ring(pipe, **options)
+    outcomes = {outcome.number: outcome for outcome in ring.run(jobs)}
+    ring.close()
+    if not ring.link.is_first:
+        assert not outcomes
+        return None
+    assert sorted(outcomes) == list(range(len(jobs)))
+    return [outcomes[number] for number in range(len(jobs))]
+
+
+def equal_to_uncut(kind, jobs, outcomes):
+    uncut = make_pipe(kind)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return [np.array_equal(job(uncut), o.value) for job, o in zip(jobs, outcomes, strict=True)]
+
+
+def kinds_on_ranks(group, cases):
+    found = {}
+    for kind, num_images, in_flight in cases:
+        jobs = [job_for(kind, number) for number in range(num_images)]
+        outcomes = in_ring(make_pipe(kind), jobs, num_in_flight=in_flight)
+        if outcomes is not None:
+            found[kind, num_images, in_flight] = equal_to_uncut(kind, jobs, outcomes)
+    return found
+
+
+def all_equal(found, cases):
+    return found[0] == {case: [True] * case[1] for case in cases}
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_images_are_bit_identical_to_the_uncut_pipeline(num_stages):
+    m = num_stages
+    cases = [("flux", n, m) for n in (1, m, m + 1)]
+    cases += [(kind, m + 1, m) for kind in ("sd", "sd3", "pixart", "wan")]
+    cases += [("sdxl", m, m + 1)]
+    assert all_equal(run_ranks(kinds_on_ranks, num_stages, cases), cases)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["flux", "sd"])
+def test_images_are_bit_identical_over_the_whole_grid(kind, num_stages):
+    cases = [(kind, n, m) for m in range(num_stages, 9) for n in range(10)]
+    assert all_equal(run_ranks(kinds_on_ranks, num_stages, cases), cases)
+
+
+def mixed_on_ranks(group):
+    jobs = [
+        job_for("flux", 0, num_inference_steps=3),
+        job_for("flux", 1, height=64, num_inference_steps=1),
+        job_for("flux", 2, max_sequence_length=8),
+        job_for("flux", 3, negative_prompt="blue", true_cfg_scale=3.0),  # two calls a step
+        job_for("flux", 4, num_images_per_prompt=2, width=48),
+    ]
+    outcomes = in_ring(make_pipe("flux"), jobs, num_in_flight=3)
+    return outcomes and equal_to_uncut("flux", jobs, outcomes)
+
+
+def test_sizes_steps_text_lengths_and_guidance_may_differ_in_flight():
+    assert run_ranks(mixed_on_ranks, 2) == [[True] * 5, None]
+
+
+def seeds_on_ranks(group):
+    jobs = [job_for("flux", 0, seed=7), job_for("flux", 0, seed=8)]
+    outcomes = in_ring(make_pipe("flux"), jobs)
+    return outcomes and equal_to_uncut("flux", [job_for("flux", 0, seed=7)] * 2, outcomes)
+
+
+def test_the_comparison_notices_another_seed():
+    assert run_ranks(seeds_on_ranks, 2) == [[True, False], None]
+
+
+# --- models without a tiny pipeline of their own ------------------------------------------------
+
+
+class Loop:
+    """As little of a pipeline as the ring needs: components, and a call that denoises."""
+
+    def __init__(self, model):
+        self.components = {"transformer": model}
+        self.transformer = model
+        self.scheduler = None
+
+    def __call__(self, steps, **inputs):
+        with torch.no_grad():
+            for step in range(steps):
+                inputs["timestep"] = torch.full_like(inputs["timestep"], 0.5 / (step + 1))
+                made = self.transformer(**inputs, return_dict=False)[0]
+                inputs["hidden_states"] = inputs["hidden_states"] + 0.1 * made
+        return inputs["hidden_states"].numpy()
+
+
+def tokens(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_sana(seed):
+    from diffusers import SanaTransformer2DModel
+
+    torch.manual_seed(0)
+    model = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
+        attention_head_dim=4, num_cross_attention_heads=2, cross_attention_head_dim=4,
+        cross_attention_dim=8, caption_channels=8, sample_size=8, patch_size=1,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": tokens(seed, 1, 4, 8, 8),
+        "encoder_hidden_states": tokens(seed + 1, 1, 4 + seed, 8),
+        "timestep": torch.ones(1),
+    }
+
+
+def make_qwen_image(seed):
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    return model, {
+        "hidden_states": tokens(seed, 1, 16, 16),
+        "encoder_hidden_states": tokens(seed + 1, 1, 5 + seed, 16),
+        "encoder_hidden_states_mask": torch.ones(1, 5 + seed, dtype=torch.int64),
+        "timestep": torch.ones(1),
+        "img_shapes": [(1, 4, 4)],
+    }
+
+
+def make_lumina2(seed):
+    from diffusers import Lumina2Transformer2DModel
+
+    torch.manual_seed(0)
+    model = Lumina2Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=4, hidden_size=24, num_layers=3,
+        num_refiner_layers=2, num_attention_heads=3, num_kv_heads=1, multiple_of=2,
+        scaling_factor=1.0, axes_dim_rope=(4, 2, 2), axes_lens=(128, 128, 128), cap_feat_dim=32,
+    )  # fmt: skip
+    # The mask's contents, read by the model, are part of the plan.
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    mask[0, 3 + seed % 3 :] = False
+    return model, {
+        "hidden_states": tokens(seed, 1, 4, 8, 8),
+        "encoder_hidden_states": tokens(seed + 1, 1, 6, 32),
+        "encoder_attention_mask": mask,
+        "timestep": torch.ones(1),
+    }
+
+
+MODELS = {"sana": make_sana, "qwen-image": make_qwen_image, "lumina2": make_lumina2}
+
+
+def models_on_ranks(group, names):
+    found = {}
+    for name in names:
+        jobs = [
+            lambda pipe, k=k, name=name: pipe(2, **MODELS[name](k)[1])
+            for k in range(group.group_size + 1)
+        ]
+        outcomes = in_ring(Loop(MODELS[name](0)[0].eval()), jobs)
+        if outcomes is not None:
+            uncut = Loop(MODELS[name](0)[0].eval())
+            for outcome in outcomes:
+                if outcome.error is not None:
+                    raise outcome.error
+            found[name] = [
+                np.array_equal(job(uncut), o.value) for job, o in zip(jobs, outcomes, strict=True)
+            ]
+    return found
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_other_transformers_are_cut_exactly(num_stages):
+    found = run_ranks(models_on_ranks, num_stages, list(MODELS))[0]
+    assert found == {name: [True] * (num_stages + 1) for name in MODELS}
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+def failing_on_ranks(group):
+    pipe = make_pipe("flux")
+    ring = Ring(pipe, num_in_flight=2)
+    if group.group_rank == 1:
+        staged = ring._staged[0]
+        run = staged.run
+        staged.run = lambda plan, number, values: refuse_two_images(run, plan, number, values)
+    jobs = [
+        job_for("flux", 0),
+        job_for("flux", 1, max_sequence_length=999),  # the pipeline itself refuses it
+        job_for("flux", 2, num_images_per_prompt=2),  # fails on the second rank
+        job_for("flux", 3),
+        job_for("flux", 4),
+    ]
+    outcomes = {outcome.number: outcome for outcome in ring.run(jobs)}
+    if group.group_rank:
+        return None
+    errors = {n: o.error for n, o in outcomes.items() if o.error is not None}
+    uncut = make_pipe("flux")
+    equal = [np.array_equal(jobs[n](uncut), outcomes[n].value) for n in (0, 3, 4)]
+    return {n: (type(e).__name__, str(e).splitlines()[0]) for n, e in errors.items()}, equal
+
+
+def refuse_two_images(run, plan, number, values):
+    if any(value.dim() and value.shape[0] == 2 for value in values.values()):
+        raise MemoryError("too large")
+    return run(plan, number, values)
+
+
+def test_a_failed_image_frees_its_slot_and_disturbs_nobody():
+    (errors, equal), _ = run_ranks(failing_on_ranks, 2)
+    assert equal == [True] * 3
+    assert sorted(errors) == [1, 2]
+    assert errors[1][0] == "ValueError"
+    assert errors[2] == (
+        "RankError",
+        "rank 1 failed while running its stage: MemoryError: too large",
+    )
+
+
+def aborting_on_ranks(group):
+    pipe = make_pipe("flux")
+    ring = Ring(pipe)
+    if group.group_rank == 1:
+        ring._staged[0].run = raise_sticky
+    try:
+        list(ring.run([job_for("flux", k) for k in range(3)]))
+    except (RankError, torch.AcceleratorError) as error:
+        return type(error).__name__, getattr(error, "rank", None)
+
+
+def raise_sticky(plan, number, values):
+    raise torch.AcceleratorError("device-side assert")
+
+
+def test_a_rank_whose_device_is_lost_ends_the_run_on_every_rank():
+    found = run_ranks(aborting_on_ranks, 3)
+    assert found == [("RankError", 1), ("AcceleratorError", None), ("RankError", 1)]
+
+
+def early_end_on_ranks(group):
+    pipe = make_pipe("flux")
+    ring = Ring(pipe)
+    count = 0
+    for _ in ring.run([job_for("flux", k) for k in range(6)]):
+        count += 1
+        break
+    again = [o.error for o in ring.run([job_for("flux", k) for k in range(2)])]
+    return count, again
+
+
+def test_a_caller_who_stops_early_leaves_a_usable_ring():
+    assert run_ranks(early_end_on_ranks, 2) == [(1, [None, None]), (0, [])]
+
+
+def refusals_on_ranks(group):
+    def refused(match, *args, **kwargs):
+        with pytest.raises((UsageError, RankError), match=match):
+            Ring(*args, **kwargs)
+
+    refused("2 stages need at least 2", make_pipe("flux"), num_in_flight=1)
+    refused("no denoiser made of blocks", Loop(nn.Linear(2, 2).eval()))
+    pipe = make_pipe("flux")
+    pipe.transformer.train()
+    refused("training mode", pipe)
+    pipe = make_pipe("flux")
+    pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:1]
+    pipe.transformer.single_transformer_blocks = nn.ModuleList()
+    refused("no denoiser made of blocks", pipe)
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = make_pipe("flux")
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    refused("step cache", pipe)
+    return True
+
+
+def test_what_cannot_be_cut_is_refused_on_every_rank_before_it_starts():
+    assert run_ranks(refusals_on_ranks, 2) == [True, True]
+
+
+# --- what it costs ------------------------------------------------------------------------------
+
+
+def bytes_on_ranks(group, steps):
+    ring = Ring(make_pipe("flux"))
+    list(ring.run([job_for("flux", 0, num_inference_steps=steps)]))
+    return ring._exchange.num_bytes
+
+
+def test_per_image_constants_are_not_sent_again_every_step():
+    sent = [run_ranks(bytes_on_ranks, 2, steps)[0] for steps in (1, 2, 3, 4, 9)]
+    first, second, third, fourth, ninth = np.diff([0, *sent])
+    assert second == first  # a tensor seen twice is known from then on
+    assert fourth == third < first
+    assert ninth == 5 * third
+
+
+def weights_on_ranks(group):
+    pipe = make_pipe("flux")
+    ring = Ring(pipe)
+    held = sum(p.numel() for p in pipe.transformer.parameters() if not p.is_meta)
+    return held / sum(p.numel() for p in pipe.transformer.parameters()), ring.link.size
+
+
+def test_each_rank_keeps_its_own_blocks():
+    shares = [share for share, _ in run_ranks(weights_on_ranks, 2)]
+    assert all(share < 0.75 for share in shares)
+
+
+# --- the plan, without other ranks --------------------------------------------------------------
+
+
+class Skipping(nn.Module):
+    """A block's output that is used only in the end, one that is never used, an unused input."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x, unused, late):
+        first = self.blocks[0](x)
+        second = self.blocks[1](first)
+        third = self.blocks[2](second)
+        return self.blocks[3](third) + first * late
+
+
+def test_only_what_later_stages_use_travels():
+    model = Skipping().eval()
+    blocks = [f"blocks.{k}" for k in range(4)]
+    staged = StagedModel(model, blocks, [range(0, 2), range(2, 4)], 0, torch.device("cpu"))
+    plan, inspected = staged.plan((torch.ones(1, 4), torch.ones(3), torch.ones(4)), {})
+    assert set(plan.edges[0].names) == {("input", 2), ("block", 0, 0), ("block", 1, 0)}
+    assert inspected == frozenset()
+    staged.detach()
+    assert "forward" not in model.blocks[0].__dict__
