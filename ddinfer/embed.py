@@ -1,28 +1,28 @@
 """Inside somebody's program: `generate` and `stream` over the process group that is there.
 
-The group is borrowed and the pipeline is handed back as it came: its modules' train or eval
-modes, its scheduler, its progress bar. No files, no signal handlers, no logging, no environment,
-and no random numbers but those of the images' own generators.
+The group is borrowed, and the pipeline between two batches is as its program left it. No files,
+no signal handlers, no logging, no environment, and no random numbers but those of the images' own
+generators.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ddinfer.config import RESERVED_CALL_ARGUMENTS
-from ddinfer.distributed.collectives import place_by_index, require_equal
+from ddinfer.distributed.collectives import place_by_index, require_same
 from ddinfer.distributed.partition import contiguous_slice, cut_batches
 from ddinfer.distributed.process_group import Group
+from ddinfer.engines.base import Batch
 from ddinfer.engines.whole import WholeEngine, check_call
-from ddinfer.errors import ErrorRecord, PromptsFailed, RankError, UsageError
+from ddinfer.errors import PromptsFailed, UsageError
+from ddinfer.lending import borrowed
 from ddinfer.prompts import prompt_from_fields
-from ddinfer.request import Prompt, Request, Result, resolve_requests
+from ddinfer.request import Prompt, Request, Result, canonical_json, resolve_requests
 
 PromptLike = str | Mapping[str, Any] | Request
 
@@ -60,35 +60,32 @@ def generate(
         Results in the order of the prompts.
 
     Raises:
-        UsageError: bad arguments, or lists that differ between ranks.
+        UsageError: bad arguments, or lists that differ between ranks; on every rank.
         PromptsFailed: on every rank, when any prompt failed and ``errors="raise"``.
         RankError: on every rank, when one rank failed as a whole.
     """
-    if gather not in ("all", "first", "none"):
-        raise UsageError(f"gather={gather!r} must be 'all', 'first' or 'none'")
-    if errors not in ("raise", "return"):
-        raise UsageError(f"errors={errors!r} must be 'raise' or 'return'")
+
+    def check() -> _Plan:
+        if gather not in ("all", "first", "none"):
+            raise UsageError(f"gather={gather!r} must be 'all', 'first' or 'none'")
+        if errors not in ("raise", "return"):
+            raise UsageError(f"errors={errors!r} must be 'raise' or 'return'")
+        return _plan(pipe, prompts, seed, batch_size, call, f"gather={gather}, errors={errors}")
+
     ranks = Group.borrow(group)
-    requests = _agreed_requests(ranks, pipe, prompts, seed, batch_size, call)
-    mine: list[Result] = []
-    failure: BaseException | None = None
-    try:
-        mine = list(_run_share(ranks, pipe, requests, batch_size, call))
-    except Exception as error:  # noqa: BLE001 - told to every rank, then raised
-        failure = error
-    # A failed rank still joins the exchange, so that the others hear of it instead of waiting.
-    payload = mine if gather != "none" else [result.without_pictures() for result in mine]
-    told = ranks.all_gather_object((ErrorRecord.of(failure) if failure else None, payload))
-    for rank, (record, _) in enumerate(told):
-        if record is not None:
-            raise RankError(ranks.global_rank(rank), "running", record) from failure
-    everyone = place_by_index([part for _, part in told], len(requests), lambda r: r.index)
-    failed = [result for result in everyone if result.error is not None]
+    plan = _agreed(ranks, check)
+    mine = list(_run_share(ranks, pipe, plan, call))
+    ranks.enter("gathering")
+    pictures = gather == "all"
+    told = ranks.all_gather_object(mine if pictures else [r.without_pictures() for r in mine])
+    everyone = place_by_index(told, len(plan.requests), lambda r: r.index)
+    if gather == "first":
+        shares = ranks.gather_object(mine)
+        everyone = [result for share in shares for result in share]
+    failed = [r for share in told for r in share if r.error is not None]
     if failed and errors == "raise":
-        raise PromptsFailed(_failure_message(failed, len(requests)))
-    if gather == "none":
-        return mine
-    return everyone if gather == "all" or ranks.group_rank == 0 else []
+        raise PromptsFailed(_failure_message(failed, len(plan.requests)))
+    return mine if gather == "none" else everyone
 
 
 def stream(
@@ -103,15 +100,22 @@ def stream(
     """Like `generate`, but yields this rank's Results as they are made; nothing is gathered.
 
     Errors of prompts are in the Results. The check that all ranks were given the same list is
-    the only exchange, at the first step of the iteration.
+    the only exchange, at the first step of the iteration. Between two Results the pipeline is as
+    it was, so that the program may train on. A rank that fails as a whole is a `RankError` on the
+    others at their next batch.
     """
     ranks = Group.borrow(group)
-    requests = _agreed_requests(ranks, pipe, prompts, seed, batch_size, call)
-    yield from _run_share(ranks, pipe, requests, batch_size, call)
+    plan = _agreed(ranks, lambda: _plan(pipe, prompts, seed, batch_size, call))
+    yield from _run_share(ranks, pipe, plan, call)
 
 
-def as_requests(prompts: Sequence[PromptLike], seed: int = 0) -> list[Request]:
+def as_requests(
+    prompts: Sequence[PromptLike], seed: int = 0, call_parameters: Collection[str] | None = None
+) -> list[Request]:
     """Strings, dicts and Requests → Requests, numbered by their place in the list.
+
+    Args:
+        call_parameters: what a dict may set; default: anything.
 
     Raises:
         UsageError: the list or one of its items is of another type, or its fields are wrong.
@@ -122,89 +126,138 @@ def as_requests(prompts: Sequence[PromptLike], seed: int = 0) -> list[Request]:
             + ("; put the one prompt into a list" if isinstance(prompts, (str, Mapping)) else "")
         )
     requests: list[Request] = []
+    used: dict[str, int] = {}
     for k, item in enumerate(prompts):
-        if isinstance(item, Request):
-            requests.append(replace(item, index=len(requests)))
-            continue
-        if isinstance(item, str):
-            prompt = Prompt({"prompt": item}, f"prompts[{k}]")
-        elif isinstance(item, Mapping):
-            prompt = prompt_from_fields(item, f"prompts[{k}]")
-        else:
-            raise UsageError(
-                f"prompts[{k}] is a {type(item).__name__}; expected a string, a dict or a Request"
-            )
-        start = len(requests)
-        for request in resolve_requests([prompt], base_seed=seed + start):
-            index = start + request.index
-            is_named = "id" in prompt.fields
-            name = request.id if is_named else f"{index:08d}"
-            requests.append(replace(request, index=index, id=name))
+        for request in _expanded(item, f"prompts[{k}]", len(requests), seed, call_parameters):
+            if request.id in used:
+                raise UsageError(
+                    f"prompts[{k}]: id {request.id!r} is already used by "
+                    f"prompts[{used[request.id]}]; ids must be unique"
+                )
+            requests.append(request)
+        used.update((request.id, k) for request in requests[len(used) :])
     return requests
 
 
-def _agreed_requests(
-    ranks: Group,
+def _expanded(
+    item: PromptLike, where: str, start: int, seed: int, call_parameters: Collection[str] | None
+) -> list[Request]:
+    """One item of the list → its Requests, numbered from ``start``."""
+    if isinstance(item, Request):
+        return [replace(item, index=start)]
+    if isinstance(item, str):
+        prompt = Prompt({"prompt": item}, where)
+    elif isinstance(item, Mapping):
+        prompt = prompt_from_fields(item, where, call_parameters=call_parameters)
+    else:
+        raise UsageError(
+            f"{where} is a {type(item).__name__}; expected a string, a dict or a Request"
+        )
+    requests = []
+    for request in resolve_requests([prompt], base_seed=seed + start):
+        index = start + request.index
+        name = request.id if "id" in prompt.fields else f"{index:08d}"
+        requests.append(replace(request, index=index, id=name))
+    return requests
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all ranks agree on.
+
+    Attributes:
+        digest: short text that stands for all of it; equal on all ranks.
+    """
+
+    requests: Sequence[Request]
+    batches: Sequence[range]
+    digest: str
+
+
+def _plan(
     pipe: Any,
     prompts: Sequence[PromptLike],
     seed: int,
     batch_size: int,
     call: Mapping[str, Any],
-) -> list[Request]:
-    if batch_size < 1:
-        raise UsageError(f"batch_size={batch_size} must be at least 1")
+    options: str = "",
+) -> _Plan:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UsageError(f"batch_size={batch_size!r} must be an integer of at least 1")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UsageError(f"seed={seed!r} must be an integer")
     for name in call:
         if name in RESERVED_CALL_ARGUMENTS:
             raise UsageError(f"{name}: {RESERVED_CALL_ARGUMENTS[name]}")
-    requests = as_requests(prompts, seed)
+    parameters = inspect.signature(pipe.__call__).parameters
+    takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    allowed = [n for n in parameters if n not in RESERVED_CALL_ARGUMENTS]
+    requests = as_requests(prompts, seed, None if takes_anything else allowed)
     given = set(call).union(*(r.parameters() for r in requests))
     given |= {"negative_prompt" for r in requests if r.negative_prompt is not None}
-    parameters = inspect.signature(pipe.__call__).parameters
     check_call(type(pipe).__name__, parameters, given, batch_size)
-    digest = hashlib.sha256("".join(r.content_hash() for r in requests).encode()).hexdigest()
-    require_equal(ranks, "prompts", f"{len(requests)} requests, {digest[:16]}")
-    return requests
-
-
-def _run_share(
-    ranks: Group,
-    pipe: Any,
-    requests: Sequence[Request],
-    batch_size: int,
-    call: Mapping[str, Any],
-) -> Iterator[Result]:
+    content = hashlib.sha256("".join(map(_content_hash, requests)).encode())
+    content.update(canonical_json({n: _plain(value) for n, value in call.items()}).encode())
+    digest = f"{len(requests)} requests, {content.hexdigest()[:16]}, batch_size={batch_size}"
     batches = cut_batches([r.batch_key() for r in requests], batch_size)
-    share = contiguous_slice(len(batches), ranks.group_size, ranks.group_rank)
-    engine = WholeEngine(pipe, rank=ranks.world.rank, call=call)
-    with _handed_back(pipe):
-        yield from engine.run([requests[i] for i in batches[k]] for k in share)
+    return _Plan(requests, batches, f"{digest}, {options}" if options else digest)
 
 
-@contextlib.contextmanager
-def _handed_back(pipe: Any) -> Iterator[None]:
-    """Eval mode and silence inside; afterwards everything as it was."""
-    import torch
-
-    modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
-    training = [m for module in modules for m in module.modules() if m.training]
-    bar = getattr(pipe, "_progress_bar_config", None)
-    scheduler = getattr(pipe, "scheduler", None)
-    for module in modules:
-        module.eval()
-    if scheduler is not None:
-        pipe.scheduler = copy.deepcopy(scheduler)
-    pipe.set_progress_bar_config(disable=True)
+def _content_hash(request: Request) -> str:
     try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-        if scheduler is not None:
-            pipe.scheduler = scheduler
-        if bar is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = bar
+        return request.content_hash()
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"prompts[{request.index}] ({request.prompt[:60]!r}): {error}; a prompt's own "
+            "arguments are plain values or paths of images. Give other objects to all prompts, as "
+            "keyword arguments"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """The value where text can stand for it, else its type: a tensor may lie on each rank's GPU."""
+    try:
+        canonical_json(value)
+    except (TypeError, ValueError):
+        return type(value).__name__
+    return value
+
+
+def _agreed(ranks: Group, check: Callable[[], _Plan]) -> _Plan:
+    """Every rank's own check, then that they came to the same; what fails is raised on all."""
+    ranks.enter("preparing")
+    plan: _Plan | None = None
+    failure: Exception | None = None
+    try:
+        plan = check()
+    except Exception as error:  # noqa: BLE001 - told to every rank, then raised
+        failure = error
+    digest = None if plan is None else plan.digest
+    require_same(ranks, "prompts and arguments", digest, failure)
+    assert plan is not None
+    return plan
+
+
+def _run_share(ranks: Group, pipe: Any, plan: _Plan, call: Mapping[str, Any]) -> Iterator[Result]:
+    share = contiguous_slice(len(plan.batches), ranks.group_size, ranks.group_rank)
+    engine = WholeEngine(pipe, rank=ranks.world.rank, call=call)
+    for k in share:
+        batch = [plan.requests[i] for i in plan.batches[k]]
+        ranks.check_peers()
+        ranks.enter("running", f"prompt {batch[0].index} (id {batch[0].id})")
+        yield from _run_batch(ranks, engine, batch)
+
+
+def _run_batch(ranks: Group, engine: WholeEngine, batch: Batch) -> list[Result]:
+    """A batch at once, so that the pipeline is its owner's again before a Result is shown."""
+    try:
+        with borrowed(engine.pipe, ranks.device):
+            return list(engine.run([batch]))
+    except BaseException as error:
+        first = ranks.report_failure(error)
+        if isinstance(error, Exception):
+            raise first from error
+        raise  # Ctrl-C stays Ctrl-C where it was pressed; the others get the RankError
 
 
 def _failure_message(failed: Sequence[Result], num_requests: int) -> str:

@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "leader": None,
     "run": None,
     "embed": None,
+    "lending": VALUES,
+    "splitting": VALUES | {"distributed"},
     "cli": None,
     "main": {"cli"},
     "__main__": {"main"},

@@ -102,9 +102,8 @@ class Board:
 
     def enroll(self, timeout_seconds: float) -> list[int]:
         """Meet all ranks for the first time → global ranks that did not come in time."""
-        assert self.group_rank is not None
+        self.announce()
         with self._reaching():
-            self.store.set(f"process/{self.group_rank}", json.dumps(_this_process()))
             self.store.add("enrolled", 1)
         deadline = time.monotonic() + timeout_seconds
         for _ in _pauses():
@@ -118,6 +117,12 @@ class Board:
             return [
                 rank for k, rank in enumerate(self.ranks) if not self.store.check([f"process/{k}"])
             ]
+
+    def announce(self) -> None:
+        """Say which process this rank is, so that peers on this machine see when it has ended."""
+        assert self.group_rank is not None
+        with self._reaching():
+            self.store.set(f"process/{self.group_rank}", json.dumps(_this_process()))
 
     def meet(self, phase: str) -> None:
         """Wait until every rank has come here as often as this one. No timeout.

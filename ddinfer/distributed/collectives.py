@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ddinfer.errors import DdinferError, UsageError
+from ddinfer.errors import DdinferError, ErrorRecord, RankError, UsageError, exit_code_of
 
 if TYPE_CHECKING:
     from ddinfer.distributed.process_group import Group
@@ -66,7 +66,36 @@ def require_equal(group: Group, what: str, value_hash: str) -> None:
     Raises:
         UsageError: on every rank, naming the ranks and what each had.
     """
-    hashes: list[str] = group.all_gather_object(value_hash)
+    _raise_if_differing(group, what, group.all_gather_object(value_hash))
+
+
+def require_same(
+    group: Group, what: str, value_hash: str | None, failure: Exception | None = None
+) -> None:
+    """`require_equal`, where some ranks may have failed to come to a value at all.
+
+    Args:
+        failure: why this rank has none.
+
+    Raises:
+        the failure itself on every rank, if it is the same on all of them.
+        RankError: on every rank, the first rank's failure, if others have none or another.
+        UsageError: as `require_equal`.
+    """
+    record = None if failure is None else ErrorRecord.of(failure)
+    code = None if failure is None else exit_code_of(failure)
+    told = group.all_gather_object((record, code, value_hash))
+    failed = [(rank, each, code) for rank, (each, code, _) in enumerate(told) if each is not None]
+    is_the_same = len({str(each) for _, each, _ in failed}) == 1
+    if failure is not None and is_the_same and len(failed) == group.group_size:
+        raise failure
+    if failed:
+        rank, first, code = failed[0]
+        raise RankError(group.global_rank(rank), group.phase, first, exit_code=code) from failure
+    _raise_if_differing(group, what, [value for _, _, value in told])
+
+
+def _raise_if_differing(group: Group, what: str, hashes: Sequence[str]) -> None:
     if len(set(hashes)) <= 1:
         return
     holders: dict[str, list[int]] = {}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.distributed.board import Board, Failure, StoreLost
+from ddinfer.distributed.store import loopback_store as loopback_store
+from ddinfer.distributed.store import on_loopback, open_store
 from ddinfer.distributed.world import World, from_environment
 from ddinfer.errors import DdinferError, JoinError, RankError, UsageError
 
@@ -73,7 +75,7 @@ class Group:
         return cls(world, HashStore(), device=torch.device(world.device), ranks=(world.rank,))
 
     @classmethod
-    def borrow(cls, group: ProcessGroup | None = None) -> Group:
+    def borrow(cls, group: ProcessGroup | None = None, world: World | None = None) -> Group:
         """The group of somebody's program, left as it is: never made again, never destroyed.
 
         Every rank of ``group`` (default: all ranks) calls this, in the same order as its other
@@ -86,15 +88,15 @@ class Group:
         import torch.distributed as dist
 
         if group is None and not (dist.is_available() and dist.is_initialized()):
-            world = from_environment(os.environ)
-            if world.world_size > 1:
+            found = from_environment(os.environ) if world is None else world
+            if found.world_size > 1:
                 raise UsageError(
-                    f"this is rank {world.rank} of {world.world_size}, but there is no process "
+                    f"this is rank {found.rank} of {found.world_size}, but there is no process "
                     "group, so that every rank would do all the work; call "
                     "torch.distributed.init_process_group() first"
                 )
-            return cls.alone()
-        return _borrowed(dist.group.WORLD if group is None else group)
+            return cls.alone(world)
+        return _borrowed(dist.group.WORLD if group is None else group, world)
 
     @property
     def group_size(self) -> int:
@@ -117,6 +119,19 @@ class Group:
         with self._blaming():
             dist.all_gather_object(gathered, item, group=self.object_group)
         return gathered
+
+    def gather_object(self, item: Any, dst: int = 0) -> list[Any]:
+        """Every rank's ``item``, in rank order, on group rank ``dst``; ``[]`` elsewhere."""
+        if self.object_group is None:
+            return [item]
+        import torch.distributed as dist
+
+        self.wait_for_peers(self.phase)
+        here = self.group_rank == dst
+        gathered: list[Any] | None = [None] * self.group_size if here else None
+        with self._blaming():
+            dist.gather_object(item, gathered, dst=self.ranks[dst], group=self.object_group)
+        return gathered or []
 
     def broadcast_object(self, item: Any = None, src: int = 0) -> Any:
         """The ``item`` of group rank ``src``, on every rank."""
@@ -225,25 +240,34 @@ def process_group(
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        yield Group.borrow()
+        with _failures_told(Group.borrow(world=world)) as group:
+            yield group
         return
     if world.world_size == 1:
         yield Group.alone(world)
         return
-    with _on_loopback(world):
+    with on_loopback(world):
         group = _join(world, join_timeout_seconds, control_timeout_seconds)
         try:
-            yield group
-            group.wait_for_peers("leaving")
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            _raise_first(group, error)
-            raise
+            with _failures_told(group):
+                yield group
         finally:
             dist.destroy_process_group()
-            if not _launcher_hosts_store():
+            if not world.launcher_hosts_store:
                 _leave_store(group)
+
+
+@contextlib.contextmanager
+def _failures_told(group: Group) -> Iterator[Group]:
+    """What fails inside on any rank is raised on every rank, at the latest on leaving."""
+    try:
+        yield group
+        group.wait_for_peers("leaving")
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        _raise_first(group, error)
+        raise
 
 
 def _raise_first(group: Group, error: BaseException) -> None:
@@ -262,17 +286,16 @@ def _join(world: World, join_seconds: float, control_seconds: float) -> Group:
 
     on_gpu = world.device.startswith("cuda")
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
     def failed(why: str, fix: str) -> JoinError:
         return JoinError(
             f"rank {world.rank} of {world.world_size} could not join its process group "
-            f"(backend {backend}, store at {address}): {why}. {fix}"
+            f"(backend {backend}, store at {world.store_address}): {why}. {fix}"
         )
 
     try:
         store = dist.PrefixStore(
-            f"ddinfer/{world.run_id}/{world.restart_count}", _open_store(world, join_seconds)
+            f"ddinfer/{world.run_id}/{world.restart_count}", open_store(world, join_seconds)
         )
     except (RuntimeError, OSError) as error:
         raise failed(
@@ -310,52 +333,6 @@ def _join(world: World, join_seconds: float, control_seconds: float) -> Group:
     return group
 
 
-def _open_store(world: World, timeout_seconds: float) -> Store:
-    """The launcher's store; without one, rank 0 hosts it where MASTER_ADDR says."""
-    from torch.distributed import TCPStore
-
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=timeout_seconds)
-    if _launcher_hosts_store() or world.rank != 0:
-        return TCPStore(host, port, is_master=False, timeout=timeout)
-    if _is_loopback(host):  # torch's own server would listen on every address
-        return loopback_store(port, timeout_seconds)
-    return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout)
-
-
-def loopback_store(port: int = 0, timeout_seconds: float = JOIN_TIMEOUT_SECONDS) -> Any:
-    """A store that listens on 127.0.0.1 and nowhere else; port 0 takes a free one.
-
-    torch binds its own sockets to every address, also for ``tcp://127.0.0.1``.
-    """
-    from torch.distributed import TCPStore
-
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
-    listener.listen(1024)
-    port = listener.getsockname()[1]
-    return TCPStore(
-        "127.0.0.1",
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_seconds),
-        master_listen_fd=listener.detach(),
-    )
-
-
-def _launcher_hosts_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return socket.gethostbyname(host).startswith("127.")
-    except OSError:
-        return False
-
-
 def _leave_store(group: Group) -> None:
     """Whoever hosts the store ends last."""
     with contextlib.suppress(StoreLost):
@@ -364,21 +341,7 @@ def _leave_store(group: Group) -> None:
             group.board.wait_until_left(_HOST_LINGERS_SECONDS)
 
 
-@contextlib.contextmanager
-def _on_loopback(world: World) -> Iterator[None]:
-    """On one machine, ranks meet on the loopback interface alone, unless the user chose another."""
-    interface = "lo" if os.path.isdir("/sys/class/net/lo") else "lo0"
-    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if world.num_nodes == 1 else ()
-    chosen = [name for name in names if name not in os.environ]
-    os.environ.update(dict.fromkeys(chosen, interface))
-    try:
-        yield
-    finally:
-        for name in chosen:
-            os.environ.pop(name, None)
-
-
-def _borrowed(group: Any) -> Group:
+def _borrowed(group: Any, world: World | None) -> Group:
     import torch
     import torch.distributed as dist
 
@@ -388,27 +351,25 @@ def _borrowed(group: Any) -> Group:
         )
     ranks, group_rank = dist.get_process_group_ranks(group), dist.get_rank(group)
     backends = _backends(group)
-    on_gpu = "cuda" in backends and torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    world = World.detect("cpu")
+    if world is None:
+        on_gpu = "cuda" in backends and torch.cuda.is_available()
+        device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
+        world = replace(World.detect("cpu"), device=device)
     store = _store_of(group)
     # Every call gets keys of its own. Ranks call equally often, so that their numbers agree.
     number = store.add(f"calls/{group_rank}", 1)
-    return Group(
-        _with_device(world, str(device)),
+    borrowed = Group(
+        world,
         dist.PrefixStore(f"call/{number}", store),
-        device=device,
+        device=torch.device(world.device),
         ranks=ranks,
         group_rank=group_rank,
         device_group=group,
         object_group=group if backends.get("cpu") == "gloo" else _side_group(group, ranks),
     )
-
-
-def _with_device(world: World, device: str) -> World:
-    from dataclasses import replace
-
-    return replace(world, device=device)
+    if len(ranks) > 1:
+        borrowed.board.announce()  # so that its death ends the others' waits
+    return borrowed
 
 
 def _side_group(group: Any, ranks: Sequence[int]) -> Any:
