@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import os
 import pickle
-import select
+import selectors
 import signal
 import sys
 import threading
@@ -96,13 +96,16 @@ def main(control: int, preload: Sequence[str]) -> None:
         launcher.send_bytes(pickle.dumps(("started", rank, pid)))
     for fd in start.outcomes:
         os.close(fd)
+    events = selectors.PollSelector()
+    events.register(wake, selectors.EVENT_READ)
+    events.register(launcher, selectors.EVENT_READ)
     while ranks:
         for pid, exitcode in _ended():
             launcher.send_bytes(pickle.dumps(("ended", ranks.pop(pid), exitcode)))
         if not ranks:
             break
-        ready, _, _ = select.select([wake, launcher.fileno()], [], [])
-        if launcher.fileno() in ready:  # it never speaks again: it is gone
+        if any(key.fd == launcher.fileno() for key, _ in events.select()):
+            # It never speaks again: it is gone.
             os.killpg(0, signal.SIGKILL)
         with contextlib.suppress(BlockingIOError):
             os.read(wake, 4096)

@@ -35,7 +35,9 @@ class World:
         gpus_per_rank: a rank with local rank l drives GPUs l·g … l·g + g − 1.
         run_id: of the launch, equal on all ranks; keeps apart jobs that share a store.
         restart_count: how often the launcher has restarted its ranks.
-        is_launched: the environment names a store to meet at; ``False`` for a process alone.
+        is_launched: a launcher made this a rank, or a process group exists.
+        store_address: ``host:port`` where ranks meet; empty for a process alone.
+        launcher_hosts_store: as torchrun and `launch` do; else rank 0 hosts it.
     """
 
     rank: int = 0
@@ -49,6 +51,8 @@ class World:
     run_id: str = ""
     restart_count: int = 0
     is_launched: bool = False
+    store_address: str = ""
+    launcher_hosts_store: bool = False
 
     @classmethod
     def detect(
@@ -131,6 +135,8 @@ def from_environment(environ: Mapping[str, str]) -> World:
         run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
         restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         is_launched=True,
+        store_address=f"{environ['MASTER_ADDR']}:{_number(environ, 'MASTER_PORT')}",
+        launcher_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
