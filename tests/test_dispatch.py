@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from ddinfer.errors import UsageError
-from ddinfer.models.dispatch import _OneDevice, dispatch_model, dispatch_pipeline
+from ddinfer.models.activations import OneDevice
+from ddinfer.models.dispatch import dispatch_model, dispatch_pipeline
 from ddinfer.models.fetching import DiskSource, Fetcher, HostSource, Unit
 from ddinfer.models.loading import load_model, load_pipeline
 from ddinfer.models.parked import ParkedParameter
@@ -226,7 +227,7 @@ def test_operations_between_devices_follow_their_first_tensor():
     here, there = torch.ones(2, 2), torch.ones(2, 2, device="meta")
     with pytest.raises(RuntimeError):
         torch.cat([there, here], dim=1)
-    with _OneDevice():
+    with OneDevice():
         assert torch.cat([there, here], dim=1).device.type == "meta"
         assert (there * (1 + here[:1])).device.type == "meta"
         assert (here * torch.tensor(2.0)).device.type == "cpu"
@@ -318,6 +319,19 @@ def test_a_plan_saved_as_json_is_carried_out_alike(tiny):
     torch.testing.assert_close(
         draw(pipe, "sd3"), draw(load_pipeline(tiny("sd3")), "sd3"), rtol=0, atol=1e-5
     )
+
+
+def test_a_stage_loads_its_components_of_a_placement_that_names_all(tiny):
+    placement = {
+        "transformer": "disk",
+        "vae": "cpu",
+        "text_encoder": "cpu",
+        "text_encoder_2": "cpu",
+    }
+    without = dict.fromkeys(["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"])
+    pipe = load_pipeline(tiny("flux"), placement=placement, components=without)
+    assert pipe.vae is None
+    assert {u.name.split(".")[0] for u in pipe.ddinfer_dispatched.units} >= {"transformer_blocks"}
 
 
 def test_what_lies_on_disk_is_read_from_the_checkpoint_itself(tiny):

@@ -123,7 +123,7 @@ def where_everything_is(placement: Placement, root: Node) -> dict[str, str]:
     return {tensor.name: placement.device_of(tensor.name) for tensor in root.every_tensor()}
 
 
-@settings(max_examples=2500, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(trees(), BUDGETS, st.sampled_from(["balanced", "auto"]), st.booleans())
 def test_every_tensor_is_placed_once_and_no_budget_is_exceeded(root, budgets, strategy, prefetch):
     try:
@@ -155,7 +155,7 @@ def test_every_tensor_is_placed_once_and_no_budget_is_exceeded(root, budgets, st
     assert {d for d, size in held.items() if size} <= {*budgets, DISK}
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(trees(), BUDGETS, st.sampled_from(["balanced", "auto"]))
 def test_a_unit_is_on_a_slower_tier_only_where_no_faster_one_has_room(root, budgets, strategy):
     try:
@@ -175,7 +175,7 @@ def test_a_unit_is_on_a_slower_tier_only_where_no_faster_one_has_room(root, budg
             assert all(unit.num_bytes > free[d] for d in faster)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(trees(), BUDGETS)
 def test_a_unit_is_never_divided(root, budgets):
     try:
@@ -195,7 +195,7 @@ def test_a_unit_is_never_divided(root, budgets):
         assert len(devices) <= 1
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(trees(), st.lists(st.integers(1, 600), min_size=1, max_size=4))
 def test_nothing_leaves_the_gpus_when_units_of_one_byte_fit(root, sizes):
     """With one unit as large as all the rest together, filling to the brim must still work."""

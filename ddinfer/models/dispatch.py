@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
+from ddinfer.models.activations import OneDevice, spoken, tensors_in, to_device
 from ddinfer.models.checkpoint import StoredTensor
 from ddinfer.models.fetching import DiskSource, Fetcher, HostSource, Source, Unit, read
 from ddinfer.models.opening import OpenModel, finish_weight_norm
@@ -125,7 +125,7 @@ def dispatch_pipeline(
 
 def _compute_on(pipe: Any, main: torch.device, dispatched: Dispatched) -> None:
     """Latents and the like are made on the main device, wherever the first component lies."""
-    if pipe._execution_device == torch.empty(0, device=main).device:
+    if pipe._execution_device == spoken(main):
         return
     kind = type(pipe)
     there = property(lambda self: main)
@@ -133,62 +133,6 @@ def _compute_on(pipe: Any, main: torch.device, dispatched: Dispatched) -> None:
         kind.__name__, (kind,), {"_execution_device": there, "__module__": kind.__module__}
     )
     dispatched.on_undo(lambda: setattr(pipe, "__class__", kind))
-
-
-class _OneDevice(TorchFunctionMode):
-    """Where an operation's tensors lie on several GPUs, they follow its first one.
-
-    Code between blocks (a sum of a block's output and an embedding) then needs to know nothing.
-    """
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        tensors = [t for t in _tensors((args, kwargs)) if t.dim()]
-        if len({t.device for t in tensors}) > 1 and getattr(func, "__name__", "") not in (
-            "__get__", "__set__", "to", "copy_",
-        ):  # fmt: skip
-            first = tensors[0].device
-            args, kwargs = _to((args, kwargs), first)
-        return func(*args, **kwargs)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """The same structure with its tensors on ``device``.
-
-    Lists and dicts are changed in place: some models pass a cache through their blocks.
-    """
-    if isinstance(value, torch.Tensor):
-        return value if value.device == device else value.to(device)
-    if isinstance(value, (dict, list)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        changed = {key: _to(item, device) for key, item in list(items)}
-        for key, item in changed.items():
-            if item is not value[key]:
-                value[key] = item  # a ModelOutput keeps its attribute in step
-        return value
-    if isinstance(value, tuple):
-        moved = [_to(item, device) for item in value]
-        if all(one is other for one, other in zip(moved, value, strict=True)):
-            return value
-        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
-    return value
 
 
 class _Carrier:
@@ -258,7 +202,7 @@ class _Carrier:
         if tensor.is_meta:
             return
         before = tensor.device
-        if before != torch.empty(0, device=device).device:
+        if before != spoken(device):
             # The object stays the same, so that whoever holds it keeps holding the weight.
             tensor.data = tensor.data.to(device)
             self.dispatched.on_undo(lambda: setattr(tensor, "data", tensor.data.to(before)))
@@ -402,7 +346,7 @@ class _Carrier:
                         seen[id(stand_in)] = _like(stand_in, tensor)
                     held[leaf] = seen[id(stand_in)]
 
-            return _to(args, _here(main)), _to(kwargs, _here(main))
+            return to_device(args, spoken(main)), to_device(kwargs, spoken(main))
 
         def after(*_: Any) -> None:
             nonlocal depth
@@ -424,10 +368,10 @@ class _Carrier:
 
     def _follow(self, item: Node, device: torch.device) -> None:
         """Inputs of a part come to its device."""
-        there = _here(device)
+        there = spoken(device)
         self._hook(
             self.model.get_submodule(item.name),
-            lambda _, args, kwargs: (_to(args, there), _to(kwargs, there)),
+            lambda _, args, kwargs: (to_device(args, there), to_device(kwargs, there)),
             None,
         )
 
@@ -451,22 +395,17 @@ class _Carrier:
 
         @functools.wraps(method)
         def enter(*args: Any, **kwargs: Any) -> Any:
-            first = next((t.device for t in _tensors((args, kwargs))), None)
+            first = next((t.device for t in tensors_in((args, kwargs))), None)
             if not several:
                 result = method(*args, **kwargs)
             else:
-                with _OneDevice():
+                with OneDevice():
                     result = method(*args, **kwargs)
-            if first is None or all(t.device == first for t in _tensors(result)):
+            if first is None or all(t.device == first for t in tensors_in(result)):
                 return result
-            return _to(result, first)
+            return to_device(result, first)
 
         return enter
-
-
-def _here(device: torch.device) -> torch.device:
-    """As tensors on it name it: ``cpu:0`` makes tensors that say ``cpu``."""
-    return torch.empty(0, device=device).device
 
 
 def _like(stand_in: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

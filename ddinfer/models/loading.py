@@ -8,7 +8,7 @@ ranks of a machine share one copy in memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ from ddinfer.models.placement import (
     Strategy,
     check_covers,
     check_strategy,
-    parse_max_memory,
 )
 from ddinfer.models.repository import pipeline_folder
 from ddinfer.models.source import DENOISER_NAMES, PipelineSource
@@ -103,6 +102,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     placement: Strategy | Mapping[str, str] | Placement | None = None,
     max_memory: MaxMemory | str | None = None,
+    gpus: Sequence[int] | None = None,
     components: Mapping[str, Any] | None = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -119,6 +119,7 @@ def load_pipeline(
         placement: where each part goes instead; a strategy's name (see `plan_placement`), a dict
             or a `Placement`. ``pipe.ddinfer_dispatched.undo()`` brings all of it to the host.
         max_memory: for a strategy's name: device → bytes or a text such as ``"16GB"``.
+        gpus: for a placement, the GPUs this process drives; device numbers count through them.
         components: given ones are used as they are; ``None`` leaves one out.
         variant: of the weight files ("fp16"); components without it use their plain files.
         trust_remote_code: lets the repository's own Python run.
@@ -155,7 +156,7 @@ def load_pipeline(
     elif device is not None:
         raise UsageError("give device or placement, not both: a placement names devices")
     else:
-        pipe = _load_placed(source, placement, max_memory, dtype, given)
+        pipe = _load_placed(source, placement, max_memory, gpus, dtype, given)
     pipe.register_to_config(_name_or_path=os.fspath(path))
     return pipe
 
@@ -164,6 +165,7 @@ def _load_placed(
     source: PipelineSource,
     placement: Strategy | Mapping[str, str] | Placement,
     max_memory: MaxMemory | str | None,
+    gpus: Sequence[int] | None,
     dtype: str | torch.dtype | Mapping[str, str | torch.dtype],
     given: dict[str, Any],
 ) -> DiffusionPipeline:
@@ -178,10 +180,11 @@ def _load_placed(
     budgets: dict[str, int] = {}
     if isinstance(placement, str):
         check_strategy(placement)
-        budgets = complete_budgets(None if max_memory is None else parse_max_memory(max_memory))
+        budgets = complete_budgets(max_memory, gpus)
         devices = list(budgets)
     else:
         placement = placement if isinstance(placement, Placement) else Placement(placement)
+        placement = placement if gpus is None else placement.on_gpus(gpus)
         devices = [placement.main]
     main = next((d for d in devices if d not in (CPU, DISK)), CPU)
     types = source.dtypes(dtype, torch.device(main))
@@ -202,6 +205,10 @@ def _load_placed(
     root = Node("", (), tuple(trees), pipeline=True)
     if isinstance(placement, str):
         placement = plan(root, budgets, placement)
+    else:  # a stage loads a few components of a placement that names all
+        absent = {n for n in source.names() if given.get(n) is None}
+        named = {name.partition(".")[0] for name in placement.devices}
+        placement = placement.only(named - absent)
     check_covers(placement, root)
     pipe = source.assemble(given)
     pipe.ddinfer_dispatched = dispatch_pipeline(pipe, placement, opened=opened)

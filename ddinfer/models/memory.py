@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
-from ddinfer.models.placement import CPU
+from ddinfer.models.placement import CPU, MaxMemory, on_gpu, parse_max_memory
 
 
-def complete_budgets(budgets: Mapping[str, int] | None) -> dict[str, int]:
-    """The given budgets with the host's added where they do not name it; all, when ``None``."""
-    if budgets is None:
-        return {**free_gpu_bytes(), CPU: free_host_bytes()}
-    return {**budgets} if CPU in budgets else {**budgets, CPU: free_host_bytes()}
+def complete_budgets(
+    max_memory: MaxMemory | str | None, gpus: Sequence[int] | None = None
+) -> dict[str, int]:
+    """Budgets as the user gives them, the host's added where it is not named; ``None``: all free.
+
+    Args:
+        gpus: those this process drives; the budgets' numbers count through them.
+    """
+    if max_memory is None:
+        free = free_gpu_bytes()
+        if gpus is not None:
+            free = {device: size for device, size in free.items() if int(device[5:]) in gpus}
+        return {**free, CPU: free_host_bytes()}
+    budgets = parse_max_memory(max_memory)
+    if gpus is not None:
+        budgets = {on_gpu(device, gpus): size for device, size in budgets.items()}
+    return budgets if CPU in budgets else {**budgets, CPU: free_host_bytes()}
 
 
 def free_gpu_bytes() -> dict[str, int]:

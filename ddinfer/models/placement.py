@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal, get_args
@@ -155,6 +155,30 @@ class Placement:
             raise PlacementError(f"the placement says nothing about {name}")
         return Placement(inside, self.main, self.prefetch)
 
+    def only(self, components: Collection[str]) -> Placement:
+        """The part for some of a pipeline's components; their names stay as they are."""
+        kept = {
+            path: device
+            for path, device in self.devices.items()
+            if not path or path.partition(".")[0] in components
+        }
+        return replace(self, devices=kept, sizes={n: b for n, b in self.sizes.items() if n in kept})
+
+    def on_gpus(self, gpus: Sequence[int]) -> Placement:
+        """The same for a process that drives other GPUs: cuda:0 becomes the first of ``gpus``, …
+
+        Raises:
+            PlacementError: it names more GPUs than those.
+        """
+        return Placement(
+            {name: on_gpu(device, gpus) for name, device in self.devices.items()},
+            on_gpu(self.main, gpus),
+            self.prefetch,
+            self.sizes,
+            {on_gpu(device, gpus): size for device, size in self.budgets.items()},
+            {on_gpu(device, gpus): size for device, size in self.reserved.items()},
+        )
+
     def bytes_on(self) -> dict[str, int]:
         """Device → bytes of weights."""
         totals: dict[str, int] = {}
@@ -198,6 +222,23 @@ class Placement:
             for text, size in _runs(self, device):
                 lines.append(f"  {text:<60}{format_bytes(size) if size else '':>10}")
         return "\n".join(lines)
+
+
+def on_gpu(device: str, gpus: Sequence[int]) -> str:
+    """``cuda:n`` → the n-th of the GPUs that a process drives; other devices stay.
+
+    Raises:
+        PlacementError: there is no n-th.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return device
+    if int(index) >= len(gpus):
+        raise PlacementError(
+            f"the placement (or max_memory) names {device}, but this process drives {len(gpus)} "
+            f"GPUs ({', '.join(map(str, gpus))}); see --gpus_per_rank"
+        )
+    return f"cuda:{gpus[int(index)]}"
 
 
 def _device_order(device: str) -> tuple[str, int]:
@@ -323,11 +364,13 @@ def plan_placement(
     dtype: Any = None,
     *,
     headroom: int | str | Fraction | None = None,
+    gpus: Sequence[int] | None = None,
 ) -> Placement:
     """Where each part of a model or pipeline should lie. Nothing is moved and no weight is read.
 
     Args:
-        model_or_pipeline_or_path: a module, a pipeline, or the folder (or Hub id) of either.
+        model_or_pipeline_or_path: a module, a pipeline, the folder (or Hub id) of either, or a
+            `PipelineSource`.
         max_memory: device → budget, such as ``{0: "16GB", "cpu": "64GB"}`` or
             ``"0=16GB,cpu=64GB"``. GB is 10⁹ bytes, GiB 2³⁰. ``None``: what is free here now.
             Without "cpu", what the host has free; without "disk", any amount.
@@ -337,6 +380,8 @@ def plan_placement(
         dtype: the type that floating weights will have; ``None``: the one they have (or, for a
             path, the one that `ddinfer.load_pipeline` would choose).
         headroom: bytes of each GPU's budget kept for activations (default: a tenth of it).
+        gpus: the GPUs to use (default: all); numbers in ``max_memory`` count through them, so
+            that ranks that drive different ones share one budget.
 
     Raises:
         PlacementError: it does not fit; the message has the sums.
@@ -347,7 +392,7 @@ def plan_placement(
     from ddinfer.models.sizes import tree_of
 
     check_strategy(strategy)
-    budgets = complete_budgets(None if max_memory is None else parse_max_memory(max_memory))
+    budgets = complete_budgets(max_memory, gpus)
     gpu = any(device not in (CPU, DISK) for device in budgets)
     root = tree_of(model_or_pipeline_or_path, no_split=no_split, dtype=dtype, gpu=gpu)
     kept = headroom if headroom is None or isinstance(headroom, Fraction) else parse_bytes(headroom)

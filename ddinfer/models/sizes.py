@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,13 @@ from ddinfer.models.tree import Node, Tensor
 if TYPE_CHECKING:
     import torch
 
+    from ddinfer.models.source import PipelineSource
+
 
 def tree_of(
     thing: Any, *, no_split: Sequence[str] | None = None, dtype: Any = None, gpu: bool = False
 ) -> Node:
-    """The sizes of a module, a pipeline, or the folder (or Hub id) of either.
+    """The sizes of a module, a pipeline, the folder (or Hub id) of either, or a `PipelineSource`.
 
     Args:
         dtype: counted for floating tensors instead of their own.
@@ -29,10 +30,14 @@ def tree_of(
     import torch
 
     from ddinfer.models.opening import open_model, parse_dtype
+    from ddinfer.models.repository import pipeline_folder
+    from ddinfer.models.source import PipelineSource
 
     if isinstance(thing, torch.nn.Module):
         wanted = None if dtype is None else parse_dtype(dtype)
         return tree_of_model(thing, no_split=no_split, dtype=wanted)
+    if isinstance(thing, PipelineSource):
+        return _tree_of_source(thing, no_split, "auto" if dtype is None else dtype, gpu)
     if hasattr(thing, "components"):
         wanted = None if dtype is None else parse_dtype(dtype)
         models = {n: m for n, m in thing.components.items() if isinstance(m, torch.nn.Module)}
@@ -44,18 +49,15 @@ def tree_of(
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
         opened = open_model(folder, dtype=None if dtype is None else parse_dtype(dtype))
         return tree_of_model(opened.model, no_split=no_split, dtypes=opened.dtypes)
-    return _tree_of_pipeline_folder(thing, no_split, "auto" if dtype is None else dtype, gpu)
+    source = PipelineSource(pipeline_folder(thing))
+    return _tree_of_source(source, no_split, "auto" if dtype is None else dtype, gpu)
 
 
-def _tree_of_pipeline_folder(
-    path: str | os.PathLike[str], no_split: Sequence[str] | None, dtype: Any, gpu: bool
+def _tree_of_source(
+    source: PipelineSource, no_split: Sequence[str] | None, dtype: Any, gpu: bool
 ) -> Node:
     import torch
 
-    from ddinfer.models.repository import pipeline_folder
-    from ddinfer.models.source import PipelineSource
-
-    source = PipelineSource(pipeline_folder(path))
     types = source.dtypes(dtype, torch.device("cuda" if gpu else "cpu"))
     children = []
     for name in source.model_names():
