@@ -76,7 +76,7 @@ def all_equal(found, cases):
 def test_images_are_bit_identical_to_the_uncut_pipeline(num_stages):
     m = num_stages
     cases = [("flux", n, m) for n in (1, m, m + 1)]
-    cases += [(kind, m + 1, m) for kind in ("sd", "sd3", "pixart", "wan")]
+    cases += [(kind, m + 1, m) for kind in ("sd", "sd3", "pixart", "wan", "sana", "qwen")]
     cases += [("sdxl", m, m + 1)]
     assert all_equal(run_ranks(kinds_on_ranks, num_stages, cases), cases)
 

@@ -73,7 +73,7 @@ class Link:
             on_gpu = backends.get("cuda") == "nccl" and torch.cuda.is_available()
             device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
         control = group
-        if backends.get("cpu") != "gloo":
+        if set(backends.values()) != {"gloo"}:
             control = dist.new_group(
                 list(ranks),
                 backend="gloo",
