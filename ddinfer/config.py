@@ -22,6 +22,18 @@ from ddinfer.errors import UsageError
 
 ENVIRONMENT_PREFIX = "DDINFER_"
 
+#: Options that are not part of the job: the secret one, and switches of a single run.
+_ONE_TIME = (
+    "token",
+    "config",
+    "print_config",
+    "dry_run",
+    "json",
+    "overwrite",
+    "extend",
+    "accept_versions",
+)
+
 #: What the pipeline's ``__call__`` is given by ddinfer itself, so that no user may give it.
 RESERVED_CALL_ARGUMENTS = {
     "prompt": "prompts come from --prompt or --prompts",
@@ -131,6 +143,10 @@ class JobConfig:
     # What to do with the folder and the output
     overwrite: bool = False
     """Delete what is in the output folder and start again."""
+    extend: bool = False
+    """Accept prompts that were appended since the job in the folder was begun."""
+    accept_versions: bool = False
+    """Go on with the job in the folder though library versions have changed."""
     dry_run: bool = False
     """Print slices, batches, disk estimate and the first requests; load and write nothing."""
     json: bool = False
@@ -171,7 +187,7 @@ class JobConfig:
     def to_dict(self) -> dict[str, Any]:
         """What is saved with the job: everything but the token and one-time switches."""
         data = asdict(self)
-        for name in ("token", "config", "print_config", "dry_run", "overwrite", "json"):
+        for name in _ONE_TIME:
             del data[name]
         data["prompt"] = list(self.prompt)
         return data

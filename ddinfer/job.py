@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import io
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +32,7 @@ class Job:
 
     Attributes:
         model: folder or hub id of the pipeline.
-        model_name: how the user called it, for messages and picture metadata.
-        batches: each a range of Request indices; they cover all Requests in order.
+        model_name: what picture metadata call it: no path, which may differ between machines.
         notes: what the user should know before the job runs, one sentence each.
     """
 
@@ -40,8 +40,22 @@ class Job:
     model: str
     model_name: str
     requests: Sequence[Request]
-    batches: Sequence[range]
     notes: tuple[str, ...] = field(default=())
+
+    def batches(self, segments: Sequence[int] = ()) -> list[range]:
+        """Ranges of Request indices that share a pipeline call; they cover all in order.
+
+        Args:
+            segments: ends of the parts in which the job was given (`--extend`); no batch crosses
+                one, so that what is added changes no batch of before.
+        """
+        ends = list(segments) or [len(self.requests)]
+        cut: list[range] = []
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            keys = [request.batch_key() for request in self.requests[start:end]]
+            for part in cut_batches(keys, self.config.batch_size):
+                cut.append(range(start + part.start, start + part.stop))
+        return cut
 
     def batch(self, indices: range) -> list[Request]:
         return [self.requests[k] for k in indices]
@@ -62,7 +76,7 @@ def prepare_job(
     parameters: Mapping[str, inspect.Parameter],
     stdin: bytes | None = None,
 ) -> Job:
-    """Read the prompts, resolve them to Requests, cut the batches.
+    """Read the prompts and resolve them to Requests.
 
     Args:
         parameters: of the pipeline's ``__call__``: what a prompt may set.
@@ -84,16 +98,16 @@ def prepare_job(
         defaults={**defaults, **config.call_defaults()},
     )
     notes = _demonstration_note(requests) if model_name in tiny.PIPELINES else []
-    batches = cut_batches([r.batch_key() for r in requests], config.batch_size)
-    return Job(config, model, model_name, requests, batches, tuple(notes))
+    return Job(config, model, model_name, requests, tuple(notes))
 
 
 def resolve_model(config: JobConfig) -> tuple[str, str, dict[str, Any]]:
     """→ (folder or hub id, name, the call arguments that this model wants by default)."""
-    name = config.model or tiny.DEFAULT
-    if name in tiny.PIPELINES:
-        return str(tiny.path(name)), name, tiny.call_defaults(name)
-    return name, name, {}
+    model = config.model or tiny.DEFAULT
+    if model in tiny.PIPELINES:
+        return str(tiny.path(model)), model, tiny.call_defaults(model)
+    name = os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model
+    return model, name, {}
 
 
 def _prompts(

@@ -21,13 +21,14 @@ from ddinfer.engines.whole import check_call
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, exit_code_of
 from ddinfer.job import Job, job_identity, library_versions, prepare_job, resolve_model
 from ddinfer.models.fingerprint import model_fingerprint
-from ddinfer.models.repository import pipeline_folder
+from ddinfer.models.repository import pipeline_folder, scheduler_name
 from ddinfer.models.signature import call_parameters, pipeline_class
 from ddinfer.request import Result
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobDescription, JobFolder, read_job
 from ddinfer.storage.journal import JournalHeader
 from ddinfer.storage.metadata import write_status
+from ddinfer.storage.verify import check_room, estimate_disk
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class Leader:
         self.info = {
             **identity,
             "pipeline": pipeline,
+            "scheduler": scheduler_name(model_folder),
             "version": __version__,
             "versions": library_versions(),
             "call_defaults": {
@@ -150,13 +152,20 @@ class Leader:
             self.files,
             config.output,
             JobDescription(self.job.requests, identity, library_versions(), config.to_dict()),
-            overwrite=config.overwrite,
+            overwrite=config.overwrite and world.restart_count == 0,  # a restart goes on
+            extend=config.extend,
+            accept_versions=config.accept_versions,
             run_id=world.run_id if world.is_launched else "",
             notify=log.info,
         )
         state = self.folder.read_state()
-        self.pending = self.folder.pending_batches(self.job.batches, state)
+        batches = self.job.batches(self.folder.record.segments)
+        self.pending = self.folder.pending_batches(batches, state)
         self.wanted = self.folder.pending(state)
+        room = estimate_disk(
+            self.files, config.output, [self.job.requests[k] for k in self.wanted], state=state
+        )
+        check_room(room, config.output)
         for note in self.job.notes:
             log.info(note)
         if self.folder.is_resumed:
@@ -228,6 +237,11 @@ class Leader:
         self._write_status("finished", report.to_dict())
         self.folder.close()
         return report
+
+    def check_lease(self) -> None:
+        """Raise if the folder is no longer ours: another process took it over."""
+        if self.folder.lease is not None:
+            self.folder.lease.check()
 
     def working(self) -> None:
         """Say in status.json that the ranks are at work."""

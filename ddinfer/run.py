@@ -19,6 +19,7 @@ from ddinfer.leader import Leader, Record, RunReport, Share
 from ddinfer.request import Result
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import read_job, start_writer
+from ddinfer.storage.lease import Lease
 from ddinfer.storage.saving import save_as_made
 
 
@@ -65,7 +66,8 @@ def _run(config: JobConfig, group: Group, leader: Leader | None) -> RunReport:
     engine = load_engine(share.model, config, device=group.world.device, rank=group.world.rank)
     loaded = time.monotonic()
 
-    results = _make(engine, share, config, group)
+    with Lease.join(Files(), config.output):  # the folder is ours while any rank lives
+        results = _make(engine, share, config, group, leader)
     times = RankTimes(
         group.world.rank,
         len(results),
@@ -82,7 +84,9 @@ def _run(config: JobConfig, group: Group, leader: Leader | None) -> RunReport:
     return group.broadcast_object(report)
 
 
-def _make(engine: Engine, share: Share, config: JobConfig, group: Group) -> list[Result]:
+def _make(
+    engine: Engine, share: Share, config: JobConfig, group: Group, leader: Leader | None
+) -> list[Result]:
     """This rank's new Results, each on disk and in the journal when this returns."""
     made: list[Result] = []
     writer = start_writer(
@@ -94,7 +98,7 @@ def _make(engine: Engine, share: Share, config: JobConfig, group: Group) -> list
         wanted=share.wanted.__contains__,
     )
     with Progress(group, share.num_images, share.num_finished) as progress, writer:
-        for result in save_as_made(engine.run, _one_by_one(share.batches, group), writer):
+        for result in save_as_made(engine.run, _one_by_one(share.batches, group, leader), writer):
             if result.index in share.wanted:
                 made.append(result)
                 progress.made(1, failed=int(result.error is not None))
@@ -102,10 +106,12 @@ def _make(engine: Engine, share: Share, config: JobConfig, group: Group) -> list
     return made
 
 
-def _one_by_one(batches: Sequence[Batch], group: Group) -> Iterator[Batch]:
-    """The batches, each after a look whether a peer has failed."""
+def _one_by_one(batches: Sequence[Batch], group: Group, leader: Leader | None) -> Iterator[Batch]:
+    """The batches, each after a look whether a peer has failed or the folder is lost."""
     for batch in batches:
         group.check_peers()
+        if leader is not None:
+            leader.check_lease()
         group.enter("running", f"prompt {batch[0].index} (id {batch[0].id})")
         yield batch
 

@@ -31,10 +31,11 @@ def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
     job = prepare_job(config, parameters=parameters)
     pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
     check_call(pipeline, parameters, job.call_arguments(), config.batch_size)
-    parts = [contiguous_slice(len(job.batches), num_ranks, rank) for rank in range(num_ranks)]
+    all_batches = job.batches()
+    parts = [contiguous_slice(len(all_batches), num_ranks, rank) for rank in range(num_ranks)]
     slices = []
     for part in parts:
-        batches = [job.batches[k] for k in part]
+        batches = [all_batches[k] for k in part]
         first, last = (batches[0].start, batches[-1].stop - 1) if batches else (None, None)
         slices.append(
             {
@@ -50,7 +51,7 @@ def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
         "pipeline": pipeline,
         "output": config.output,
         "images": len(job.requests),
-        "batches": len(job.batches),
+        "batches": len(all_batches),
         "ranks": slices,
         "disk": str(disk),
         "disk_bytes": disk.needed_bytes,

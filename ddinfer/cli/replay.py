@@ -20,6 +20,7 @@ from ddinfer.models.repository import pipeline_folder
 from ddinfer.request import Request
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import read_metadata
+from ddinfer.storage.job_folder import read_job
 from ddinfer.storage.metadata import read_requests
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class ReplayOptions:
     """A PNG that ddinfer has written."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", aliases=("-m",))] = None
     """Where the model is now, if not where it was."""
+    trust_remote_code: bool = False
+    """Run pipeline code that the model's repository brings."""
     device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to make it. Another kind of device rounds differently."""
     save: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -49,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
     quiet_libraries()
     own_process(0)
     device = World.detect(options.device).device
-    model, _, _ = resolve_model(JobConfig(model=options.model or record["model"]))
-    made = _make(record, batch, model, device)
+    model, _, _ = resolve_model(JobConfig(model=options.model or _model_of(record, options.image)))
+    made = _make(record, batch, model, device, options.trust_remote_code)
     if options.save is not None:
         made[0].save(options.save, save_all=len(made) > 1, append_images=made[1:])
     same, text = _compare(made, options.image)
@@ -65,7 +68,7 @@ def _batch_of(record: Mapping[str, Any], image: str) -> tuple[list[Request], lis
     """The Requests that shared the image's call; those beside it are in the job folder."""
     own = Request.from_dict(record["request"])
     indices = record["batch"]
-    out = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(image))))
+    out = _folder_of_job(image)
     at_hand: dict[int, Request] = {}
     if os.path.isfile(os.path.join(out, "requests.jsonl.gz")):
         needed = {*indices, own.index}
@@ -91,8 +94,21 @@ def _batch_of(record: Mapping[str, Any], image: str) -> tuple[list[Request], lis
     ]
 
 
+def _folder_of_job(image: str) -> str:
+    """The output folder around an image: ``out/images/0000/00000000.png``."""
+    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(image))))
+
+
+def _model_of(record: Mapping[str, Any], image: str) -> str:
+    """Where the job found its model; an image knows only its name."""
+    job = read_job(Files(), _folder_of_job(image))
+    if job is not None and job.identity["model_hash"] == record["model_hash"]:
+        return job.config["model"] or record["model"]
+    return record["model"]
+
+
 def _make(
-    record: Mapping[str, Any], batch: list[Request], model: str, device: str
+    record: Mapping[str, Any], batch: list[Request], model: str, device: str, trusted: bool
 ) -> list[Image.Image]:
     """The image, or the frames of the video."""
     import torch
@@ -103,6 +119,7 @@ def _make(
     names = ("variant", "revision", "attention_backend", "vae_tiling", "vae_slicing", "compile")
     config = JobConfig(
         dtype="auto" if record["dtype"] == "checkpoint" else record["dtype"],
+        trust_remote_code=trusted,
         **{name: record[name] for name in names},
     )
     engine = load_engine(model, config, device=device, rank=0)
@@ -146,6 +163,6 @@ def _changes(record: Mapping[str, Any], model: str, device: str) -> list[str]:
     kind = device.split(":")[0]
     if kind != record["device"]:
         lines.append(f"device: {record['device']} then, {kind} now")
-    if model_fingerprint(pipeline_folder(model)) != record["model_hash"]:
+    if model_fingerprint(pipeline_folder(model, trust_remote_code=True)) != record["model_hash"]:
         lines.append(f"model: the files of {model} are not those that it was made with")
     return lines

@@ -193,7 +193,10 @@ def check_call(
     Raises:
         UsageError: the pipeline takes no prompt, no such argument, or no batches.
     """
-    takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    # Stable Diffusion's **kwargs is for two deprecated names; anything else it would ignore. Only
+    # a wrapper that does not even name its prompt is believed to hand everything on.
+    has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes_anything = has_kwargs and "prompt" not in parameters
     for needed in ("prompt", "generator"):
         if needed not in parameters and not takes_anything:
             raise UsageError(
@@ -202,8 +205,8 @@ def check_call(
             )
     unknown = sorted(n for n in given if n not in parameters and not takes_anything)
     if unknown:
-        known = ", ".join(n for n in parameters if n != "self")
-        raise UsageError(f"{name} takes no argument {unknown[0]!r}; it takes: {known}")
+        named = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and n != "self"]
+        raise UsageError(f"{name} takes no argument {unknown[0]!r}; it takes: {', '.join(named)}")
     annotation = str(parameters["generator"].annotation) if "generator" in parameters else ""
     typed = annotation not in ("", str(inspect.Parameter.empty))
     if batch_size > 1 and typed and "list" not in annotation.lower():

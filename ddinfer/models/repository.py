@@ -180,6 +180,12 @@ def pipeline_folder(
         )
 
 
+def scheduler_name(folder: str | os.PathLike[str]) -> str | None:
+    """Class of a pipeline's scheduler, ``None`` where it has none."""
+    entries = read_model_index(folder).entries
+    return next((entry.class_name for entry in entries if entry.name == "scheduler"), None)
+
+
 def custom_code_message(path: str | os.PathLike[str], file: str) -> str:
     return (
         f"{os.fspath(path)} brings its own code ({file}), which would run on this machine. "
