@@ -18,10 +18,22 @@ if TYPE_CHECKING:
     from ddinfer.models.loading import load_pipeline
     from ddinfer.request import Request, Result
     from ddinfer.run import run_job
+    from ddinfer.splitting import (
+        first_rank_first,
+        gather,
+        is_first_rank,
+        split,
+        split_between_processes,
+    )
 
 _HOMES = {
     "generate": "ddinfer.embed",
     "stream": "ddinfer.embed",
+    "split": "ddinfer.splitting",
+    "split_between_processes": "ddinfer.splitting",
+    "gather": "ddinfer.splitting",
+    "is_first_rank": "ddinfer.splitting",
+    "first_rank_first": "ddinfer.splitting",
     "run_job": "ddinfer.run",
     "launch": "ddinfer.distributed.launch",
     "load_pipeline": "ddinfer.models.loading",
@@ -37,10 +49,15 @@ __all__ = [
     "Result",
     "World",
     "__version__",
+    "first_rank_first",
+    "gather",
     "generate",
+    "is_first_rank",
     "launch",
     "load_pipeline",
     "run_job",
+    "split",
+    "split_between_processes",
     "stream",
 ]
 
