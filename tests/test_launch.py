@@ -123,6 +123,17 @@ def test_the_first_failure_is_raised_by_the_launcher_and_on_every_rank(tmp_path,
         assert (tmp_path / f"heard-{rank}").read_text() == str(caught.value)
 
 
+def die_alone(world):
+    with process_group(world) as group:
+        group.enter("running", "prompt 3")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_only_rank_is_watched_too():
+    with pytest.raises(RankError, match="rank 0 was killed by SIGKILL while running prompt 3"):
+        launch(die_alone, nproc_per_node=1, device="cpu")
+
+
 def finish_alone(world, folder):
     with process_group(world) as group:
         group.wait_for_peers("start")
@@ -186,6 +197,13 @@ def test_every_launcher_starts_the_same_two_ranks(tmp_path, command):
     ended = run([*command, "gather", str(tmp_path)])
     assert ended.returncode == 0, ended.stderr
     assert result(tmp_path) == [(0, 0, 2, "cuda:0"), (1, 1, 2, "cuda:1")]
+
+
+def test_torchruns_own_restart_goes_on_with_all_ranks(tmp_path):
+    command = [*TORCHRUN, "--max-restarts=1", "--nproc_per_node=2", PROGRAM]
+    ended = run([*command, "restart", str(tmp_path)])
+    assert ended.returncode == 0, ended.stderr
+    assert [rank for rank, *_ in result(tmp_path)] == [0, 1]
 
 
 def test_an_outer_and_an_inner_number_that_differ_end_with_both(tmp_path):

@@ -244,7 +244,8 @@ def process_group(
             yield group
         return
     if world.world_size == 1:
-        yield Group.alone(world)
+        with _failures_told(_alone(world, join_timeout_seconds)) as group:
+            yield group
         return
     with on_loopback(world):
         group = _join(world, join_timeout_seconds, control_timeout_seconds)
@@ -280,51 +281,71 @@ def _raise_first(group: Group, error: BaseException) -> None:
             raise first from error
 
 
+def _alone(world: World, join_seconds: float) -> Group:
+    """Needs no peers, but a launcher that watches wants to know what its only rank does."""
+    if not world.launcher_hosts_store:
+        return Group.alone(world)
+    import torch
+
+    return Group(world, _own_store(world, join_seconds), device=torch.device(world.device))
+
+
+def _own_store(world: World, join_seconds: float) -> Store:
+    """The part of the launcher's store that belongs to this attempt of this run."""
+    import torch.distributed as dist
+
+    try:
+        store = open_store(world, join_seconds)
+    except (RuntimeError, OSError) as error:
+        raise _join_error(
+            world,
+            f"no store answered within {join_seconds:g} s: {_first_line(error)}",
+            "Check MASTER_ADDR and MASTER_PORT, and that rank 0 or torchrun runs there",
+        ) from error
+    return dist.PrefixStore(f"ddinfer/{world.run_id}/{world.restart_count}", store)
+
+
+def _backend(world: World) -> str:
+    return "cpu:gloo,cuda:nccl" if world.device.startswith("cuda") else "gloo"
+
+
+def _join_error(world: World, why: str, fix: str) -> JoinError:
+    return JoinError(
+        f"rank {world.rank} of {world.world_size} could not join its process group (backend "
+        f"{_backend(world)}, store at {world.store_address}): {why}. {fix}"
+    )
+
+
 def _join(world: World, join_seconds: float, control_seconds: float) -> Group:
     import torch
     import torch.distributed as dist
 
-    on_gpu = world.device.startswith("cuda")
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-
-    def failed(why: str, fix: str) -> JoinError:
-        return JoinError(
-            f"rank {world.rank} of {world.world_size} could not join its process group "
-            f"(backend {backend}, store at {world.store_address}): {why}. {fix}"
-        )
-
-    try:
-        store = dist.PrefixStore(
-            f"ddinfer/{world.run_id}/{world.restart_count}", open_store(world, join_seconds)
-        )
-    except (RuntimeError, OSError) as error:
-        raise failed(
-            f"no store answered within {join_seconds:g} s: {_first_line(error)}",
-            "Check MASTER_ADDR and MASTER_PORT, and that rank 0 or torchrun runs there",
-        ) from error
+    store = _own_store(world, join_seconds)
     device = torch.device(world.device)
     group = Group(world, store, device=device, ranks=range(world.world_size), group_rank=world.rank)
     missing = group.board.enroll(join_seconds)
     if missing:
-        raise failed(
+        raise _join_error(
+            world,
             f"after {join_seconds:g} s {world.world_size - len(missing)} of {world.world_size} "
             f"ranks were there; missing: {', '.join(map(str, missing[:20]))}",
             "See whether those ranks started, or give them more time to start",
         )
     try:
-        if on_gpu:
+        if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
-            backend,
+            _backend(world),
             store=dist.PrefixStore("init", store),
             rank=world.rank,
             world_size=world.world_size,
             timeout=timedelta(seconds=control_seconds),
             # Only for an accelerator: a CPU device raises.
-            device_id=device if on_gpu else None,
+            device_id=None if device.type == "cpu" else device,
         )
     except (RuntimeError, ValueError) as error:
-        raise failed(
+        raise _join_error(
+            world,
             f"all ranks were there, but connecting them failed: {_first_line(error)}",
             "Check that these machines reach one another (GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME choose the network interface)",
