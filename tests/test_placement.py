@@ -376,3 +376,53 @@ def test_planning_looks_at_no_device(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", touched)
     monkeypatch.setattr(torch.cuda, "mem_get_info", touched)
     plan(root, {"cuda:0": 500_000, CPU: 10**9})
+
+
+def test_the_guides_flux_lies_on_two_16_gb_gpus_and_its_encoder_mostly_on_the_host():
+    """FLUX.1-dev at its real size: 23.8 GB of transformer, 9.5 GB of T5, on meta."""
+    import diffusers
+    import transformers
+
+    from ddinfer.models.building import parameters_on_meta
+
+    with parameters_on_meta():
+        transformer = diffusers.FluxTransformer2DModel(guidance_embeds=True)
+        encoder = transformers.T5EncoderModel(
+            transformers.T5Config(
+                d_model=4096, d_ff=10240, num_layers=24, num_heads=64,
+                feed_forward_proj="gated-gelu",
+            )
+        )  # fmt: skip
+    parts = {"text_encoder_2": encoder, "transformer": transformer}
+    trees = tuple(tree_of_model(m, n, dtype=torch.bfloat16) for n, m in parts.items())
+    assert [round(tree.num_bytes() / 1e9, 1) for tree in trees] == [9.5, 23.8]
+    root = Node("", (), trees, pipeline=True)
+    placement = plan(root, parse_max_memory("0=16GB,1=16GB,cpu=64GB"))
+    where = where_everything_is(placement, root)
+    assert {d for n, d in where.items() if n.startswith("transformer.")} == {"cuda:0", "cuda:1"}
+    assert {d for n, d in where.items() if n.startswith("text_encoder_2.")} >= {"cpu"}
+    assert "disk" not in where.values()
+    assert placement.prefetch
+    alone = plan_placement(transformer, "0=16GB,1=16GB,cpu=64GB", dtype="bf16")
+    held = alone.bytes_on()
+    assert held["cuda:0"] + held["cuda:1"] == trees[1].num_bytes()
+    assert max(held.values()) < 12.3e9
+
+
+def test_small_components_stay_whole_when_large_ones_leave(tmp_path):
+    sizes = {"text_encoder": 1, "text_encoder_2": 500, "transformer": 1000, "vae": 2}
+    root = Node(
+        "",
+        (),
+        tuple(
+            Node(n, (), tuple(Node(f"{n}.{i}", (Tensor(f"{n}.{i}.w", size, f"{n}.{i}.w"),))
+                              for i in range(10)))
+            for n, size in sizes.items()
+        ),
+        pipeline=True,
+    )  # fmt: skip
+    placement = plan(root, {"cuda:0": 13_000, CPU: 10**6}, headroom=0)
+    assert placement.devices["vae"] == placement.devices["text_encoder"] == "cuda:0"
+    where = where_everything_is(placement, root)
+    assert {d for n, d in where.items() if n.startswith("transformer")} == {"cuda:0"}
+    assert {d for n, d in where.items() if n.startswith("text_encoder_2")} == {"cuda:0", "cpu"}

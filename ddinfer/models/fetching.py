@@ -130,7 +130,7 @@ class Fetcher:
             if guess is not None:
                 guess[1].result()  # its memory is freed here, before more is taken
                 del guess
-            tensors, event = self._load(unit)
+            tensors, event = self._load(unit, self._done)
         self._ready(tensors, event)
         unit.fetches += 1
         if self._last is not None:

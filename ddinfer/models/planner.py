@@ -22,6 +22,9 @@ from ddinfer.models.tree import Node, Unit, units_of
 #: Arrangements of whole components that are compared before a heuristic takes over.
 MAX_ARRANGEMENTS = 20_000
 
+#: A component of at most this part of a pipeline's bytes is small.
+SMALL_PARTS = 50
+
 #: Unit's index → device.
 Assignment = dict[int, str]
 _Filler = Callable[[Sequence[Unit], Iterable[int], Mapping[str, int]], Assignment]
@@ -246,7 +249,7 @@ def _with_fetching(
     The room is for a fetched unit and the next one (where that does not fit: for one alone). Which
     units are fetched depends on the room and the room on them, so every size is tried.
     """
-    order = sorted(range(len(units)), key=lambda n: (not _every_step(units[n]), n))
+    order = _first_to_last(units)
     sizes = [u.num_bytes for u in units]
     pairs = {one + other for one, other in itertools.pairwise([*sizes, *sizes[:1]])}
     for ahead, rooms in ((True, {*sizes, *pairs, *(2 * n for n in sizes)}), (False, set(sizes))):
@@ -292,8 +295,19 @@ def _needed(fetched: Sequence[int], ahead: bool) -> int:
     return max(a + b for a, b in itertools.pairwise([*fetched, fetched[0]]))
 
 
-def _every_step(unit: Unit) -> bool:
-    return unit.component in STEP_COMPONENTS
+def _first_to_last(units: Sequence[Unit]) -> list[int]:
+    """Who has the first claim on a GPU: small components (whole, they cost next to nothing), then
+    those that run every step, then those that run once an image (text encoders)."""
+    totals: dict[str, int] = {}
+    for unit in units:
+        totals[unit.component] = totals.get(unit.component, 0) + unit.num_bytes
+    small = {c for c, size in totals.items() if size * SMALL_PARTS <= sum(totals.values())}
+
+    def claim(n: int) -> tuple[bool, bool, int]:
+        component = units[n].component
+        return component not in small, component not in STEP_COMPONENTS, n
+
+    return sorted(range(len(units)), key=claim)
 
 
 def _try_room(
