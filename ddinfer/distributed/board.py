@@ -160,7 +160,7 @@ class Board:
             arrived = self._get(f"arrived/{k}")
             if number is not None and arrived is not None and int(arrived) >= number:
                 continue
-            self._wait_for_obituary()
+            self.wait_for_obituary()
             activity = self.activity_of(rank) or phase or self.phase
             record = ErrorRecord(GONE, f"the process of rank {rank} is gone")
             raise RankError(rank, activity, record)
@@ -169,7 +169,7 @@ class Board:
         text = self._get(f"process/{k}")
         return text is not None and _has_ended(json.loads(text))
 
-    def _wait_for_obituary(self) -> None:
+    def wait_for_obituary(self) -> None:
         deadline = time.monotonic() + OBITUARY_SECONDS
         for _ in _pauses():
             self.raise_failure()

@@ -210,7 +210,7 @@ class Group:
     def raise_cause_of(self, error: BaseException) -> None:
         """Raise the `RankError` behind a broken connection, if another rank failed or died."""
         try:
-            self.board._wait_for_obituary()
+            self.board.wait_for_obituary()
             self.board.raise_dead()
         except RankError as cause:
             raise cause from error
