@@ -1,5 +1,5 @@
 # Shared by the scripts beside it: finds Python, makes the virtual environment, installs.
-# Sourced, not run. Needs: bash, Python 3.10 or newer with the venv module, a few GB of disk.
+# Sourced, not run. Needs: bash, Python 3.11 or newer with the venv module, a few GB of disk.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 environment="$root/.venv"
@@ -8,18 +8,18 @@ minimum_free_mb=3000
 say() { printf '\n== %s\n' "$*"; }
 fail() { printf '\n%s: %s\n' "$(basename "$0")" "$*" >&2; exit 1; }
 
-# The first Python on the path that is new enough; the pins are known to install on 3.10 to 3.13.
+# The first Python on the path that is new enough; the pins are known to install on 3.11 to 3.13.
 find_python() {
     local candidate seen=""
-    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
+    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
         [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 || continue
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then
             printf '%s' "$candidate"
             return
         fi
         seen="$seen $("$candidate" --version 2>&1 | head -n 1) ($candidate);"
     done
-    fail "needs Python 3.10 to 3.14; found:${seen:- none}. Install one, or name it: PYTHON=/path/to/python $0"
+    fail "this needs Python 3.11 to 3.14; found:${seen:- none}. Install one, or name it: PYTHON=/path/to/python $0"
 }
 
 # make_environment EXTRAS: a virtual environment with ddinfer, its pins, and the named extras.
@@ -35,7 +35,7 @@ make_environment() {
     if [ ! -x "$environment/bin/python" ] || ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
         free=$(df -Pm "$root" | awk 'NR == 2 { print $4 }')
         [ "$free" -ge "$minimum_free_mb" ] ||
-            fail "needs $minimum_free_mb MB of free disk in $root for PyTorch and the rest; found $free MB"
+            fail "this needs $minimum_free_mb MB of free disk in $root for PyTorch and the rest; found $free MB"
         say "Making a virtual environment in .venv with $("$python" --version)"
         "$python" -m venv --clear "$environment" ||
             fail "Python's venv module is missing or broken. On Debian and Ubuntu: apt install python3-venv"
