@@ -77,7 +77,7 @@ def test_images_are_bit_identical_to_the_uncut_pipeline(num_stages):
     m = num_stages
     cases = [("flux", n, m) for n in (1, m, m + 1)]
     cases += [(kind, m + 1, m) for kind in ("sd", "sd3", "pixart", "wan", "sana", "qwen")]
-    cases += [("sdxl", m, m + 1)]
+    cases += [("sdxl", m, m + 1), ("flux", 2 * m + 1, 2 * m), ("sd", m, 2 * m)]
     assert all_equal(run_ranks(kinds_on_ranks, num_stages, cases), cases)
 
 
@@ -263,9 +263,9 @@ def test_a_failed_image_frees_its_slot_and_disturbs_nobody():
     )
 
 
-def aborting_on_ranks(group):
+def aborting_on_ranks(group, in_flight):
     pipe = make_pipe("flux")
-    ring = Ring(pipe)
+    ring = Ring(pipe, num_in_flight=in_flight)
     if group.group_rank == 1:
         ring._staged[0].run = raise_sticky
     try:
@@ -278,14 +278,15 @@ def raise_sticky(plan, number, values):
     raise torch.AcceleratorError("device-side assert")
 
 
-def test_a_rank_whose_device_is_lost_ends_the_run_on_every_rank():
-    found = run_ranks(aborting_on_ranks, 3)
+@pytest.mark.parametrize("in_flight", [3, 6])
+def test_a_rank_whose_device_is_lost_ends_the_run_on_every_rank(in_flight):
+    found = run_ranks(aborting_on_ranks, 3, in_flight)
     assert found == [("RankError", 1), ("AcceleratorError", None), ("RankError", 1)]
 
 
-def early_end_on_ranks(group):
+def early_end_on_ranks(group, in_flight):
     pipe = make_pipe("flux")
-    ring = Ring(pipe)
+    ring = Ring(pipe, num_in_flight=in_flight)
     count = 0
     for _ in ring.run([job_for("flux", k) for k in range(6)]):
         count += 1
@@ -294,8 +295,9 @@ def early_end_on_ranks(group):
     return count, again
 
 
-def test_a_caller_who_stops_early_leaves_a_usable_ring():
-    assert run_ranks(early_end_on_ranks, 2) == [(1, [None, None]), (0, [])]
+@pytest.mark.parametrize("in_flight", [2, 4])
+def test_a_caller_who_stops_early_leaves_a_usable_ring(in_flight):
+    assert run_ranks(early_end_on_ranks, 2, in_flight) == [(1, [None, None]), (0, [])]
 
 
 def refusals_on_ranks(group):

@@ -21,6 +21,10 @@ class Queue:
     One image more than there is room for is begun ahead, so that its prompt is encoded when its
     turn comes. Jobs are taken from the iterable no earlier than needed to see its end coming.
 
+    Args:
+        latency: ticks from a call to its image's next one, hence images that fill the ring.
+        limit: images in the ring at once, while there are plenty.
+
     Attributes:
         active: images that have a slot in the ring.
         ready: those of them whose next call has not entered the first stage yet.
@@ -28,24 +32,24 @@ class Queue:
     """
 
     def __init__(
-        self, studio: Studio, jobs: Iterable[Callable[[Any], Any]], num_stages: int, limit: int
+        self, studio: Studio, jobs: Iterable[Callable[[Any], Any]], latency: int, limit: int
     ):
         self.active: list[Image] = []
         self.ready: deque[Image] = deque()
         self.in_ring: dict[int, Image] = {}
         self._studio, self._jobs = studio, enumerate(jobs)
-        self._num_stages, self._limit = num_stages, limit
+        self._latency, self._limit = latency, limit
         self._taken: deque[tuple[int, Callable[[Any], Any]]] = deque()
         self._beside: list[Image] = []
         self._exhausted = False
-        self._slots = list(range(max(limit, 2 * num_stages - 1)))
+        self._slots = list(range(max(limit, 2 * latency - 1)))
         self._tokens = itertools.count(1)
         self._calls = UNKNOWN_CALLS
         self._decided: tuple[Any, int] = (None, limit)
 
     def admit(self) -> None:
         """Takes and begins jobs, and gives slots to images that wait for the denoiser."""
-        while not self._exhausted and len(self._taken) < self._num_stages:
+        while not self._exhausted and len(self._taken) < self._latency:
             try:
                 self._taken.append(next(self._jobs))
             except StopIteration:
@@ -75,7 +79,7 @@ class Queue:
         if self._decided[0] != key:
             left = [max(self._calls - image.num_calls + 1, 1) for image in self.active]
             waiting = [self._calls] * not_entered
-            self._decided = (key, best_limit(left, waiting, self._num_stages, self._limit))
+            self._decided = (key, best_limit(left, waiting, self._latency, self._limit))
         return self._decided[1]
 
     def _slots_in_all(self) -> int:

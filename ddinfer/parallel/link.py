@@ -106,7 +106,7 @@ class Link:
         self, tensor: torch.Tensor, to: int, *, control: bool = False, tag: int = 0
     ) -> Sending:
         """Starts sending ``tensor`` to group rank ``to``; wait for what is returned."""
-        with _losing(to):
+        with losing(to):
             group = self.control if control else self.payload
             return Sending(dist.isend(tensor, group=group, tag=tag, group_dst=to), tensor, to)
 
@@ -114,7 +114,7 @@ class Link:
         self, tensor: torch.Tensor, source: int, *, control: bool = False, tag: int = 0
     ) -> None:
         """Fills ``tensor`` with what group rank ``source`` sent next."""
-        with _losing(source):
+        with losing(source):
             group = self.control if control else self.payload
             work = dist.irecv(tensor, group=group, tag=tag, group_src=source)
             assert work is not None  # this rank is in the group
@@ -239,11 +239,11 @@ class Sending:
     to: int
 
     def wait(self) -> None:
-        with _losing(self.to):
+        with losing(self.to):
             self.work.wait()
 
 
-class _losing:
+class losing:
     """Turns what a backend raises for a broken connection into `ConnectionLost`."""
 
     def __init__(self, peer: int):

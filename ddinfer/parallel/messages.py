@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from ddinfer.errors import ErrorRecord, RankError
 from ddinfer.parallel.constants import NO_TOKEN, Memory
-from ddinfer.parallel.link import ConnectionLost, Link
+from ddinfer.parallel.link import ConnectionLost, Link, losing
 from ddinfer.parallel.wire import Layout
 
 IDLE, WORK, ERROR, END = range(4)
@@ -52,6 +53,19 @@ class Message:
         return pickle.loads(self.header) if self.header else None
 
 
+@dataclass
+class _UnderWay:
+    """An exchange between its beginning and its end; holds the buffers that must live till then."""
+
+    message: Message
+    received: Message
+    works: list[Any] = field(default_factory=list)
+    outgoing: torch.Tensor | None = None
+    incoming: torch.Tensor | None = None
+    wanted: Layout = field(default_factory=lambda: Layout((), 0))
+    known: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+
 class Exchange:
     """One rank's two hops: to the next rank, from the previous one.
 
@@ -71,13 +85,14 @@ class Exchange:
         self.previous %= link.size
         self._sent, self._received = Memory(), Memory()
         self.num_bytes = 0
+        self._under_way: _UnderWay | None = None
         if link.size > 1:
             self._warm_up()
 
     def _warm_up(self) -> None:
         """Opens both connections while every rank is here: NCCL makes them on first use."""
         here = torch.zeros(1, dtype=torch.uint8, device=self.link.wire_device)
-        self._swap(here, torch.empty_like(here))
+        self._await(self._post(here, torch.empty_like(here)))
 
     def __call__(self, message: Message) -> Message:
         """Hands ``message`` on and returns what came from the previous rank.
@@ -85,17 +100,46 @@ class Exchange:
         Raises:
             RankError: one of the neighbours is gone.
         """
+        self.begin(message)
+        return self.finish()
+
+    def begin(self, message: Message) -> None:
+        """Starts handing ``message`` on; the tensors travel until `finish`.
+
+        Raises:
+            RankError: one of the neighbours is gone.
+        """
         if self.link.size == 1:
-            self._learn(message)
-            return message
+            self._under_way = _UnderWay(message, message)
+            return
+        with self._naming():
+            self._under_way = self._start(message)
+
+    def finish(self) -> Message:
+        """What came from the previous rank since `begin`.
+
+        Raises:
+            RankError: one of the neighbours is gone.
+        """
+        under_way, self._under_way = self._under_way, None
+        assert under_way is not None  # begin came before
+        with self._naming():
+            return self._complete(under_way)
+
+    def settle(self) -> Message:
+        """The end of an exchange that may be under way, where its ranks are about to part."""
+        return self.finish() if self._under_way is not None else Message()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
         try:
-            return self._exchange(message)
+            yield
         except ConnectionLost as lost:
             rank = self.link.ranks[lost.group_rank]
             record = ErrorRecord("ConnectionLost", str(lost))
             raise RankError(rank, "running the ring", record) from lost
 
-    def _exchange(self, message: Message) -> Message:
+    def _start(self, message: Message) -> _UnderWay:
         layout, tokens = Layout((), 0), list[int]()
         if message.kind == WORK:
             layout, tokens = self._to_send(message)
@@ -112,18 +156,25 @@ class Exchange:
         device = self.link.wire_device
         outgoing = layout.pack(message.values, device) if layout.num_bytes else None
         incoming = wanted.empty(device) if wanted.num_bytes else None
-        self._swap(outgoing, incoming)
-        if incoming is not None:
-            received.values = wanted.unpack(incoming.to(self.link.device))
+        works = self._post(outgoing, incoming)
+        self.num_bytes += layout.num_bytes
+        return _UnderWay(message, received, works, outgoing, incoming, wanted, known)
+
+    def _complete(self, under_way: _UnderWay) -> Message:
+        message, received = under_way.message, under_way.received
+        self._await(under_way.works)
+        if under_way.incoming is not None:
+            received.values = under_way.wanted.unpack(under_way.incoming.to(self.link.device))
+        if self.link.size == 1:
+            return received
         if received.kind == WORK:
             self._received.remember(
                 received.slot, received.serial, received.tokens, received.values
             )
-            received.values |= known
+            received.values |= under_way.known
         if message.kind == WORK:
             sent = {name: message.tokens.get(name, NO_TOKEN) for name in self._names(message)}
             self._sent.remember(message.slot, message.serial, sent, {})
-        self.num_bytes += layout.num_bytes
         return received
 
     def _names(self, message: Message) -> list[Any]:
@@ -173,9 +224,9 @@ class Exchange:
             sending.wait()
         return theirs.numpy().tobytes()
 
-    def _swap(self, outgoing: torch.Tensor | None, incoming: torch.Tensor | None) -> None:
+    def _post(self, outgoing: torch.Tensor | None, incoming: torch.Tensor | None) -> list[Any]:
         """Both directions are posted before either is waited for, so no cycle can block."""
-        group, works = self.link.payload, []
+        group = self.link.payload
         operations = []
         if outgoing is not None:
             operations.append(dist.P2POp(dist.isend, outgoing, group=group, group_peer=self.next))
@@ -183,12 +234,11 @@ class Exchange:
             operations.append(
                 dist.P2POp(dist.irecv, incoming, group=group, group_peer=self.previous)
             )
-        if not operations:
-            return
-        peer = self.previous if incoming is not None else self.next
-        try:
-            works = dist.batch_isend_irecv(operations)
+        with losing(self.next):
+            return dist.batch_isend_irecv(operations) if operations else []
+
+    def _await(self, works: list[Any]) -> None:
+        # Which of the two neighbours broke it cannot be told for all backends.
+        with losing(self.previous):
             for work in works:
                 work.wait()
-        except RuntimeError as error:
-            raise ConnectionLost(peer, error) from error

@@ -60,7 +60,8 @@ class Ring:
         pipe: the pipeline on the first rank; ``None`` or a pipeline elsewhere.
         denoisers: by component name, on ranks that have no ``pipe``.
         group: process group in stage order (default: all ranks).
-        num_in_flight: images in the ring at once (default: the number of stages).
+        num_in_flight: images in the ring at once, at least the number of stages S (default: S;
+            2·S on a GPU). From 2·S on, a tick's transfers run beside the next tick's computing.
         head_bytes: what the first rank does besides its blocks (encoding, decoding, the
             scheduler), as bytes of blocks that take as long; its stage is that much smaller.
         device: where this rank computes.
@@ -83,7 +84,10 @@ class Ring:
         record: bool = False,
     ):
         self.link = Link.of(group, device)
-        self.num_in_flight = num_in_flight or self.link.size
+        default = self.link.size * (2 if self.link.device.type == "cuda" else 1)
+        self.num_in_flight = num_in_flight or default
+        #: A hop takes two ticks instead of one, so twice as many images keep all stages busy.
+        self.overlap = self.link.size > 1 and self.num_in_flight >= 2 * self.link.size
         self.spans: list[Span] = []
         self._record = record
         self._staged: list[StagedModel] = []
@@ -127,6 +131,11 @@ class Ring:
             )
         return StagedModel(model, blocks, stages, self.link.group_rank, self.link.device)
 
+    @property
+    def latency(self) -> int:
+        """Ticks from a call's entering the first stage until its image can make the next."""
+        return self.link.size * (2 if self.overlap else 1)
+
     def close(self) -> None:
         """Gives the denoisers' blocks their own ``forward`` back (weights stay where they are)."""
         for staged in self._staged:
@@ -145,32 +154,38 @@ class Ring:
             self._serve()
             return
         with self._studio.open():
-            yield from self._drive(Queue(self._studio, jobs, self.link.size, self.num_in_flight))
+            yield from self._drive(Queue(self._studio, jobs, self.latency, self.num_in_flight))
 
     # --- the first rank -----------------------------------------------------------------------
 
     def _drive(self, queue: Queue) -> Iterator[Outcome]:
-        reason: BaseException | None = None
         try:
-            while True:
-                queue.admit()
-                for image in queue.take_finished():
-                    yield Outcome(image.index, image.value, image.error)
-                if queue.ready or queue.in_ring:
-                    message = Message()
-                    if queue.ready:
-                        message = self._enter(queue)
-                    self._arrive(queue, self._exchange(message))
-                elif queue.is_over():
-                    break
-                else:
-                    queue.wait()
-        except Exception as error:
-            reason = error
+            yield from self._turn(queue)
+        except (RankError, KeyboardInterrupt, SystemExit):
+            raise  # the others know, are gone, or are told by themselves
+        except BaseException as error:  # GeneratorExit: the caller has enough
+            told = None if isinstance(error, GeneratorExit) else error
+            self._end(Message(END, header=_told(told)), self._settled())
             raise
-        finally:
-            if not isinstance(reason, RankError):  # after one there is nobody to tell
-                self._end(Message(END, header=_told(reason)))
+        self._end(Message(END))
+
+    def _turn(self, queue: Queue) -> Iterator[Outcome]:
+        message = Message()
+        while True:
+            queue.admit()
+            for image in queue.take_finished():
+                yield Outcome(image.index, image.value, image.error)
+            if queue.ready or queue.in_ring:
+                if self.overlap:  # what was made in the last tick travels while the next is made
+                    self._exchange.begin(message)
+                message = self._enter(queue) if queue.ready else Message()
+                if not self.overlap:
+                    self._exchange.begin(message)
+                self._arrive(queue, self._exchange.finish())
+            elif queue.is_over():
+                return
+            else:
+                queue.wait()
 
     def _enter(self, queue: Queue) -> Message:
         """The next image's call through the first stage."""
@@ -219,7 +234,7 @@ class Ring:
     def _arrive(self, queue: Queue, message: Message) -> None:
         """What came back from the last stage goes to its image."""
         if message.kind == END:
-            self._end(message, message.origin)
+            self._end(message, message)
         if message.kind not in (WORK, ERROR):
             return
         image = queue.in_ring.pop(message.serial)
@@ -235,22 +250,34 @@ class Ring:
     # --- the other ranks ----------------------------------------------------------------------
 
     def _serve(self) -> None:
-        message = Message()
+        try:
+            self._serve_until_the_end()
+        except torch.AcceleratorError as error:
+            ours = Message(END, origin=self.link.group_rank, header=_told(error))
+            self._end(ours, self._settled())
+            raise
+
+    def _serve_until_the_end(self) -> None:
+        message, received = Message(), Message()
         while True:
-            received = self._exchange(message)
-            if received.kind == END:
-                self._end(received, received.origin)
-                return
-            message = received if received.kind == ERROR else Message()
-            if received.kind == WORK:
+            if self.overlap:
+                self._exchange.begin(message)
                 message = self._pass(received)
+                received = self._exchange.finish()
+            else:
+                received = self._exchange(message)
+                message = self._pass(received) if received.kind != END else received
+            if received.kind == END:
+                self._end(received, received)
+                return
 
     def _pass(self, message: Message) -> Message:
-        """A received call through this rank's stage."""
+        """A received call through this rank's stage; anything else as it is."""
+        if message.kind != WORK:
+            return message if message.kind == ERROR else Message()
         try:
             message.values = self._timed(message)
-        except torch.AcceleratorError as error:
-            self._end(Message(END, origin=self.link.group_rank, header=_told(error)))
+        except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001 - it travels to the image whose call this is
             # Later ranks may still need the plan that came with the failed call.
@@ -287,25 +314,31 @@ class Ring:
         plan = self._plans[message.model][message.plan]
         return plan.edges[stage] if stage < self.link.size - 1 else plan.back
 
-    def _end(self, message: Message, origin: int | None = None) -> None:
+    def _settled(self) -> Message | None:
+        """The end that another rank began while this one was about to, if there is one."""
+        received = self._exchange.settle()
+        return received if received.kind == END else None
+
+    def _end(self, ours: Message, theirs: Message | None = None) -> None:
         """Takes part until every rank knows of the end; it goes once around.
 
         Args:
-            message: the end as it began here, or as it was received.
-            origin: group rank where it began, when that was elsewhere.
+            ours: the end as it begins here.
+            theirs: instead of it, one that another rank has begun.
 
         Raises:
-            RankError: it was a failure elsewhere.
+            RankError: another rank has failed.
         """
-        size, record = self.link.size, message.loaded()
-        distance = 0 if origin is None else (self.link.group_rank - origin) % size
+        size, message = self.link.size, theirs or ours
+        distance = 0 if theirs is None else (self.link.group_rank - theirs.origin) % size
+        record = None if theirs is None else theirs.loaded()
         for _ in range(size - distance if size > 1 else 0):
             received = self._exchange(message)
             message = Message()
-            if received.kind == END and origin is None and received.origin != self.link.group_rank:
+            if received.kind == END and theirs is None and received.origin != ours.origin:
                 break  # it ends from two sides at once; the others are leaving
-        if origin is not None and record is not None:
-            raise RankError(self.link.ranks[origin], "running the ring", record)
+        if theirs is not None and record is not None:
+            raise RankError(self.link.ranks[theirs.origin], "running the ring", record)
 
 
 def _told(error: BaseException | None) -> bytes:

@@ -6,18 +6,17 @@ from collections import deque
 from collections.abc import Sequence
 
 
-def count_ticks(
-    in_flight: Sequence[int], waiting: Sequence[int], num_stages: int, limit: int
-) -> int:
+def count_ticks(in_flight: Sequence[int], waiting: Sequence[int], latency: int, limit: int) -> int:
     """Ticks until every image has made all of its denoiser calls.
 
     In a tick every stage works on one call. A call that enters the first stage in tick t can be
-    followed by its image's next one in tick t + num_stages. N = M ≥ S images of T calls each take
+    followed by its image's next one in tick t + latency. N = M ≥ S images of T calls each take
     M·T + S − 1 ticks.
 
     Args:
         in_flight: calls that each image in the ring still has to make, in the order they are due.
         waiting: likewise for the images that are not in the ring yet.
+        latency: the number of stages S, or twice that where transfers run beside computing.
         limit: images in the ring at once; the next enters when one has made its last call.
     """
     ready = deque((0, calls) for calls in in_flight if calls)  # (first tick it can enter, calls)
@@ -33,32 +32,29 @@ def count_ticks(
             ready.append((tick, queue.popleft()))
         if ready:
             _, calls = ready.popleft()
-            returning.append((tick + num_stages, calls - 1))
-            last = tick + num_stages
+            returning.append((tick + latency, calls - 1))
+            last = tick + latency
         tick += 1
     return last
 
 
-def best_limit(
-    in_flight: Sequence[int], waiting: Sequence[int], num_stages: int, limit: int
-) -> int:
-    """How many images to have in the ring until the end: ``limit``, or up to 2S − 1.
+def best_limit(in_flight: Sequence[int], waiting: Sequence[int], latency: int, limit: int) -> int:
+    """How many images to have in the ring until the end: ``limit``, or up to 2·latency − 1.
 
-    The last images would leave fewer than ``num_stages`` in flight; admitting them early keeps
+    The last images would leave fewer than ``latency`` in flight; admitting them early keeps
     every stage busy. The fewest that need the fewest ticks are taken.
 
     Args:
         waiting: all images that are left, so this is for the end of the job.
         limit: images in the ring at once as long as there are plenty.
     """
-    choices = range(limit, max(limit, 2 * num_stages - 1) + 1)
-    return min(choices, key=lambda n: (count_ticks(in_flight, waiting, num_stages, n), n))
+    choices = range(limit, max(limit, 2 * latency - 1) + 1)
+    return min(choices, key=lambda n: (count_ticks(in_flight, waiting, latency, n), n))
 
 
-def ideal_utilisation(calls: Sequence[int], num_stages: int, limit: int) -> float:
+def ideal_utilisation(calls: Sequence[int], latency: int, limit: int) -> float:
     """Useful stage time / (ticks × stages) for images with this many calls each."""
     ticks = min(
-        count_ticks([], calls, num_stages, n)
-        for n in range(limit, max(limit, 2 * num_stages - 1) + 1)
+        count_ticks([], calls, latency, n) for n in range(limit, max(limit, 2 * latency - 1) + 1)
     )
     return sum(calls) / ticks

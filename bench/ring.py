@@ -1,0 +1,185 @@
+"""How busy the ring keeps its stages, against the simulated ideal and against a flushed schedule.
+
+    python bench/ring.py [--stages 2] [--in_flight M] [--images N] [--steps 8] [--svg FILE]
+
+Starts one gloo rank of one thread per stage, with a random SD3-shaped pipeline whose denoiser
+dwarfs the rest. Utilisation is the time that stages worked on calls / (wall × stages), from the
+first call to the last; the whole run, with encoding and decoding, is told beside it. The flushed
+schedule is the same ring, held back so that a step begins when all images have ended the one
+before. Run it on an idle machine with a core for each stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--in_flight", type=int, default=None, help="default: the stages")
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--svg", default=None, help="draw the timeline of both schedules")
+    asked = parser.parse_args()
+    from ddinfer.distributed.launch import launch
+    from ddinfer.parallel.ticks import count_ticks, ideal_utilisation
+
+    in_flight = asked.in_flight or asked.stages
+    told = launch(
+        measure, in_flight, asked.images, asked.steps, nproc_per_node=asked.stages, device="cpu"
+    )
+    calls = [asked.steps] * asked.images
+    ideal = ideal_utilisation(calls, asked.stages, in_flight)
+    flushed = asked.images * asked.steps / flushed_ticks(asked.images, in_flight, asked)
+    print(f"{asked.stages} stages, {in_flight} images in flight, {asked.images} images of "
+          f"{asked.steps} steps, one thread a rank")  # fmt: skip
+    for name, limit in (("ring", ideal), ("flushed", flushed)):
+        spans = [rank[name][0] for rank in told]
+        whole = told[0][name][1]
+        begin = min(s[0] for rank in spans for s in rank)
+        wall = max(s[1] for rank in spans for s in rank) - begin
+        busy = sum(s[1] - s[0] for rank in spans for s in rank)
+        used = busy / (wall * asked.stages)
+        work = ", ".join(f"{sum(s[1] - s[0] for s in rank):.2f}" for rank in spans)
+        print(f"{name:8s} utilisation {used:.3f}, ideal {limit:.3f}, share of it "
+              f"{used / limit:.3f}; denoising {wall:.2f} s of {whole:.2f} s in all; "
+              f"stages work {work} s")  # fmt: skip
+    print(f"ticks: ring {count_ticks([], calls, asked.stages, in_flight)}")
+    if asked.svg:
+        draw(asked.svg, {name: [rank[name][0] for rank in told] for name in ("ring", "flushed")})
+
+
+def flushed_ticks(images: int, in_flight: int, asked: argparse.Namespace) -> int:
+    groups = [min(in_flight, images - k) for k in range(0, images, in_flight)]
+    return sum(asked.steps * (group + asked.stages - 1) for group in groups)
+
+
+def measure(world, in_flight: int, images: int, steps: int) -> dict:
+    """Both schedules on one rank: their spans, and the seconds of the whole run."""
+    import torch
+
+    import ddinfer.parallel.ring as ring_module
+    from ddinfer.distributed.process_group import process_group
+
+    torch.set_num_threads(1)
+    found = {}
+    with process_group(world):
+        ring = ring_module.Ring(make_pipe(), num_in_flight=in_flight, record=True)
+        list(ring.run([job(0, 1)] * ring.link.size))  # plans are made, memory is warm
+        for name, queue in (("ring", ring_module.Queue), ("flushed", flushed_queue())):
+            ring_module.Queue, kept = queue, ring_module.Queue
+            ring.spans.clear()
+            started = time.monotonic()
+            for outcome in ring.run([job(k, steps) for k in range(images)]):
+                if outcome.error is not None:
+                    raise outcome.error
+            found[name] = ([tuple(span) for span in ring.spans], time.monotonic() - started)
+            ring_module.Queue = kept
+    return found
+
+
+def flushed_queue():
+    from ddinfer.parallel.admission import Queue
+
+    class FlushedQueue(Queue):
+        """Holds every image back until all have ended the step."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.held = []
+
+        def _current_limit(self):
+            return self._limit if not self.active else len(self.active)
+
+        def answer(self, image, output=None, error=None):
+            super().answer(image, output, error)
+            if image in self.ready:
+                self.ready.remove(image)
+                self.held.append(image)
+            if not self.ready and not self.in_ring:
+                self.ready.extend(self.held)
+                self.held.clear()
+
+    return FlushedQueue
+
+
+def make_pipe():
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    from tests.tiny_pipelines import stable_diffusion_3
+
+    torch.manual_seed(0)
+    pipe = stable_diffusion_3()
+    pipe.transformer = SD3Transformer2DModel(
+        sample_size=32, patch_size=2, in_channels=4, num_layers=8, attention_head_dim=64,
+        num_attention_heads=8, caption_projection_dim=512, joint_attention_dim=32,
+        pooled_projection_dim=64, out_channels=4, pos_embed_max_size=32,
+    )  # fmt: skip
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def job(number: int, steps: int):
+    import torch
+
+    def make(pipe):
+        return pipe(
+            "a red cat", num_inference_steps=steps, height=64, width=64, guidance_scale=1.0,
+            max_sequence_length=16, generator=torch.Generator("cpu").manual_seed(number),
+            output_type="np",
+        ).images[0]  # fmt: skip
+
+    return make
+
+
+def draw(path: str, schedules: dict) -> None:
+    """The timeline as SVG: a row per stage, a bar per call, a colour per image."""
+    width, row, left = 960, 22, 150
+    seconds = {
+        name: (min(s[0] for r in ranks for s in r), max(s[1] for r in ranks for s in r))
+        for name, ranks in schedules.items()
+    }
+    longest = max(end - begin for begin, end in seconds.values())
+    parts, y = [], 24
+    for name, ranks in schedules.items():
+        begin, end = seconds[name]
+        first = min(s[2] for r in ranks for s in r)
+        parts.append(f'<text x="4" y="{y - 6}">{name}: {end - begin:.2f} s</text>')
+        for stage, spans in enumerate(ranks):
+            parts.append(f'<text x="4" y="{y + 15}">rank {stage}, stage {stage}</text>')
+            for start, stop, serial in spans:
+                x = left + (start - begin) / longest * (width - left - 8)
+                w = (stop - start) / longest * (width - left - 8)
+                colour = COLOURS[(serial - first) % len(COLOURS)]
+                parts.append(
+                    f'<rect x="{x:.1f}" y="{y}" width="{max(w - 0.6, 0.4):.1f}" '
+                    f'height="{row - 4}" fill="{colour}"/>'
+                )
+            y += row
+        y += 30
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y - 10}" '
+            f'font-family="sans-serif" font-size="13">\n<rect width="100%" height="100%" '
+            f'fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
