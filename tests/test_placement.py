@@ -134,7 +134,8 @@ def test_every_tensor_is_placed_once_and_no_budget_is_exceeded(root, budgets, st
         total, units = root.num_bytes(), units_of(root)
         largest = max((unit.num_bytes for unit in units), default=0)
         gpus = [size - size // 10 for d, size in budgets.items() if d not in (CPU, DISK)]
-        main = max(gpus) if gpus else budgets.get(CPU, 0)
+        host = budgets.get(CPU, 0)
+        main = max(gpus) if gpus else host - host // 10
         assert DISK in budgets or largest > main - largest or total > sum(budgets.values())
         return
     tensors = list(root.every_tensor())

@@ -107,7 +107,11 @@ def dispatch_pipeline(
     for name, model in models.items():  # all are checked before the first is moved
         known = (opened or {}).get(name)
         check_covers(parts[name], tree_of_model(model, dtypes=known.dtypes if known else None))
+    seen: set[int] = set()
     for name, model in models.items():
+        if id(model) in seen:
+            continue  # one module under two names lies where the first says
+        seen.add(id(model))
         folder = None if offload_folder is None else offload_folder / name
         dispatch_model(
             model,

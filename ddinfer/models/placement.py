@@ -379,7 +379,8 @@ def plan_placement(
         no_split: class names of modules that are never divided, beside those their model names.
         dtype: the type that floating weights will have; ``None``: the one they have (or, for a
             path, the one that `ddinfer.load_pipeline` would choose).
-        headroom: bytes of each GPU's budget kept for activations (default: a tenth of it).
+        headroom: bytes kept for activations of each GPU's budget, without GPUs of the host's
+            (default: a tenth).
         gpus: the GPUs to use (default: all); numbers in ``max_memory`` count through them, so
             that ranks that drive different ones share one budget.
 

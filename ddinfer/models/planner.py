@@ -42,23 +42,28 @@ def plan(
 
     Args:
         budgets: device → bytes. A missing "disk" holds anything, a missing "cpu" nothing.
-        headroom: bytes (or share) of each GPU's budget kept for activations.
+        headroom: bytes (or share) kept for activations of each budget where it is computed.
         prefetch: keeps room to fetch a unit while the one before it computes, where there is any.
 
     Raises:
         PlacementError: it does not fit.
     """
     units = units_of(root)
-    gpus = {d: size for d, size in budgets.items() if d not in (CPU, DISK)}
-    kept = {d: _kept(size, headroom) for d, size in gpus.items()}
-    free = {d: size - kept[d] for d, size in gpus.items()}
+    gpus = [device for device in budgets if device not in (CPU, DISK)]
+    computing = gpus or [device for device in budgets if device == CPU]
+    kept = {device: _kept(budgets[device], headroom) for device in computing}
+    usable = {device: size - kept.get(device, 0) for device, size in budgets.items()}
+    free = {device: usable[device] for device in gpus}
     main, room, ahead = next(iter(gpus), CPU), 0, True
     if gpus and (placed := _on_gpus(units, free, strategy)) is not None:
         assignment = placed
-    elif not gpus and sum(u.num_bytes for u in units) <= budgets.get(CPU, 0):
+    elif not gpus and sum(u.num_bytes for u in units) <= usable.get(CPU, 0):
         assignment = dict.fromkeys(range(len(units)), CPU)
     else:
-        assignment, main, room, ahead = _with_fetching(units, free, budgets, prefetch)
+        found = _with_fetching(units, free, usable, prefetch)
+        if found is None:
+            raise PlacementError(_does_not_fit(units, budgets, kept))
+        assignment, main, room, ahead = found
     reserved = dict(kept)
     if room:
         reserved[main] = reserved.get(main, 0) + room
@@ -243,7 +248,7 @@ def _tightly(units: Sequence[Unit], members: Iterable[int], free: Mapping[str, i
 
 def _with_fetching(
     units: Sequence[Unit], free: Mapping[str, int], budgets: Mapping[str, int], prefetch: bool
-) -> tuple[Assignment, str, int, bool]:
+) -> tuple[Assignment, str, int, bool] | None:
     """Some units on host or disk: who lies where, what they are fetched into, and whether two fit.
 
     The room is for a fetched unit and the next one (where that does not fit: for one alone). Which
@@ -271,7 +276,7 @@ def _with_fetching(
                 best[filler] = score, found, main, room
         if best:
             return *_chosen(best, sum(sizes)), ahead
-    raise PlacementError(_does_not_fit(units, free, budgets))
+    return None
 
 
 def _chosen(
@@ -337,17 +342,19 @@ def _try_room(
 
 
 def _does_not_fit(
-    units: Sequence[Unit], free: Mapping[str, int], budgets: Mapping[str, int]
+    units: Sequence[Unit], budgets: Mapping[str, int], kept: Mapping[str, int]
 ) -> str:
     largest = max(units, key=lambda u: u.num_bytes)
     total = sum(u.num_bytes for u in units)
     lines = [f"the model does not fit: {format_bytes(total)} of weights"]
     for device, budget in budgets.items():
-        left = free.get(device, budget)
-        kept = f", {format_bytes(budget - left)} of it for activations" if left < budget else ""
-        lines.append(f"  {device}: {format_bytes(budget)}{kept}")
-    main = next(iter(free), CPU)
-    room = free.get(main, budgets.get(CPU, 0))
+        share = f", {format_bytes(kept[device])} of it for activations" if device in kept else ""
+        lines.append(f"  {device}: {format_bytes(budget)}{share}")
+    if not kept:
+        lines.append("no device that computes has a budget: name a GPU or cpu in max_memory")
+        return "\n".join(lines)
+    main = max(kept, key=lambda device: budgets[device] - kept[device])
+    room = budgets[main] - kept[main]
     if largest.num_bytes > room:
         lines.append(
             f"{largest.names[0]} alone is {format_bytes(largest.num_bytes)} and is not divided; "
