@@ -19,6 +19,7 @@ import tyro
 import yaml
 
 from ddinfer.errors import UsageError
+from ddinfer.request import GIVEN_BY_DDINFER
 
 ENVIRONMENT_PREFIX = "DDINFER_"
 
@@ -34,15 +35,8 @@ _ONE_TIME = (
     "accept_versions",
 )
 
-#: What the pipeline's ``__call__`` is given by ddinfer itself, so that no user may give it.
-RESERVED_CALL_ARGUMENTS = {
-    "prompt": "prompts come from --prompt or --prompts",
-    "generator": "every image has its own; set seeds instead",
-    "output_type": "ddinfer decides how images come back",
-    "return_dict": "ddinfer decides how images come back",
-    "num_images_per_prompt": "use num_images in the prompt file or --num_images_per_prompt",
-    "num_videos_per_prompt": "use num_images in the prompt file or --num_images_per_prompt",
-}
+#: Call arguments that may not be set for all prompts at once, and what to do instead.
+RESERVED_CALL_ARGUMENTS = {"prompt": "prompts come from --prompt or --prompts", **GIVEN_BY_DDINFER}
 
 
 def _parse_json_object(text: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ddinfer.errors import InputError
-from ddinfer.request import CALL_FIELDS, MAX_SEED, Prompt
+from ddinfer.request import CALL_FIELDS, GIVEN_BY_DDINFER, MAX_SEED, Prompt
 
 #: Fields that every prompt may have, whatever the pipeline.
 STANDARD_FIELDS = ("prompt", "id", "negative_prompt", "seed", "num_images", *CALL_FIELDS)
@@ -62,11 +62,7 @@ COMMON_CALL_ARGUMENTS = (
 
 #: What ddinfer gives the pipeline itself, so that no prompt may give it.
 RESERVED_FIELDS = {
-    "generator": "every image has its own generator; use seed",
-    "output_type": "ddinfer decides how images come back",
-    "return_dict": "ddinfer decides how images come back",
-    "num_images_per_prompt": "use num_images",
-    "num_videos_per_prompt": "use num_images",
+    **GIVEN_BY_DDINFER,
     "callback": "a prompt file cannot hold a function",
     "callback_on_step_end": "a prompt file cannot hold a function",
 }

@@ -18,6 +18,15 @@ MAX_SEED = 2**63 - 1
 #: Fields of a prompt that every pipeline names alike; anything else goes into ``kwargs``.
 CALL_FIELDS = ("width", "height", "num_inference_steps", "guidance_scale")
 
+#: Arguments of ``__call__`` that ddinfer gives itself, so that no user may, and what to do instead.
+GIVEN_BY_DDINFER = {
+    "generator": "every image has its own generator; use seed",
+    "output_type": "ddinfer decides how images come back",
+    "return_dict": "ddinfer decides how images come back",
+    "num_images_per_prompt": "use num_images in a prompt, --num_images_per_prompt for all",
+    "num_videos_per_prompt": "use num_images in a prompt, --num_images_per_prompt for all",
+}
+
 
 @dataclass(frozen=True)
 class Prompt:

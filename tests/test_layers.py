@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "errors": set(),
     "_version": set(),
     "request": {"errors"},
-    "config": {"errors"},
+    "config": {"errors", "request"},
     "prompts": {"errors", "request", "prompt_fields"},
     "storage": VALUES | {"request", "config"},
     "distributed": VALUES | {"request", "config"},
