@@ -430,6 +430,17 @@ def test_weights_on_cpu_are_views_into_the_file(tiny):
     assert storages
 
 
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_changing_loaded_weights_does_not_change_the_file(part, tiny):
+    model = load_model(tiny("flux") / part)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    again = load_model(tiny("flux") / part)
+    before = dict(model.named_parameters())
+    assert all(torch.equal(before[n], 2 * p) for n, p in again.named_parameters())
+
+
 def test_building_leaves_torch_as_it_was():
     register, normal = torch.nn.Module.register_parameter, torch.nn.init.normal_
     with parameters_on_meta():

@@ -303,6 +303,35 @@ def test_a_path_a_pipeline_and_its_placement_agree(tmp_path):
     assert by_path.sizes == by_pipeline.sizes
 
 
+def test_a_repository_is_planned_from_its_configs_alone(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    whole = tiny_pipeline("flux", tmp_path)
+    configs = tmp_path / "snapshot"
+    for file in [whole / "model_index.json", *whole.glob("*/config.json")]:
+        target = configs / file.relative_to(whole)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    asked = []
+
+    class Api(huggingface_hub.HfApi):
+        def parse_safetensors_file_metadata(self, repo, file, **_):  # type: ignore[override]
+            asked.append(file)
+            return type("Metadata", (), {"parameter_count": {"F32": 10, "I64": 1}})
+
+    def snapshot(repo, **arguments):
+        assert all(pattern.endswith(".json") for pattern in arguments["allow_patterns"])
+        return str(configs)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    planned = plan_placement("somebody/flux", "0=500kB,cpu=1GB")
+    assert planned.devices == plan_placement(whole, "0=500kB,cpu=1GB").devices
+    assert asked == ["transformer/diffusion_pytorch_model.safetensors"]
+    half = plan_placement("somebody/flux", "0=500kB,cpu=1GB", dtype="bf16")
+    assert sum(half.sizes.values()) < 0.52 * sum(planned.sizes.values())
+
+
 def test_half_the_dtype_is_half_the_bytes(tmp_path):
     folder = tiny_pipeline("flux", tmp_path)
     full = tree_of(folder).num_bytes()

@@ -155,7 +155,6 @@ def open_model(
         UsageError, CheckpointError: see `ddinfer.models.loading.load_model`.
     """
     import torch
-    from diffusers import ModelMixin
 
     if not folder.is_dir():
         raise UsageError(f"no such folder: {folder}")
@@ -173,16 +172,24 @@ def open_model(
         whole = kind.from_pretrained(folder, dtype=dtype or stored_dtype)  # type: ignore[attr-defined]
         return OpenModel(whole.eval(), {}, {})
     state = model.state_dict(keep_vars=True)
-    dtypes: dict[str, torch.dtype] = {}
-    for name, tensor in stored.items():
-        dtypes[name] = getattr(torch, tensor.dtype)
-        if dtype is None or not tensor.is_floating:
-            continue
-        dtypes[name] = torch.float32 if _stays_float32(model, name, dtype) else dtype
-        built = state[name].dtype
-        if not isinstance(model, ModelMixin) and built not in (dtype, torch.float32):
-            dtypes[name] = built
+    dtypes = {
+        name: dtype_of(model, name, state[name], dtype)
+        if dtype is not None and tensor.is_floating
+        else getattr(torch, tensor.dtype)
+        for name, tensor in stored.items()
+    }
     return OpenModel(model, stored, dtypes)
+
+
+def dtype_of(model: Any, name: str, built: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The type of a floating tensor when a model that was built under ``dtype`` is loaded in it."""
+    import torch
+    from diffusers import ModelMixin
+
+    if _stays_float32(model, name, dtype):
+        return torch.float32
+    # transformers leaves what a module declares in a type of its own in that type.
+    return dtype if isinstance(model, ModelMixin) else built.dtype
 
 
 def _stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,52 @@ def scheduler_name(folder: str | os.PathLike[str]) -> str | None:
     return next((entry.class_name for entry in entries if entry.name == "scheduler"), None)
 
 
+def configs_folder(
+    path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> Path:
+    """The folder with a pipeline's configs; of a Hub repository they alone are fetched.
+
+    Raises:
+        UsageError, HubError: see `pipeline_folder`.
+    """
+    folder = local_folder(path)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    repo = os.fspath(path)
+    with _hub_errors(repo, revision):
+        patterns = [MODEL_INDEX, "*/config.json", "*/*.index.json", "*/*.index.*.json"]
+        return Path(
+            snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns)
+        )
+
+
+def remote_dtypes(
+    repo: str, files: Iterable[str], *, revision: str | None = None, token: str | None = None
+) -> dict[str, int] | None:
+    """safetensors' dtype names → elements, of the first of these files that the Hub has.
+
+    Only its header is fetched. ``None``: it has none of them.
+
+    Raises:
+        UsageError, HubError: see `pipeline_folder`.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for file in files:
+        try:
+            with _hub_errors(repo, revision, missing_is_fine=True):
+                found = HfApi(token=token).parse_safetensors_file_metadata(
+                    repo, file, revision=revision
+                )
+        except EntryNotFoundError:
+            continue
+        return {str(kind): count for kind, count in found.parameter_count.items()}
+    return None
+
+
 def custom_code_message(path: str | os.PathLike[str], file: str) -> str:
     return (
         f"{os.fspath(path)} brings its own code ({file}), which would run on this machine. "
@@ -196,8 +242,8 @@ def custom_code_message(path: str | os.PathLike[str], file: str) -> str:
 class _hub_errors:
     """Turns what huggingface_hub and diffusers raise into errors that name the way out."""
 
-    def __init__(self, repo: str, revision: str | None):
-        self.repo, self.revision = repo, revision
+    def __init__(self, repo: str, revision: str | None, *, missing_is_fine: bool = False):
+        self.repo, self.revision, self.missing_is_fine = repo, revision, missing_is_fine
 
     def __enter__(self) -> None:
         return None
@@ -227,6 +273,8 @@ class _hub_errors:
                 f"{at} is neither a folder on this machine nor complete in the Hub cache, and {why}"
             ) from error
         if isinstance(error, hub.EntryNotFoundError):
+            if self.missing_is_fine:
+                return
             raise UsageError(
                 f"{at} has no {MODEL_INDEX}: not a diffusers pipeline (a single-file checkpoint "
                 "must be converted first, see from_single_file and save_pretrained of diffusers)"

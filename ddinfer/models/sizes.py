@@ -20,6 +20,8 @@ def tree_of(
 ) -> Node:
     """The sizes of a module, a pipeline, the folder (or Hub id) of either, or a `PipelineSource`.
 
+    Of a Hub repository only configs (and the header of one weight file) are fetched.
+
     Args:
         dtype: counted for floating tensors instead of their own.
         gpu: whether it will run on a GPU: decides the dtype of a path when none is given.
@@ -30,7 +32,6 @@ def tree_of(
     import torch
 
     from ddinfer.models.opening import open_model, parse_dtype
-    from ddinfer.models.repository import pipeline_folder
     from ddinfer.models.source import PipelineSource
 
     if isinstance(thing, torch.nn.Module):
@@ -49,7 +50,7 @@ def tree_of(
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
         opened = open_model(folder, dtype=None if dtype is None else parse_dtype(dtype))
         return tree_of_model(opened.model, no_split=no_split, dtypes=opened.dtypes)
-    source = PipelineSource(pipeline_folder(thing))
+    source = PipelineSource.to_plan_by(thing)
     return _tree_of_source(source, no_split, "auto" if dtype is None else dtype, gpu)
 
 
@@ -58,14 +59,26 @@ def _tree_of_source(
 ) -> Node:
     import torch
 
+    from ddinfer.models.building import build_on_meta
+    from ddinfer.models.opening import dtype_of
+
     types = source.dtypes(dtype, torch.device("cuda" if gpu else "cpu"))
     children = []
     for name in source.model_names():
-        if source.is_model(name):
+        if not source.is_model(name):
+            continue
+        if source.weights_at is None:
             opened = source.open(name, types[name])
-            children.append(
-                tree_of_model(opened.model, name, no_split=no_split, dtypes=opened.dtypes)
-            )
+            model, dtypes = opened.model, opened.dtypes
+        else:
+            wanted = types[name] or torch.float32
+            model = build_on_meta(source.component_class(name), source.folder / name, wanted)
+            dtypes = {
+                tensor: dtype_of(model, tensor, built, wanted)
+                for tensor, built in model.state_dict(keep_vars=True).items()
+                if built.is_floating_point()
+            }
+        children.append(tree_of_model(model, name, no_split=no_split, dtypes=dtypes))
     return Node("", (), tuple(children), pipeline=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
-from ddinfer.models.checkpoint import has_variant, main_dtype, read_checkpoint
+from ddinfer.models.checkpoint import DTYPES, STEMS, has_variant, main_dtype, read_checkpoint
 from ddinfer.models.opening import OpenModel, class_in, open_model, parse_dtype
-from ddinfer.models.repository import Entry, ModelIndex, custom_code_message, read_model_index
+from ddinfer.models.repository import (
+    Entry,
+    ModelIndex,
+    configs_folder,
+    custom_code_message,
+    local_folder,
+    read_model_index,
+    remote_dtypes,
+)
 from ddinfer.models.signature import dynamic_class, pipeline_class
 
 if TYPE_CHECKING:
@@ -29,6 +38,10 @@ DENOISER_NAMES = ("transformer", "unet", "prior", "decoder", "dit", "transformer
 class PipelineSource:
     """A pipeline's folder, from which components are loaded one at a time.
 
+    Attributes:
+        weights_at: the Hub repository that has the weights, when the folder holds configs alone:
+            enough to plan by. ``revision`` and ``token`` are for it.
+
     Raises:
         UsageError: not a pipeline, custom code that is not trusted, or no files of ``variant``.
     """
@@ -37,6 +50,30 @@ class PipelineSource:
     variant: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    weights_at: str | None = None
+    revision: str | None = None
+    token: str | None = None
+
+    @classmethod
+    def to_plan_by(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> PipelineSource:
+        """A source for `plan_placement`: of a Hub repository only the configs are fetched.
+
+        Raises:
+            UsageError, HubError: see `ddinfer.models.repository.pipeline_folder`.
+        """
+        folder = configs_folder(path, revision=revision, token=token)
+        repo = None if local_folder(path) is not None else os.fspath(path)
+        return cls(
+            folder, variant, trust_remote_code, weights_at=repo, revision=revision, token=token
+        )
 
     def __post_init__(self) -> None:
         if not self.trust_remote_code:
@@ -44,8 +81,12 @@ class PipelineSource:
                 if (self.folder / entry.name / f"{entry.library}.py").is_file():
                     file = f"{entry.name}/{entry.library}.py"
                     raise UsageError(custom_code_message(self.folder, file))
-        if self.variant is not None and not any(
-            has_variant(self.folder / name, self.variant) for name in self.model_names()
+        if (
+            self.weights_at is None
+            and self.variant is not None
+            and not any(
+                has_variant(self.folder / name, self.variant) for name in self.model_names()
+            )
         ):
             raise UsageError(f"{self.folder} has no weights of variant {self.variant!r}")
 
@@ -143,6 +184,8 @@ class PipelineSource:
         import torch
 
         names = self.model_names()
+        if self.weights_at is not None:
+            return self._remote_dtype(self.weights_at)
         tables = {
             name: read_checkpoint(
                 self.folder / name, variant=self.variant, allow_pickle=self.allow_pickle
@@ -153,6 +196,25 @@ class PipelineSource:
         if chosen is None and tables:
             chosen = max(tables, key=lambda n: sum(t.num_bytes for t in tables[n].values()))
         return getattr(torch, (main_dtype(tables[chosen]) if chosen else None) or "float32")
+
+    def _remote_dtype(self, repo: str) -> torch.dtype:
+        import torch
+
+        name = next((n for n in DENOISER_NAMES if n in self.model_names()), None)
+        if name is None:
+            return torch.float32
+        tag = f".{self.variant}" if self.variant else ""
+        files = [f"{name}/{stem}{tag}.safetensors" for stem in STEMS]
+        for index in sorted((self.folder / name).glob("*.index*.json")):
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files.insert(0, f"{name}/{min(shards)}")
+        counts = remote_dtypes(repo, files, revision=self.revision, token=self.token)
+        if not counts:
+            raise UsageError(
+                f"{repo} has no safetensors weights under {name} to take the dtype from; "
+                "say --dtype"
+            )
+        return getattr(torch, DTYPES[max(counts, key=lambda kind: counts[kind])][0])
 
     def assemble(self, components: Mapping[str, Any]) -> DiffusionPipeline:
         """The pipeline of these components and the settings in model_index.json.
