@@ -232,6 +232,18 @@ def test_an_old_text_encoder_with_position_ids_in_its_file_loads(tiny, tmp_path)
     )
 
 
+def test_a_component_whose_package_is_missing_is_named(tiny, tmp_path):
+    shutil.copytree(tiny("sd"), tmp_path / "sd")
+    index = tmp_path / "sd" / "model_index.json"
+    data = json.loads(index.read_text())
+    index.write_text(json.dumps(data | {"tokenizer": ["transformers", "NoSuchTokenizer"]}))
+    with pytest.raises(UsageError, match="NoSuchTokenizer, which is not in transformers"):
+        load_pipeline(tmp_path / "sd")
+    index.write_text(json.dumps(data | {"tokenizer": ["os", "system"]}))
+    with pytest.raises(UsageError, match="tokenizer is a system of os; expected diffusers"):
+        load_pipeline(tmp_path / "sd")
+
+
 def test_missing_surplus_and_misshapen_tensors_are_named(tiny, tmp_path):
     shutil.copytree(tiny("flux") / "transformer", tmp_path / "t")
     file = tmp_path / "t" / "diffusion_pytorch_model.safetensors"

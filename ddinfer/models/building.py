@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 
+#: Tables that transformers once stored in every layer and computes today.
+COMPUTED = ("position_ids", "rotary_emb.inv_freq")
+
 
 class NeedsConversion(Exception):
     """transformers merges or splits this model's stored tensors: only its own loader can."""
@@ -145,6 +148,8 @@ def match_checkpoint(
     # Older checkpoints hold buffers that are computed today (CLIP's position_ids).
     computed = {name for name, _ in model.named_buffers()} - set(state)
     surplus = [n for n in found if n not in state and n not in computed]
+    if not isinstance(model, ModelMixin):
+        surplus = [n for n in surplus if not n.endswith(COMPUTED)]
     surplus = [n for n in surplus if not _ignored(model, "_keys_to_ignore_on_load_unexpected", n)]
     ties = tied_names(model)
     missing = [n for n in state if not any(tied in found for tied in ties.get(n, (n,)))]

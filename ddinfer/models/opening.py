@@ -226,7 +226,10 @@ def model_class(folder: Path, *, trust_remote_code: bool = False) -> type:
 
 def class_in(library: str, name: str, folder: Path) -> type:
     module = importlib.import_module(library)
-    found = getattr(module, name, None)
+    try:
+        found = getattr(module, name, None)
+    except ImportError as error:  # the lazy module tells what the class needs
+        raise UsageError(f"{folder} is a {name}: {str(error).strip()}") from error
     if not isinstance(found, type) or "dummy" in found.__module__:
         why = f"needs {getattr(found, '_backends', 'a package')}" if found else "is not in"
         raise UsageError(

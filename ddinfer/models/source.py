@@ -126,14 +126,14 @@ class PipelineSource:
         if entry.library in ("diffusers", "transformers"):
             return class_in(entry.library, _newer_name(entry), self.folder / name)
         # Importing what a file names would run it; what the program imported itself is fine.
-        module = sys.modules.get(entry.library)
-        if module is None or not hasattr(module, entry.class_name):
+        found = getattr(sys.modules.get(entry.library), entry.class_name, None)
+        if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
             raise UsageError(
                 f"{self.folder}: component {name} is a {entry.class_name} of {entry.library}; "
                 "expected diffusers, transformers, or code in the component's own folder. Give the "
                 f"component itself: load_pipeline(…, components={{{name!r}: …}})"
             )
-        return getattr(module, entry.class_name)
+        return found
 
     def open(self, name: str, dtype: torch.dtype | None) -> OpenModel:
         """A component that has weights, with its parameters still on meta."""
