@@ -7,6 +7,7 @@ they all say "cpu" afterwards. Host ("cpu") and disk tiers are then as they are 
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import backend_registration
 
 from ddinfer.errors import UsageError
 from ddinfer.models.activations import OneDevice
@@ -221,6 +223,26 @@ def test_the_devices_of_a_placed_model_are_told_truly(tiny):
     before = pipe.ddinfer_dispatched
     before.undo()
     assert pipe._execution_device == torch.device("cpu")
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot register a stand-in backend",
+)
+def test_over_two_devices_no_operation_ever_mixes_them():
+    """Without a GPU: fake tensors on a stand-in backend refuse what CUDA would refuse."""
+    found = {}
+    for way in ("following", "not following"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "tests.two_devices", way],
+            cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found[way] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found["following"]) == 14
+    assert [case for case in found["following"] if case["error"]] == []
+    # The check does notice: when tensors do not follow, most of it breaks.
+    assert sum(case["error"] is not None for case in found["not following"]) >= 7
 
 
 def test_operations_between_devices_follow_their_first_tensor():

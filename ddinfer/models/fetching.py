@@ -108,8 +108,6 @@ class Fetcher:
     """
 
     def __init__(self, device: torch.device, *, prefetch: bool = True):
-        import torch
-
         self.device, self.prefetch = device, prefetch
         self.hits = self.misses = 0
         self._after: dict[int, Unit] = {}
@@ -117,7 +115,7 @@ class Fetcher:
         self._guess: tuple[Unit, Future[Any]] | None = None
         self._done: Any = None  # CUDA: the last unit's end on the computing stream
         self._pool = ThreadPoolExecutor(1, "ddinfer-fetch") if prefetch else None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: Any = None
 
     def take(self, unit: Unit) -> list[torch.Tensor]:
         """The unit's tensors on the device, waiting for them where they are under way."""
@@ -145,7 +143,7 @@ class Fetcher:
         """The unit in use is done with (its last kernel may still be running)."""
         import torch
 
-        if self._stream is not None:
+        if self.device.type == "cuda":
             self._done = torch.cuda.Event()
             self._done.record(torch.cuda.current_stream(self.device))
 
@@ -163,8 +161,9 @@ class Fetcher:
     def _load(self, unit: Unit, after: Any = None) -> tuple[list[torch.Tensor], Any]:
         import torch
 
-        if self._stream is None:
+        if self.device.type != "cuda":
             return read(list(unit.sources.values()), self.device), None
+        self._stream = self._stream or torch.cuda.Stream(self.device)
         if after is not None:
             # The host runs ahead of the GPU; without this, so would the memory.
             after.synchronize()
