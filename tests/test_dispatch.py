@@ -231,18 +231,20 @@ def test_the_devices_of_a_placed_model_are_told_truly(tiny):
 )
 def test_over_two_devices_no_operation_ever_mixes_them():
     """Without a GPU: fake tensors on a stand-in backend refuse what CUDA would refuse."""
-    found = {}
-    for way in ("following", "not following"):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "tests.two_devices", way],
-            cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found[way] = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found["following"]) == 14
-    assert [case for case in found["following"] if case["error"]] == []
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.two_devices"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    following = [case for case in cases if case["following"]]
+    assert len(following) == 14
+    assert [case for case in following if case["error"]] == []
     # The check does notice: when tensors do not follow, most of it breaks.
-    assert sum(case["error"] is not None for case in found["not following"]) >= 7
+    assert sum(case["error"] is not None for case in cases if not case["following"]) >= 7
 
 
 def test_operations_between_devices_follow_their_first_tensor():

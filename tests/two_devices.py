@@ -1,14 +1,14 @@
 """Denoisers and VAEs over two pretended GPUs, shapes and devices only: run by test_dispatch.py.
 
 Fake tensors on a registered stand-in backend check, as CUDA would, that every operation's tensors
-lie on one device. Prints a line of JSON a case: what was run and the error, if any.
+lie on one device. Prints a line of JSON a case: what was run and the error, if any. Every case runs
+twice, the second time with following switched off.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,8 +99,8 @@ def _nothing(
 
 if __name__ == "__main__":
     backend_registration._setup_privateuseone_for_python_backend()
-    following = sys.argv[1] == "following"
-    for kind in ("flux", "sd3", "pixart", "wan", "sd", "sana"):
-        for part in ("denoiser", "vae") if kind == "sd" else ("denoiser",):
-            for case in run(kind, part, following):
-                print(json.dumps(case), flush=True)
+    for following in (True, False):
+        for kind in ("flux", "sd3", "pixart", "wan", "sd", "sana"):
+            for part in ("denoiser", "vae") if kind == "sd" else ("denoiser",):
+                for case in run(kind, part, following):
+                    print(json.dumps(case | {"following": following}), flush=True)
