@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ddinfer.distributed.world import World
     from ddinfer.embed import generate, stream
     from ddinfer.models.loading import load_pipeline
+    from ddinfer.models.placement import Placement, plan_placement
+    from ddinfer.parallel.prepare import prepare_pipeline
     from ddinfer.request import Request, Result
     from ddinfer.run import run_job
     from ddinfer.splitting import (
@@ -37,7 +39,10 @@ _HOMES = {
     "run_job": "ddinfer.run",
     "launch": "ddinfer.distributed.launch",
     "load_pipeline": "ddinfer.models.loading",
+    "plan_placement": "ddinfer.models.placement",
+    "prepare_pipeline": "ddinfer.parallel.prepare",
     "JobConfig": "ddinfer.config",
+    "Placement": "ddinfer.models.placement",
     "Request": "ddinfer.request",
     "Result": "ddinfer.request",
     "World": "ddinfer.distributed.world",
@@ -45,6 +50,7 @@ _HOMES = {
 
 __all__ = [
     "JobConfig",
+    "Placement",
     "Request",
     "Result",
     "World",
@@ -55,6 +61,8 @@ __all__ = [
     "is_first_rank",
     "launch",
     "load_pipeline",
+    "plan_placement",
+    "prepare_pipeline",
     "run_job",
     "split",
     "split_between_processes",
