@@ -34,14 +34,15 @@ def main() -> None:
     parser.add_argument("--svg", default=None, help="draw the timeline of both schedules")
     asked = parser.parse_args()
     from ddinfer.distributed.launch import launch
-    from ddinfer.parallel.ticks import count_ticks, ideal_utilisation
+    from ddinfer.parallel.ticks import ideal_utilisation
 
     in_flight = asked.in_flight or asked.stages
     told = launch(
         measure, in_flight, asked.images, asked.steps, nproc_per_node=asked.stages, device="cpu"
     )
     calls = [asked.steps] * asked.images
-    ideal = ideal_utilisation(calls, asked.stages, in_flight)
+    latency = asked.stages * (2 if in_flight >= 2 * asked.stages else 1)
+    ideal = ideal_utilisation(calls, latency, in_flight)
     flushed = asked.images * asked.steps / flushed_ticks(asked.images, in_flight, asked)
     print(f"{asked.stages} stages, {in_flight} images in flight, {asked.images} images of "
           f"{asked.steps} steps, one thread a rank")  # fmt: skip
@@ -56,7 +57,6 @@ def main() -> None:
         print(f"{name:8s} utilisation {used:.3f}, ideal {limit:.3f}, share of it "
               f"{used / limit:.3f}; denoising {wall:.2f} s of {whole:.2f} s in all; "
               f"stages work {work} s")  # fmt: skip
-    print(f"ticks: ring {count_ticks([], calls, asked.stages, in_flight)}")
     if asked.svg:
         draw(asked.svg, {name: [rank[name][0] for rank in told] for name in ("ring", "flushed")})
 

@@ -1,6 +1,11 @@
 """The ring as an engine: dp × pp replicas, each with its slice of the batches."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,8 @@ from ddinfer.models.loading import load_pipeline
 from ddinfer.request import Prompt, resolve_requests
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import call_arguments, tiny_pipeline
+
+ROOT = Path(__file__).parent.parent
 
 
 def batches_for(kind, count, batch_size=1, **changes):
@@ -90,3 +97,114 @@ def test_ranks_that_do_not_come_out_even_are_refused_with_the_numbers():
     with pytest.raises(UsageError, match=r"--pipeline_parallel 2 needs .* found 3"):
         Replica.of(0, 3, 2)
     assert Replica.of(5, 6, 3) == Replica(1, 2, 2, (3, 4, 5))
+
+
+# --- nightly: what it holds, and who is to blame ------------------------------------------------
+
+MEASURED = """
+    import sys
+    import torch
+    import torch.distributed as dist
+    from ddinfer.config import JobConfig
+    from ddinfer.engines.ring import Replica, load_ring_engine
+    from tests.test_ring_engine import batches_for, peak_and_now_bytes
+
+    rank, path, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    from diffusers import FluxPipeline  # what any run holds, before a weight is read
+    before = peak_and_now_bytes()[1]
+    replica = Replica.of(rank, 2, 2)
+    engine = load_ring_engine(
+        folder, JobConfig(), replica, device="cpu", rank=rank, group=replica.process_group()
+    )
+    errors = [r.error for r in engine.run(batches_for("flux", 2))]
+    dist.barrier()
+    print(errors, peak_and_now_bytes()[0] - before, flush=True)
+    dist.destroy_process_group()
+"""
+
+
+def peak_and_now_bytes():
+    """This process's highest and present resident memory, mapped files included."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS"))
+
+
+def start_ranks(script, tmp_path, count, *arguments):
+    (tmp_path / "rank.py").write_text(textwrap.dedent(script), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(tmp_path / "rank.py")]
+    return [
+        subprocess.Popen(
+            [*command, str(k), str(tmp_path / "store"), *arguments],
+            env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for k in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.nightly
+def test_a_rank_of_a_large_model_holds_its_share_of_the_weights(tmp_path):
+    from diffusers import FluxTransformer2DModel
+
+    pipe = load_pipeline(tiny_pipeline("flux", tmp_path / "tiny"))
+    pipe.transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=64,
+        num_attention_heads=20, joint_attention_dim=32, pooled_projection_dim=32,
+        axes_dims_rope=(16, 24, 24),
+    )  # fmt: skip
+    weights = sum(p.numel() * 4 for p in pipe.transformer.parameters())
+    assert weights > 1e9
+    pipe.save_pretrained(tmp_path / "large")
+    del pipe
+    ranks = start_ranks(MEASURED, tmp_path, 2, str(tmp_path / "large"))
+    for rank in ranks:
+        said = rank.communicate(timeout=1800)[0]
+        assert rank.returncode == 0
+        errors, _, grown = said.strip().rpartition(" ")
+        assert errors in ("[None, None]", "[]")
+        assert int(grown) <= weights / 2 + 300e6, f"{int(grown) / 1e6:.0f} MB"
+
+
+KILLED = """
+    import datetime, os, signal, sys
+    import torch.distributed as dist
+    from ddinfer.config import JobConfig
+    from ddinfer.engines.ring import Replica, load_ring_engine
+    from ddinfer.errors import RankError
+    from tests.test_ring_engine import batches_for
+
+    rank, path, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    dist.init_process_group("gloo", store=dist.FileStore(path, 3), rank=rank, world_size=3)
+    replica = Replica.of(rank, 3, 3)
+    engine = load_ring_engine(
+        folder, JobConfig(), replica, device="cpu", rank=rank, group=replica.process_group()
+    )
+    staged = engine.ring._staged[0]
+    run, count = staged.run, iter(range(1000))
+    def dying(*args):
+        if next(count) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(*args)
+    if rank == 1:
+        staged.run = dying
+    try:
+        for result in engine.run(batches_for("flux", 6, num_inference_steps=4)):
+            print(result.index, flush=True)
+    except RankError as error:
+        print("RankError", error.rank, flush=True)
+        os._exit(3)
+"""
+
+
+@pytest.mark.nightly
+def test_a_killed_rank_ends_the_run_on_the_others_at_once(tmp_path):
+    folder = str(tiny_pipeline("flux", tmp_path))
+    ranks = start_ranks(KILLED, tmp_path, 3, folder)
+    said = [rank.communicate(timeout=600)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [3, -9, 3]
+    assert "RankError" in said[0]
+    assert "RankError 1" in said[2]

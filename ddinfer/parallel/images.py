@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddinfer.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Call:
@@ -159,7 +161,16 @@ class Studio:
         return getattr(self._mine, "image", None)
 
     def denoise(self, image: Image, call: Call) -> Any:
-        """On the image's thread: stops until the ring has answered."""
+        """On the image's thread: stops until the ring has answered.
+
+        Raises:
+            UsageError: under autocast, which holds for this thread alone.
+        """
+        if torch.is_autocast_enabled(self.device.type):
+            raise UsageError(
+                "the denoiser was called under autocast, which does not reach the other ranks; "
+                "load the pipeline in the dtype instead"
+            )
         if image._beside:
             image._beside = False
             self._beside.release()
