@@ -101,6 +101,12 @@ def prepare_job(
     return Job(config, model, model_name, requests, tuple(notes))
 
 
+def job_of_folder(config: JobConfig, requests: Sequence[Request]) -> Job:
+    """A job that was begun before, from its Requests instead of its prompts."""
+    model, model_name, _ = resolve_model(config)
+    return Job(config, model, model_name, requests)
+
+
 def resolve_model(config: JobConfig) -> tuple[str, str, dict[str, Any]]:
     """→ (folder or hub id, name, the call arguments that this model wants by default)."""
     model = config.model or tiny.DEFAULT

@@ -19,7 +19,13 @@ from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch
 from ddinfer.engines.whole import check_call
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, exit_code_of
-from ddinfer.job import Job, job_identity, library_versions, prepare_job, resolve_model
+from ddinfer.job import (
+    job_identity,
+    job_of_folder,
+    library_versions,
+    prepare_job,
+    resolve_model,
+)
 from ddinfer.models.fingerprint import model_fingerprint
 from ddinfer.models.repository import pipeline_folder, scheduler_name
 from ddinfer.models.signature import call_parameters, pipeline_class
@@ -107,7 +113,13 @@ class RunReport:
 class Leader:
     """The open job. Made on rank 0, before anything is loaded."""
 
-    def __init__(self, config: JobConfig, world: World, stdin: bytes | None = None):
+    def __init__(
+        self,
+        config: JobConfig,
+        world: World,
+        stdin: bytes | None = None,
+        retry_failed: bool = False,
+    ):
         """Read and check everything, then open the folder.
 
         Raises:
@@ -119,7 +131,10 @@ class Leader:
         hub = {"revision": config.revision, "token": config.token}
         model, _, _ = resolve_model(config)
         parameters = call_parameters(model, config.trust_remote_code, **hub)
-        self.job: Job = prepare_job(config, parameters=parameters, stdin=stdin)
+        if retry_failed:
+            self.job = job_of_folder(config, JobFolder.look(self.files, config.output).requests)
+        else:
+            self.job = prepare_job(config, parameters=parameters, stdin=stdin)
         pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
         check_call(pipeline, parameters, self.job.call_arguments(), config.batch_size)
         model_folder = pipeline_folder(
@@ -159,6 +174,8 @@ class Leader:
             notify=log.info,
         )
         state = self.folder.read_state()
+        if retry_failed and world.restart_count == 0:  # a restart goes on
+            self.folder.retry_failed(state)
         batches = self.job.batches(self.folder.record.segments)
         self.pending = self.folder.pending_batches(batches, state)
         self.wanted = self.folder.pending(state)

@@ -24,13 +24,19 @@ from ddinfer.storage.saving import save_as_made
 
 
 def run_job(
-    config: JobConfig, world: World | None = None, *, stdin: bytes | None = None
+    config: JobConfig,
+    world: World | None = None,
+    *,
+    stdin: bytes | None = None,
+    retry_failed: bool = False,
 ) -> RunReport:
     """Make the images of a job; every rank of the world calls this.
 
     Args:
         world: default: detected from the live process group or the environment.
         stdin: what ``prompts="-"`` reads on rank 0; default: its standard input.
+        retry_failed: make the failed prompts of the job in ``config.output`` again. Its Requests
+            are read from there, not from ``config.prompts``.
 
     Returns:
         the same report on every rank, once every image is on disk or listed as failed.
@@ -44,7 +50,7 @@ def run_job(
     world = World.detect(config.device) if world is None else world
     with process_group(world) as group:
         group.enter("preparing")
-        leader = Leader(config, world, stdin) if group.group_rank == 0 else None
+        leader = Leader(config, world, stdin, retry_failed) if group.group_rank == 0 else None
         try:
             return _run(config, group, leader)
         except BaseException as error:

@@ -41,6 +41,8 @@ class MoodyPipeline(DiffusionPipeline):
                 raise ValueError(f"cannot draw {rest}")
             if word == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if word == "need" and not os.path.exists(rest):
+                raise FileNotFoundError(rest)
             if word == "exit":
                 os._exit(0)
             if word == "break":

@@ -12,6 +12,9 @@ from ddinfer.errors import EXIT_CTRL_C, EXIT_OK, DdinferError, RankError
 #: Command → what it does, in one line. Each is a module of this package with a ``main(argv)``.
 COMMANDS = {
     "run": "make the images of a prompt file (the default command)",
+    "status": "how a job stands, while it runs and after",
+    "verify": "is every image there, with the bytes that were written?",
+    "retry-failed": "make a job's failed prompts again, from its folder alone",
     "replay": "make one image again from its own metadata and compare",
 }
 

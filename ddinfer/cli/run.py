@@ -26,6 +26,15 @@ def main(argv: Sequence[str]) -> int:
 
         sys.stdout.write(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
         return EXIT_OK
+    return run_configured(config)
+
+
+def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
+    """Run a job as this process's launchers want it: here, or in ranks that are started here.
+
+    Args:
+        retry_failed: make its failed prompts again; the Requests come from the folder.
+    """
     config = config.with_absolute_paths()
 
     from ddinfer.distributed.parent import end_with_parent
@@ -41,13 +50,14 @@ def main(argv: Sequence[str]) -> int:
         from ddinfer.cli.dry_run import print_plan
 
         return print_plan(config, plan.num_ranks)
-    stdin = sys.stdin.buffer.read() if config.prompts == "-" else None
+    reads_stdin = config.prompts == "-" and not retry_failed
+    stdin = sys.stdin.buffer.read() if reads_stdin else None
     if plan.kind == "join" or plan.num_ranks == 1:
-        return _run_here(config, stdin)
-    return _run_in_ranks(config, plan.num_ranks, stdin)
+        return _run_here(config, stdin, retry_failed)
+    return _run_in_ranks(config, plan.num_ranks, stdin, retry_failed)
 
 
-def _run_here(config: JobConfig, stdin: bytes | None) -> int:
+def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int:
     """This process is a rank: of torchrun's, or the only one."""
     from ddinfer.cli.summary import print_summary
     from ddinfer.distributed.parent import leave
@@ -56,14 +66,16 @@ def _run_here(config: JobConfig, stdin: bytes | None) -> int:
 
     world = World.detect(config.device)
     own_process(world.rank)
-    report = run_job(config, world, stdin=stdin)
+    report = run_job(config, world, stdin=stdin, retry_failed=retry_failed)
     if world.rank == 0:
         print_summary(report, as_json=config.json)
     # One rank tells torchrun how it went; a second would look like a second failure.
     leave(report.exit_code if world.rank == 0 else EXIT_OK)
 
 
-def _run_in_ranks(config: JobConfig, num_ranks: int, stdin: bytes | None) -> int:
+def _run_in_ranks(
+    config: JobConfig, num_ranks: int, stdin: bytes | None, retry_failed: bool
+) -> int:
     from ddinfer.cli.summary import print_summary
     from ddinfer.distributed.launch import launch
     from ddinfer.distributed.parent import leave
@@ -72,6 +84,7 @@ def _run_in_ranks(config: JobConfig, num_ranks: int, stdin: bytes | None) -> int
         run_on_rank,
         config,
         stdin,
+        retry_failed,
         nproc_per_node=num_ranks,
         device=config.device,
         num_threads=config.num_threads,
@@ -81,9 +94,11 @@ def _run_in_ranks(config: JobConfig, num_ranks: int, stdin: bytes | None) -> int
     leave(reports[0].exit_code)
 
 
-def run_on_rank(world: World, config: JobConfig, stdin: bytes | None) -> RunReport:
+def run_on_rank(
+    world: World, config: JobConfig, stdin: bytes | None, retry_failed: bool
+) -> RunReport:
     """What every rank that we launch does."""
     from ddinfer.run import run_job
 
     own_process(world.rank)
-    return run_job(config, world, stdin=stdin)
+    return run_job(config, world, stdin=stdin, retry_failed=retry_failed)

@@ -110,6 +110,9 @@ class Files:
         """Open for reading and writing, made where it does not exist."""
         return self._open("open", path, os.O_RDWR | os.O_CREAT)
 
+    def open_only_to_lock(self, path: str) -> int:
+        return self._open("open", path, os.O_RDONLY)
+
     def _open(self, verb: str, path: str, flags: int) -> int:
         with _named(verb, path):
             fd = self.disk.open(path, flags)

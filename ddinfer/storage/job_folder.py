@@ -159,6 +159,26 @@ class JobFolder:
         """Batches (of indices) with an image to make. Each runs whole."""
         return [batch for batch in batches if any(map(state.is_pending, batch))]
 
+    def retry_failed(self, state: JournalState) -> None:
+        """Make failed prompts pending again, in ``state`` and for every run from here on."""
+        self.decide([{"kind": "retry", "indices": sorted(state.failures)}], state)
+
+    def decide(self, records: Sequence[Mapping[str, Any]], state: JournalState) -> None:
+        """Journal what rank 0 has decided before anybody works, as an attempt of its own.
+
+        Journals are read in the order of their attempts, so that what the ranks write next
+        stands behind it.
+        """
+        header = JournalHeader(self.fingerprint, attempt=self.attempt)
+        journal = JournalWriter(self.files, self.path, header)
+        try:
+            journal.append([*records, {"kind": "end", "reason": "decided"}])
+        finally:
+            journal.close()
+        self.attempt += 1
+        for record in records:
+            state.add(record)
+
     def finish(self) -> JobReport:
         """Reconcile journals and Requests once more; write metadata and failures.
 

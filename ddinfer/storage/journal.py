@@ -7,7 +7,8 @@ everything before it. The first line is the header; the others are of one of the
 - ``start``: a batch is about to be computed (``indices``);
 - ``image``: an image is in its place and durable (``index``, ``sha256``, ``bytes``);
 - ``failed``: a prompt could not be made (``index``, ``error``);
-- ``death``: a process died by a signal during a batch (``indices``, ``signal``);
+- ``death``: a process died by a signal during a batch (``indices``, ``signal``, ``alone``);
+- ``retry``: failed prompts are to be made again, and what is known against them is forgotten;
 - ``end``: the process ended in order (``reason``).
 """
 
@@ -189,6 +190,31 @@ class JournalState:
         self.failures.pop(index, None)
         self.notes.pop(index, None)
 
+    def retry(self, indices: Collection[int]) -> None:
+        """Make failed prompts pending again, as if they had never been tried."""
+        for index in indices:
+            if self.is_failed(index):
+                self.forget(index)
+        self.deaths = [d for d in self.deaths if not set(d["indices"]).intersection(indices)]
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take in a record that concerns images, not the process that wrote it.
+
+        Raises:
+            ValueError: of a kind that is not known.
+        """
+        kind = record["kind"]
+        if kind == "image":
+            self.add_image(record)
+        elif kind == "failed":
+            self.add_failure(record)
+        elif kind == "death":
+            self.deaths.append(dict(record))
+        elif kind == "retry":
+            self.retry(record["indices"])
+        else:
+            raise ValueError(f"its kind {kind!r} is not known")
+
     def add_image(self, record: Mapping[str, Any]) -> None:
         index, size = record["index"], record["bytes"]
         digest = bytes.fromhex(record["sha256"])
@@ -250,22 +276,16 @@ def _read_file(files: Files, path: str, fingerprints: Collection[str], state: Jo
                 kind = record["kind"]
                 if attempt is None:
                     attempt = _header(record, path, fingerprints)
-                elif kind == "image":
-                    state.add_image(record)
-                    answered.add(record["index"])
                 elif kind == "start":
                     started = [b for b in started if not answered.issuperset(b)]
                     answered.intersection_update(k for b in started for k in b)
                     started.append(record["indices"])
-                elif kind == "failed":
-                    state.add_failure(record)
-                    answered.add(record["index"])
-                elif kind == "death":
-                    state.deaths.append(record)
                 elif kind == "end":
                     attempt.end = record["reason"]
                 else:
-                    raise _broken(path, number, f"its kind {kind!r} is not known")
+                    state.add(record)
+                    if kind in ("image", "failed"):
+                        answered.add(record["index"])
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise _broken(path, number, f"{type(error).__name__}: {error}") from None
     if attempt is not None:  # else its process died before the header was written

@@ -168,6 +168,23 @@ def read_holder(files: Files, folder: str) -> Holder | None:
     return None if data is None else _decode(data)
 
 
+def is_held(files: Files, folder: str) -> bool:
+    """Whether a job is at work in the folder, as far as can be told without waiting.
+
+    On one machine the kernel knows. Of another machine's job, its last heartbeat is believed.
+    """
+    holder = read_holder(files, folder)
+    if holder is None:
+        return False
+    if holder.machine != _machine():
+        return holder.beat >= 0
+    fd = files.open_only_to_lock(os.path.join(folder, LOCK_FILE))
+    try:
+        return not files.lock(fd, exclusive=True)  # given back at once
+    finally:
+        files.close(fd)
+
+
 def _take_flock(
     files: Files,
     fd: int,

@@ -1,0 +1,129 @@
+"""``ddinfer status OUT``: how a job stands, while it runs and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from ddinfer.errors import EXIT_OK
+from ddinfer.storage.files import Files
+from ddinfer.storage.job_folder import JobFolder
+from ddinfer.storage.journal import Attempt, JournalError, JournalState, read_journals
+from ddinfer.storage.lease import is_held, read_holder
+from ddinfer.storage.metadata import read_status
+
+#: A line that is being written while it is read looks torn; another look tells.
+LOOKS = 3
+
+
+@dataclass(frozen=True)
+class StatusOptions:
+    """Say how far a job is, who works on it, and how it ended."""
+
+    output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """Output folder of a job."""
+    json: bool = False
+    """Print it as JSON."""
+
+
+def main(argv: Sequence[str]) -> int:
+    options = tyro.cli(StatusOptions, prog="ddinfer status", args=list(argv), use_underscores=True)
+    status = status_of(Files(), os.path.abspath(options.output))
+    print(json.dumps(status) if options.json else "\n".join(lines_of(status)))
+    sys.stdout.flush()
+    return EXIT_OK
+
+
+def status_of(files: Files, path: str) -> dict[str, Any]:
+    """What journals, lock and status.json say together. Reads only; the job goes on.
+
+    Raises:
+        UsageError: no job there.
+        StorageError: a journal or ``job.json`` cannot be believed.
+    """
+    folder = JobFolder.look(files, path)
+    state = _read_state(files, folder)
+    said = read_status(files, path) or {}
+    holder = read_holder(files, path)
+    is_running = is_held(files, path)
+    num_pending = len(folder.pending(state))
+    last = max((a.header.attempt for a in state.attempts), default=0)
+    now = [a for a in state.attempts if a.header.attempt == last]
+    return {
+        "output": path,
+        "state": _state(is_running, num_pending, said),
+        "num_images": len(folder.requests),
+        "num_made": state.num_done,
+        "num_failed": state.num_failed,
+        "num_pending": num_pending,
+        "num_deaths": len(state.deaths),
+        "holder": str(holder) if is_running and holder is not None else None,
+        "images_per_second": said.get("images_per_second") if is_running else None,
+        "ranks": [_rank(attempt, is_running) for attempt in now],
+        "exit_code": None if is_running else said.get("exit_code"),
+        "error": None if is_running or not num_pending else said.get("error"),
+    }
+
+
+def _read_state(files: Files, folder: JobFolder) -> JournalState:
+    capacity = 1 + max((request.index for request in folder.requests), default=-1)
+    for look in range(LOOKS):
+        try:
+            return read_journals(files, folder.path, folder.record.fingerprints, capacity)
+        except JournalError:
+            if look == LOOKS - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _state(is_running: bool, num_pending: int, said: Mapping[str, Any]) -> str:
+    if is_running:
+        return "running"
+    if not num_pending:
+        return "finished"
+    return "stopped" if said.get("state") == "stopped" else "interrupted"
+
+
+def _rank(attempt: Attempt, is_running: bool) -> dict[str, Any]:
+    """What a rank of the last attempt has in hand, or had when it died."""
+    alive = is_running and attempt.end is None
+    return {
+        "rank": attempt.header.rank,
+        "state": "running" if alive else attempt.end or "died",
+        "in_hand": [] if attempt.end is not None else attempt.in_hand,
+    }
+
+
+def lines_of(status: Mapping[str, Any]) -> list[str]:
+    """The same for people."""
+    lines = [f"{status['output']}: {status['state']}"]
+    if status["holder"]:
+        lines[0] += f" ({status['holder']})"
+    counts = f"{status['num_made']} of {status['num_images']} images made"
+    if status["num_failed"]:
+        counts += f", {status['num_failed']} failed"
+    if status["num_pending"]:
+        counts += f", {status['num_pending']} to do"
+    if status["images_per_second"]:
+        counts += f", {status['images_per_second']:.3g} images/s"
+    lines.append(f"  {counts}")
+    for rank in status["ranks"]:
+        if rank["in_hand"]:
+            verb = "has" if rank["state"] == "running" else f"{rank['state']} with"
+            batches = ", ".join(f"image {b[0]}" for b in rank["in_hand"])
+            lines.append(f"  rank {rank['rank']} {verb} {batches} in hand")
+    if status["num_deaths"]:
+        lines.append(f"  {status['num_deaths']} times a process was killed during a batch")
+    if status["num_failed"]:
+        lines.append(f"  ddinfer retry-failed {status['output']} tries the failed ones again")
+    if status["error"]:
+        lines.append(f"  it ended with: {status['error'].splitlines()[0]}")
+    if status["state"] in ("stopped", "interrupted"):
+        lines.append("  the same command again goes on from here")
+    return lines
