@@ -345,6 +345,14 @@ def test_a_plan_saved_as_json_is_carried_out_alike(tiny):
     )
 
 
+def test_a_strategy_without_budgets_takes_what_is_free(tiny):
+    pipe = load_pipeline(tiny("sd"), placement="auto")
+    if not torch.cuda.is_available():
+        assert set(pipe.hf_device_map.values()) == {"cpu"}
+        assert pipe.ddinfer_dispatched.units == []
+        assert torch.equal(draw(pipe, "sd"), draw(load_pipeline(tiny("sd")), "sd"))
+
+
 def test_a_stage_loads_its_components_of_a_placement_that_names_all(tiny):
     placement = {
         "transformer": "disk",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -396,6 +398,12 @@ def test_explain_shows_runs_of_blocks_and_the_room_kept(tmp_path):
     assert "of 500 kB" in text
     assert "kept for activations and fetched blocks" in text
     assert "…" in text
+
+
+def test_planning_needs_no_torch():
+    code = "import sys; import ddinfer.models.planner; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60).returncode == 0
 
 
 def test_planning_looks_at_no_device(tmp_path, monkeypatch):

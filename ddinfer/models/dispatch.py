@@ -195,21 +195,21 @@ class _Carrier:
 
     def _load_resident(self, where: Mapping[str, str]) -> None:
         """Fills (from the checkpoint) or moves what lies on a computing device."""
+        unread = {name for name in where if self._get(name).is_meta}
         if self.opened is not None and self.opened.stored:
             places = {name: torch.device(device) for name, device in where.items()}
             self.opened.fill(places.get)
         for name, device in where.items():
-            self._move(name, torch.device(device))
+            self._move(self._get(name), torch.device(device), name in unread)
 
-    def _move(self, name: str, device: torch.device) -> None:
-        tensor = self._get(name)
-        if tensor.is_meta:
+    def _move(self, tensor: torch.Tensor, device: torch.device, unread: bool) -> None:
+        """What was never in memory counts as having been on the host."""
+        before = torch.device(CPU) if unread else tensor.device
+        if before == spoken(device):
             return
-        before = tensor.device
-        if before != spoken(device):
-            # The object stays the same, so that whoever holds it keeps holding the weight.
-            tensor.data = tensor.data.to(device)
-            self.dispatched.on_undo(lambda: setattr(tensor, "data", tensor.data.to(before)))
+        # The object stays the same, so that whoever holds it keeps holding the weight.
+        tensor.data = tensor.data.to(device)
+        self.dispatched.on_undo(lambda: setattr(tensor, "data", tensor.data.to(before)))
 
     def _get(self, name: str) -> torch.Tensor:
         path, _, leaf = name.rpartition(".")
