@@ -49,11 +49,7 @@ class Queue:
 
     def admit(self) -> None:
         """Takes and begins jobs, and gives slots to images that wait for the denoiser."""
-        while not self._exhausted and len(self._taken) < self._latency:
-            try:
-                self._taken.append(next(self._jobs))
-            except StopIteration:
-                self._exhausted = True
+        self._look_ahead()
         limit = self._current_limit()
         ahead = sum(not image.has_entered for image in self._beside)
         while self._taken and ahead < max(limit - len(self.active), 0) + 1:
@@ -62,12 +58,21 @@ class Queue:
             image.repeated = Repeated(self._tokens)
             self._beside.append(image)
             ahead += 1
+            self._look_ahead()
+            limit = self._current_limit()
         for image in list(self._beside):
             if image.call is not None and len(self.active) < limit:
                 self._beside.remove(image)
                 image.slot, image.has_entered = self._slots.pop(0), True
                 self.active.append(image)
                 self.ready.append(image)
+
+    def _look_ahead(self) -> None:
+        while not self._exhausted and len(self._taken) < self._latency:
+            try:
+                self._taken.append(next(self._jobs))
+            except StopIteration:
+                self._exhausted = True
 
     def _current_limit(self) -> int:
         if not self._exhausted:
