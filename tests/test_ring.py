@@ -381,3 +381,31 @@ def test_only_what_later_stages_use_travels():
     assert inspected == frozenset()
     staged.detach()
     assert "forward" not in model.blocks[0].__dict__
+
+
+# --- NCCL ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("in_flight", [2, 4])
+def test_two_gpus_over_nccl(tmp_path, in_flight):
+    import torch.multiprocessing as mp
+
+    mp.spawn(two_gpus, (str(tmp_path / "store"), in_flight), nprocs=2)
+
+
+def two_gpus(rank, path, in_flight):
+    import torch.distributed as dist
+
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    jobs = [job_for("flux", number) for number in range(5)]
+    outcomes = in_ring(make_pipe("flux").to(f"cuda:{rank}"), jobs, num_in_flight=in_flight)
+    if outcomes is not None:
+        uncut = make_pipe("flux").to("cuda:0")
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            if outcome.error is not None:
+                raise outcome.error
+            assert np.allclose(job(uncut), outcome.value, atol=1e-4)
+    dist.destroy_process_group()
