@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from ddinfer.errors import EXIT_CTRL_C, EXIT_OK, DdinferError, RankError
+from ddinfer.errors import ENDS_THE_JOB, EXIT_CTRL_C, EXIT_OK, DdinferError, RankError, Stopped
 
 #: Command → what it does, in one line. Each is a module of this package with a ``main(argv)``.
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "status": "how a job stands, while it runs and after",
     "verify": "is every image there, with the bytes that were written?",
     "retry-failed": "make a job's failed prompts again, from its folder alone",
+    "template": "print the script that starts a job under Slurm, Kubernetes or torchrun",
     "replay": "make one image again from its own metadata and compare",
 }
 
@@ -32,6 +33,9 @@ def dispatch(argv: Sequence[str]) -> int:
     except DdinferError as error:
         print(f"ddinfer: error: {_message(error)}", file=sys.stderr)
         return error.exit_code
+    except Stopped as stopped:
+        print(f"ddinfer: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("ddinfer: interrupted; the same command again goes on from here", file=sys.stderr)
         return EXIT_CTRL_C
@@ -64,6 +68,7 @@ def _usage() -> str:
 
 def _message(error: DdinferError) -> str:
     """A user's mistake is told in its own words, without the traceback of the rank it met."""
-    if isinstance(error, RankError) and error.record is not None and error.exit_code in (2, 74):
+    told = isinstance(error, RankError) and error.exit_code in ENDS_THE_JOB
+    if told and isinstance(error, RankError) and error.record is not None:
         return f"{error.record.message} (found by rank {error.rank} while {error.phase})"
     return str(error)

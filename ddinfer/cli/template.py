@@ -1,0 +1,126 @@
+"""``ddinfer template slurm|k8s|torchrun``: the script that starts a job on a cluster, filled in."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Annotated, Literal
+
+import tyro
+
+from ddinfer.config import JobConfig, parse_config
+from ddinfer.errors import EXIT_OK, UsageError
+
+FILES = {"slurm": "slurm.sbatch", "k8s": "k8s.yaml", "torchrun": "torchrun.sh"}
+
+#: What Kubernetes takes as a name, and Slurm too.
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """Print a script that starts a job on a cluster. The job's own options follow after --."""
+
+    kind: Annotated[Literal["slurm", "k8s", "torchrun"], tyro.conf.Positional]
+    """Who starts it."""
+    nodes: int = 1
+    """Machines (pods)."""
+    nproc_per_node: int = 8
+    """Ranks on each: one for each GPU."""
+    name: str = "ddinfer"
+    """Of the job: lower-case letters, digits and -."""
+    time: str = "24:00:00"
+    """Slurm: how long an allocation may last."""
+    host: str = "localhost"
+    """torchrun: the machine where the ranks meet, when there are several."""
+    max_restarts: int = 20
+    """How often an interrupted job is started again."""
+    image: str = "ddinfer:latest"
+    """Kubernetes: container image with ddinfer installed."""
+    claim: str = "shared"
+    """Kubernetes: persistent volume claim with model, prompts and output."""
+    mount: str = "/shared"
+    """Kubernetes: where the claim is mounted."""
+
+
+def main(argv: Sequence[str]) -> int:
+    words = list(argv)
+    ours, job = words, []
+    if "--" in words:
+        cut = words.index("--")
+        ours, job = words[:cut], words[cut + 1 :]
+    options = tyro.cli(TemplateOptions, prog="ddinfer template", args=ours, use_underscores=True)
+    sys.stdout.write(fill(options, job))
+    return EXIT_OK
+
+
+def fill(options: TemplateOptions, job: Sequence[str]) -> str:
+    """The script of ``options.kind`` for ``ddinfer *job``.
+
+    Raises:
+        UsageError: an option that the script could not work with.
+    """
+    config = parse_config(job)
+    _check(options, config, job)
+    on_gpus = config.device != "cpu"
+    rendezvous = "--standalone"
+    if options.nodes > 1:
+        rendezvous = (
+            f"--nnodes={options.nodes} --rdzv_backend=c10d --rdzv_id={options.name} "
+            f"--rdzv_endpoint={shlex.quote(options.host)}:29500"
+        )
+    limits = f'{{limits: {{"nvidia.com/gpu": {options.nproc_per_node}}}}}'
+    values = {
+        "nodes": options.nodes,
+        "ranks": options.nproc_per_node,
+        "name": options.name,
+        "time": options.time,
+        "max_restarts": options.max_restarts,
+        "backoff": options.max_restarts * options.nodes,
+        "image": options.image,
+        "claim": options.claim,
+        "mount": options.mount,
+        "rendezvous": rendezvous,
+        "gpu_line": f"#SBATCH --gpus-per-node={options.nproc_per_node}" if on_gpus else None,
+        "resources": f"          resources: {limits}" if on_gpus else None,
+        "status": shlex.quote(os.path.join(config.output, "status.json")),
+        "command": shlex.join(job),
+    }
+    text = (files("ddinfer.cli") / "templates" / FILES[options.kind]).read_text(encoding="utf-8")
+    for name, value in values.items():
+        # A line of which nothing is left goes.
+        found = f"@{name}@\n" if value is None else f"@{name}@"
+        text = text.replace(found, "" if value is None else str(value))
+    return text
+
+
+def _check(options: TemplateOptions, config: JobConfig, job: Sequence[str]) -> None:
+    for name in ("nodes", "nproc_per_node"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} {getattr(options, name)} must be at least 1")
+    if options.max_restarts < 0:
+        raise UsageError(f"--max_restarts {options.max_restarts} must be at least 0")
+    if not _NAME.fullmatch(options.name):
+        raise UsageError(
+            f"--name {options.name!r} must be lower-case letters, digits and -, at most 52, "
+            "beginning with a letter"
+        )
+    for name in ("time", "host", "image", "claim", "mount"):
+        value = getattr(options, name)
+        if not re.fullmatch(r"[\w./:@-]+", value):
+            raise UsageError(f"--{name} {value!r} has characters that no script can hold")
+    if any("\n" in word for word in job):
+        raise UsageError("a script cannot hold a line break; put the prompts into a file")
+    if config.nproc_per_node is not None:
+        raise UsageError("give --nproc_per_node before --, not behind it")
+    for name, path in (("output", config.output), ("prompts", config.prompts)):
+        if path is not None and not os.path.isabs(path):
+            raise UsageError(
+                f"--{name} {path!r} must be an absolute path behind --, since every machine and "
+                "every restart must find it: ddinfer template … -- --output /shared/out …"
+            )
