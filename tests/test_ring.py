@@ -284,6 +284,22 @@ def test_a_rank_whose_device_is_lost_ends_the_run_on_every_rank(in_flight):
     assert found == [("RankError", 1), ("AcceleratorError", None), ("RankError", 1)]
 
 
+def broken_source_on_ranks(group):
+    def jobs():
+        yield job_for("flux", 0)
+        yield job_for("flux", 1)
+        raise RankError(7, "running", None, exitcode=1)  # as a look at other replicas may say
+
+    try:
+        list(Ring(make_pipe("flux")).run(jobs()))
+    except RankError as error:
+        return error.rank
+
+
+def test_an_error_of_whoever_feeds_the_ring_ends_it_on_every_rank():
+    assert run_ranks(broken_source_on_ranks, 3) == [7, 0, 0]
+
+
 def early_end_on_ranks(group, in_flight):
     pipe = make_pipe("flux")
     ring = Ring(pipe, num_in_flight=in_flight)

@@ -85,6 +85,7 @@ class Exchange:
         self.previous %= link.size
         self._sent, self._received = Memory(), Memory()
         self.num_bytes = 0
+        self.is_broken = False
         self._under_way: _UnderWay | None = None
         if link.size > 1:
             self._warm_up()
@@ -135,6 +136,7 @@ class Exchange:
         try:
             yield
         except ConnectionLost as lost:
+            self.is_broken = True
             rank = self.link.ranks[lost.group_rank]
             record = ErrorRecord("ConnectionLost", str(lost))
             raise RankError(rank, "running the ring", record) from lost

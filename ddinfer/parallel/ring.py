@@ -89,7 +89,7 @@ class Ring:
         #: A hop takes two ticks instead of one, so twice as many images keep all stages busy.
         self.overlap = self.link.size > 1 and self.num_in_flight >= 2 * self.link.size
         self.spans: list[Span] = []
-        self._record = record
+        self._record, self._has_ended = record, False
         self._staged: list[StagedModel] = []
         error: Exception | None = None
         try:
@@ -150,6 +150,7 @@ class Ring:
         Raises:
             RankError: another rank failed for good or is gone.
         """
+        self._has_ended = False
         if not self.link.is_first:
             self._serve()
             return
@@ -161,11 +162,12 @@ class Ring:
     def _drive(self, queue: Queue) -> Iterator[Outcome]:
         try:
             yield from self._turn(queue)
-        except (RankError, KeyboardInterrupt, SystemExit):
-            raise  # the others know, are gone, or are told by themselves
+        except (KeyboardInterrupt, SystemExit):
+            raise  # these come to the other ranks by themselves
         except BaseException as error:  # GeneratorExit: the caller has enough
-            told = None if isinstance(error, GeneratorExit) else error
-            self._end(Message(END, header=_told(told)), self._settled())
+            if not (self._has_ended or self._exchange.is_broken):
+                told = None if isinstance(error, GeneratorExit) else error
+                self._end(Message(END, header=_told(told)), self._settled())
             raise
         self._end(Message(END))
 
@@ -337,6 +339,7 @@ class Ring:
             message = Message()
             if received.kind == END and theirs is None and received.origin != ours.origin:
                 break  # it ends from two sides at once; the others are leaving
+        self._has_ended = True
         if theirs is not None and record is not None:
             raise RankError(self.link.ranks[theirs.origin], "running the ring", record)
 
