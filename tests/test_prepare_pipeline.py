@@ -254,6 +254,30 @@ def test_nested_outputs_come_back_as_they_were():
     assert run_ranks(outputs_on_ranks, 1, False) == [(None, 2)]
 
 
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+
+    def forward(self, x, table):
+        return self.layers(x + table)
+
+
+def positions_on_ranks(group):
+    torch.manual_seed(0)
+    model = Positions().eval()
+    torch.manual_seed(0)
+    uncut = Positions().eval()
+    x, table = rows_of(36).reshape(6, 6, 8), rows_of(6, seed=1)
+    pipe = prepare_pipeline(model, (x, table), num_chunks=3, gather_output=True)
+    made = [torch.allclose(pipe(x[:n], table), uncut(x[:n], table), atol=1e-6) for n in (6, 5, 1)]
+    return pipe.how, made
+
+
+def test_a_table_with_as_many_rows_as_the_batch_is_not_cut():
+    assert run_ranks(positions_on_ranks, 2) == [("trace", [True] * 3)] * 2
+
+
 def subgroup_on_ranks(group):
     members = dist.new_group([1, 3])
     x = rows_of(5)

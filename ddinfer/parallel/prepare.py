@@ -15,7 +15,7 @@ from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.parallel.blocks import check_names
 from ddinfer.parallel.link import ConnectionLost, Link, Sending
 from ddinfer.parallel.rows import Inputs
-from ddinfer.parallel.stages import Cut, cut_model
+from ddinfer.parallel.stages import Cut, cut_model, settle_inputs
 from ddinfer.parallel.wire import Layout, layout_of
 
 
@@ -69,7 +69,8 @@ def prepare_pipeline(
         )
         points = _checked_points(model, split_points, link.size)
         example = pytree.tree_leaves(_bound(inputs, example_args, kwargs))
-        cut = cut_model(model, inputs, example, points, checkpoint, link)
+        inputs, outputs = settle_inputs(model, inputs, link.device)
+        cut = cut_model(model, inputs, outputs, example, points, checkpoint, link)
         prepared = PipelinedModel(model, inputs, cut, link, gather_output)
     except Exception as failure:  # noqa: BLE001 - raised again, on every rank
         error = failure

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,9 @@ from ddinfer.parallel.rows import Inputs, Outputs
 from ddinfer.parallel.trace import TracedCut, TraceFailed, faked, give_weights, quiet, trace
 from ddinfer.parallel.weights import Weights
 from ddinfer.parallel.wire import Layout
+
+#: Ways to tell batches from tensors that have as many rows by chance.
+MAX_TRIES = 24
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +69,40 @@ class Cut(Protocol):
         ...
 
 
+def settle_inputs(
+    model: nn.Module, inputs: Inputs, device: torch.device
+) -> tuple[Inputs, Outputs | TraceFailed]:
+    """Which tensors fall into rows, and how the output does, found without computing anything.
+
+    A tensor may have as many rows as the batch by chance (position ids of as many tokens). Where
+    the model does not run with all of them cut, it is tried with one or two left whole.
+
+    Returns:
+        the inputs, and the outputs or why the model cannot be followed.
+
+    Raises:
+        UsageError: the output does not fall into rows.
+    """
+    doubtful = sorted(inputs.batched - {min(inputs.batched)})
+    tries = [frozenset[int]()]
+    tries += [frozenset(left) for n in (1, 2) for left in itertools.combinations(doubtful, n)]
+    first: TraceFailed | None = None
+    for whole in tries[:MAX_TRIES]:
+        attempt = replace(inputs, batched=inputs.batched - whole)
+        try:
+            return attempt, _probe(model, attempt, device)
+        except TraceFailed as failed:
+            first = first or failed
+            if "DataDependent" in str(failed):  # no choice of rows helps
+                break
+    assert first is not None  # the first try failed
+    return inputs, first
+
+
 def cut_model(
     model: nn.Module,
     inputs: Inputs,
+    outputs: Outputs | TraceFailed,
     example: Sequence[Any],
     split_points: list[str] | None,
     checkpoint: str | os.PathLike[str] | None,
@@ -76,6 +111,7 @@ def cut_model(
     """Cuts ``model`` and keeps this rank's part: by tracing, else by its lists of blocks.
 
     Args:
+        inputs, outputs: from `settle_inputs`.
         example: the example arguments' leaves, real.
 
     Raises:
@@ -83,9 +119,11 @@ def cut_model(
     """
     weights = Weights(model, checkpoint)
     if link.size == 1:
-        return _Whole(model, inputs, example, weights, link)
+        return _Whole(model, inputs, outputs, example, weights, link)
     try:
-        return _Traced(model, inputs, split_points, weights, link)
+        if isinstance(outputs, TraceFailed):
+            raise outputs
+        return _Traced(model, inputs, outputs, split_points, weights, link)
     except TraceFailed as reason:
         log.info("%s cannot be traced: %s", type(model).__name__, reason)
         try:
@@ -103,14 +141,20 @@ class _Whole:
     cuts: tuple[str, ...] = ()
 
     def __init__(
-        self, model: nn.Module, inputs: Inputs, example: Sequence[Any], weights: Weights, link: Link
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        outputs: Outputs | TraceFailed,
+        example: Sequence[Any],
+        weights: Weights,
+        link: Link,
     ):
         self.module, self._inputs = model, inputs
         tensors = weights.read(_tensor_names(model), link.device)
         weights.keep_only(tensors)
-        try:
-            self.outputs = _probe(model, inputs, link.device)
-        except TraceFailed:  # data decides its flow, so it is run for real
+        if isinstance(outputs, Outputs):
+            self.outputs = outputs
+        else:  # data decides its flow, so it is run for real
             made = []
             for rows in (inputs.rows, inputs.rows + 1):
                 args, kwargs = _rebuild(inputs, _with_rows(inputs, example, rows, link.device))
@@ -148,13 +192,13 @@ class _Traced:
         self,
         model: nn.Module,
         inputs: Inputs,
+        outputs: Outputs,
         split_points: list[str] | None,
         weights: Weights,
         link: Link,
     ):
-        mode = _fake_mode()
+        self.outputs, mode = outputs, _fake_mode()
         with faked(model, mode, link.device):
-            self.outputs = _run_fake(model, inputs, mode, link.device)
             args, kwargs = _fake_sample(inputs, inputs.rows, mode, link.device)
             cut = trace(model, mode, args, kwargs, link.size, split_points)
         if len(cut.outputs) != len(self.outputs.leaves):
@@ -229,7 +273,16 @@ class _Blocks:
         self._fresh: list[Plan] = []
         made = []
         for rows in (inputs.rows, inputs.rows + 1):
-            plan = self._learn(_with_rows(inputs, example, rows, link.device))
+            try:
+                plan = self._learn(_with_rows(inputs, example, rows, link.device))
+            except (PlanError, UsageError):
+                raise
+            except Exception as error:
+                raise PlanError(
+                    f"it fails for {rows} rows of the example ({type(error).__name__}: {error}). "
+                    "Tensors whose first dim equals the first tensor's are taken for batches; use "
+                    "an example batch that no other dim equals"
+                ) from error
             made.append(plan.output.fill(plan.output.empty))
         self.outputs = Outputs.of(made[0], made[1], inputs.rows, type(model).__name__)
         self._fresh = []  # every rank has found these by itself
