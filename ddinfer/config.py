@@ -112,6 +112,15 @@ class JobConfig:
     batch_size: Annotated[int, _arg("N", default="1")] = 1
     """Neighbouring prompts with equal parameters that share one pipeline call."""
 
+    schedule: Literal["static", "dynamic"] = "static"
+    """static: each rank has its share. dynamic: who is free takes the next batch. Same images."""
+
+    # When something goes wrong
+    max_restarts: Annotated[int, _arg("N", default="0")] = 0
+    """Start the ranks again up to N times after one died. Under torchrun, torchrun does it."""
+    grace_seconds: Annotated[float, _arg("SECONDS", default="20")] = 20.0
+    """After SIGTERM or Ctrl-C the batch in hand may take this long; then it is abandoned."""
+
     # How the model is loaded
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """auto: float32 on CPU, else the checkpoint's own."""
@@ -156,6 +165,9 @@ class JobConfig:
             check.at_least_one(name, getattr(self, name))
         for name in ("batch_size", "num_images_per_prompt", "fps"):
             check.at_least_one(name, getattr(self, name))
+        for name in ("max_restarts", "grace_seconds"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name} {getattr(self, name)} is negative")
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed} is negative; torch seeds are 0 … 2**63 - 1")
         if self.prompts is not None and self.prompt:

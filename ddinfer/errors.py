@@ -18,6 +18,9 @@ EXIT_IO = 74
 EXIT_INTERRUPTED = 75
 EXIT_CTRL_C = 130
 
+#: Whatever rank ends with one of these, no other can or should go on.
+ENDS_THE_JOB = (EXIT_USAGE, EXIT_IO, EXIT_INTERRUPTED, EXIT_CTRL_C)
+
 
 class DdinferError(Exception):
     """Base of every error that ddinfer raises on purpose."""
@@ -126,8 +129,27 @@ class PromptsFailed(DdinferError):
     exit_code = EXIT_FAILED_PROMPTS
 
 
+class Stopped(BaseException):
+    """A signal asked this process to end, and it did what was left to do.
+
+    Like ``KeyboardInterrupt`` it is no ``Exception``: nobody may take it for a failed prompt.
+    """
+
+    def __init__(self, signal_number: int):
+        self.signal_number = signal_number
+        name = signal.Signals(signal_number).name
+        super().__init__(f"{name} came; the same command again goes on from here")
+
+    def __reduce__(self):
+        return Stopped, (self.signal_number,)
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CTRL_C if self.signal_number == signal.SIGINT else EXIT_INTERRUPTED
+
+
 def exit_code_of(error: BaseException) -> int:
     """The exit code that the command line ends with after ``error``."""
-    if isinstance(error, DdinferError):
+    if isinstance(error, DdinferError | Stopped):
         return error.exit_code
     return EXIT_CTRL_C if isinstance(error, KeyboardInterrupt) else EXIT_BUG

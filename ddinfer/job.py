@@ -57,7 +57,7 @@ class Job:
                 cut.append(range(start + part.start, start + part.stop))
         return cut
 
-    def batch(self, indices: range) -> list[Request]:
+    def batch(self, indices: Sequence[int]) -> list[Request]:
         return [self.requests[k] for k in indices]
 
     def call_arguments(self) -> set[str]:

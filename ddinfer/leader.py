@@ -29,7 +29,9 @@ from ddinfer.job import (
 from ddinfer.models.fingerprint import model_fingerprint
 from ddinfer.models.repository import pipeline_folder, scheduler_name
 from ddinfer.models.signature import call_parameters, pipeline_class
+from ddinfer.recovery import attempt_id
 from ddinfer.request import Result
+from ddinfer.storage.deaths import hopeless_prompts, record_deaths, split_suspects
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobDescription, JobFolder, read_job
 from ddinfer.storage.journal import JournalHeader
@@ -44,7 +46,9 @@ class Share:
     """What rank 0 sends each rank: all it needs to do its part.
 
     Attributes:
-        batches: its contiguous slice of the pending ones.
+        batches: its contiguous slice of the pending ones; all of them where ranks claim batches.
+        is_claimed: ranks take the next one from a common counter.
+        suspects: indices that are made alone, although their batch was planned larger.
         wanted: indices in them that are not there yet. A batch runs whole, but rewrites nothing.
         info: what every image's metadata says of the job.
         header: of this attempt's journals.
@@ -53,6 +57,8 @@ class Share:
     """
 
     batches: Sequence[Batch]
+    is_claimed: bool
+    suspects: frozenset[int]
     wanted: frozenset[int]
     info: Mapping[str, Any]
     header: JournalHeader
@@ -173,11 +179,21 @@ class Leader:
             run_id=world.run_id if world.is_launched else "",
             notify=log.info,
         )
+        if world.restart_count and world.max_restarts:  # torchrun tells nobody who died of what
+            before = attempt_id(world.run_id, world.restart_count - 1)
+            record_deaths(self.files, config.output, before)
         state = self.folder.read_state()
         if retry_failed and world.restart_count == 0:  # a restart goes on
             self.folder.retry_failed(state)
+        hopeless = hopeless_prompts(self.job.requests, state)
+        if hopeless:
+            self.folder.decide(hopeless, state)
         batches = self.job.batches(self.folder.record.segments)
-        self.pending = self.folder.pending_batches(batches, state)
+        planned = self.folder.pending_batches(batches, state)
+        self.pending = split_suspects(planned, state)
+        together = {k for batch in planned if len(batch) > 1 for k in batch}
+        alone = {batch[0] for batch in self.pending if len(batch) == 1}
+        self.suspects = frozenset(together & alone)
         self.wanted = self.folder.pending(state)
         room = estimate_disk(
             self.files, config.output, [self.job.requests[k] for k in self.wanted], state=state
@@ -203,15 +219,25 @@ class Leader:
 
     def shares(self, num_ranks: int) -> list[Share]:
         """Each rank's part, in rank order."""
-        wanted = set(self.wanted)
+        if self.config.schedule == "dynamic":
+            # What takes longest goes first, so that no rank is left with it at the end.
+            share = self._share(sorted(self.pending, key=self._cost, reverse=True))
+            return [share] * num_ranks
         parts = [contiguous_slice(len(self.pending), num_ranks, k) for k in range(num_ranks)]
-        return [self._share([self.pending[k] for k in part], wanted) for part in parts]
+        return [self._share([self.pending[k] for k in part]) for part in parts]
 
-    def _share(self, batches: Sequence[range], wanted: set[int]) -> Share:
+    def _cost(self, batch: Sequence[int]) -> int:
+        """Denoising steps of a batch, as far as the Requests say; sorting keeps equals in order."""
+        return len(batch) * (self.job.requests[batch[0]].num_inference_steps or 0)
+
+    def _share(self, batches: Sequence[Sequence[int]]) -> Share:
+        wanted = set(self.wanted)
         num_images = len(self.job.requests)
-        run_id = self.world.run_id
+        run_id = attempt_id(self.world.run_id, self.world.restart_count)
         return Share(
             [self.job.batch(batch) for batch in batches],
+            self.config.schedule == "dynamic",
+            self.suspects,
             frozenset(k for batch in batches for k in batch if k in wanted),
             self.info,
             JournalHeader(self.folder.fingerprint, attempt=self.folder.attempt, run_id=run_id),

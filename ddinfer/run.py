@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from ddinfer.engines.whole import load_engine
 from ddinfer.errors import UsageError
 from ddinfer.leader import Leader, Record, RunReport, Share
 from ddinfer.request import Result
+from ddinfer.stopping import Stop
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import read_job, start_writer
 from ddinfer.storage.lease import Lease
@@ -29,6 +30,7 @@ def run_job(
     *,
     stdin: bytes | None = None,
     retry_failed: bool = False,
+    stop: Stop | None = None,
 ) -> RunReport:
     """Make the images of a job; every rank of the world calls this.
 
@@ -37,6 +39,7 @@ def run_job(
         stdin: what ``prompts="-"`` reads on rank 0; default: its standard input.
         retry_failed: make the failed prompts of the job in ``config.output`` again. Its Requests
             are read from there, not from ``config.prompts``.
+        stop: asked between batches whether to go on; default: nobody stops the job.
 
     Returns:
         the same report on every rank, once every image is on disk or listed as failed.
@@ -45,21 +48,23 @@ def run_job(
         UsageError: the options, the prompt file, the model or the output folder cannot be right.
         StorageError: the disk failed; the same command goes on from there.
         RankError: another rank failed; the same on every rank.
+        Stopped: ``stop`` was asked for; what was made is safe.
     """
+    stop = Stop() if stop is None else stop
     config = config.with_absolute_paths()
     world = World.detect(config.device) if world is None else world
     with process_group(world) as group:
         group.enter("preparing")
         leader = Leader(config, world, stdin, retry_failed) if group.group_rank == 0 else None
         try:
-            return _run(config, group, leader)
+            return _run(config, group, leader, stop)
         except BaseException as error:
             if leader is not None:
                 leader.stopped(error)
             raise
 
 
-def _run(config: JobConfig, group: Group, leader: Leader | None) -> RunReport:
+def _run(config: JobConfig, group: Group, leader: Leader | None, stop: Stop) -> RunReport:
     shares = group.broadcast_object(leader and leader.shares(group.group_size))
     share: Share = shares[group.group_rank]
     _check_folder_is_shared(config.output, share, group)
@@ -69,11 +74,13 @@ def _run(config: JobConfig, group: Group, leader: Leader | None) -> RunReport:
     group.enter("loading")
     started = time.monotonic()
     torch.set_num_threads(share.num_threads)
-    engine = load_engine(share.model, config, device=group.world.device, rank=group.world.rank)
+    engine = None
+    if share.batches:  # else there is nothing to do that would need a model
+        engine = load_engine(share.model, config, device=group.world.device, rank=group.world.rank)
     loaded = time.monotonic()
 
     with Lease.join(Files(), config.output):  # the folder is ours while any rank lives
-        results = _make(engine, share, config, group, leader)
+        results = _make(engine, share, config, group, leader, stop)
     times = RankTimes(
         group.world.rank,
         len(results),
@@ -91,7 +98,12 @@ def _run(config: JobConfig, group: Group, leader: Leader | None) -> RunReport:
 
 
 def _make(
-    engine: Engine, share: Share, config: JobConfig, group: Group, leader: Leader | None
+    engine: Engine | None,
+    share: Share,
+    config: JobConfig,
+    group: Group,
+    leader: Leader | None,
+    stop: Stop,
 ) -> list[Result]:
     """This rank's new Results, each on disk and in the journal when this returns."""
     made: list[Result] = []
@@ -103,23 +115,42 @@ def _make(
         fps=config.fps,
         wanted=share.wanted.__contains__,
     )
+    batches = _one_by_one(share, group, leader, stop)
+    results = save_as_made(lambda given: _marked(engine, given, share), batches, writer)
     with Progress(group, share.num_images, share.num_finished) as progress, writer:
-        for result in save_as_made(engine.run, _one_by_one(share.batches, group, leader), writer):
+        for result in results:
             if result.index in share.wanted:
                 made.append(result)
                 progress.made(1, failed=int(result.error is not None))
         group.enter("saving")
+        stop.raise_if_requested()
     return made
 
 
-def _one_by_one(batches: Sequence[Batch], group: Group, leader: Leader | None) -> Iterator[Batch]:
-    """The batches, each after a look whether a peer has failed or the folder is lost."""
-    for batch in batches:
+def _marked(engine: Engine | None, batches: Iterable[Batch], share: Share) -> Iterator[Result]:
+    """What the engine makes; where a batch is not the planned one, its images say so."""
+    for result in engine.run(batches) if engine is not None else ():
+        yield replace(result, exact=False) if result.index in share.suspects else result
+
+
+def _one_by_one(share: Share, group: Group, leader: Leader | None, stop: Stop) -> Iterator[Batch]:
+    """The batches, each after a look whether to go on: a peer may have failed, a signal come."""
+    batches = _claimed(share.batches, group) if share.is_claimed else iter(share.batches)
+    while not stop.is_requested:
         group.check_peers()
         if leader is not None:
             leader.check_lease()
+        batch = next(batches, None)
+        if batch is None:
+            return
         group.enter("running", f"prompt {batch[0].index} (id {batch[0].id})")
         yield batch
+
+
+def _claimed(batches: Sequence[Batch], group: Group) -> Iterator[Batch]:
+    """Batches that no other rank takes, each claimed as late as it can be."""
+    while (number := group.add("claimed")) <= len(batches):
+        yield batches[number - 1]
 
 
 def _check_folder_is_shared(output: str, share: Share, group: Group) -> None:

@@ -43,6 +43,12 @@ class MoodyPipeline(DiffusionPipeline):
                 os.kill(os.getpid(), signal.SIGKILL)
             if word == "need" and not os.path.exists(rest):
                 raise FileNotFoundError(rest)
+            if word == "once" and not os.path.exists(rest):  # kills the first process that tries
+                open(rest, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            while word == "wait" and not os.path.exists(rest):
+                open(rest + ".waiting", "w").close()
+                time.sleep(0.02)
             if word == "exit":
                 os._exit(0)
             if word == "break":

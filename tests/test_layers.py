@@ -28,6 +28,8 @@ MAY_IMPORT = {
     "engines": VALUES | {"request", "config", "distributed", "models", "parallel"},
     "prompt_fields": {"errors", "request"},
     "job": VALUES | {"request", "config", "prompts", "distributed", "tiny"},
+    "stopping": VALUES | {"distributed"},
+    "recovery": VALUES | {"config", "distributed", "storage"},
     "leader": None,
     "run": None,
     "embed": None,

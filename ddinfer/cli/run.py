@@ -52,7 +52,8 @@ def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
         return print_plan(config, plan.num_ranks)
     reads_stdin = config.prompts == "-" and not retry_failed
     stdin = sys.stdin.buffer.read() if reads_stdin else None
-    if plan.kind == "join" or plan.num_ranks == 1:
+    # A rank that may die and be started again needs somebody who does it.
+    if plan.kind == "join" or (plan.num_ranks == 1 and not config.max_restarts):
         return _run_here(config, stdin, retry_failed)
     return _run_in_ranks(config, plan.num_ranks, stdin, retry_failed)
 
@@ -63,10 +64,12 @@ def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int
     from ddinfer.distributed.parent import leave
     from ddinfer.distributed.world import World
     from ddinfer.run import run_job
+    from ddinfer.stopping import Stop
 
-    world = World.detect(config.device)
-    own_process(world.rank)
-    report = run_job(config, world, stdin=stdin, retry_failed=retry_failed)
+    with Stop(config.grace_seconds).on_signals() as stop:
+        world = World.detect(config.device)
+        own_process(world.rank)
+        report = run_job(config, world, stdin=stdin, retry_failed=retry_failed, stop=stop)
     if world.rank == 0:
         print_summary(report, as_json=config.json)
     # One rank tells torchrun how it went; a second would look like a second failure.
@@ -77,18 +80,18 @@ def _run_in_ranks(
     config: JobConfig, num_ranks: int, stdin: bytes | None, retry_failed: bool
 ) -> int:
     from ddinfer.cli.summary import print_summary
-    from ddinfer.distributed.launch import launch
     from ddinfer.distributed.parent import leave
+    from ddinfer.recovery import launch_until_done
 
-    reports = launch(
+    reports = launch_until_done(
         run_on_rank,
         config,
         stdin,
         retry_failed,
-        nproc_per_node=num_ranks,
-        device=config.device,
-        num_threads=config.num_threads,
+        config=config,
+        num_ranks=num_ranks,
         preload=PRELOAD,
+        notify=lambda text: print(f"ddinfer: {text}", file=sys.stderr, flush=True),
     )
     print_summary(reports[0], as_json=config.json)
     leave(reports[0].exit_code)
@@ -99,6 +102,8 @@ def run_on_rank(
 ) -> RunReport:
     """What every rank that we launch does."""
     from ddinfer.run import run_job
+    from ddinfer.stopping import Stop
 
-    own_process(world.rank)
-    return run_job(config, world, stdin=stdin, retry_failed=retry_failed)
+    with Stop(config.grace_seconds).on_signals() as stop:
+        own_process(world.rank)
+        return run_job(config, world, stdin=stdin, retry_failed=retry_failed, stop=stop)

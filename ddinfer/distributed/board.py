@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import (
+    ENDS_THE_JOB,
     EXIT_BUG,
     EXIT_CTRL_C,
     EXIT_INTERRUPTED,
@@ -67,6 +68,11 @@ class Failure:
     def is_guess(self) -> bool:
         """A peer found the process gone, without knowing how it ended."""
         return self.record is not None and self.record.type == GONE
+
+    @property
+    def ends_the_job(self) -> bool:
+        """Whether the other ranks should not finish their own work either."""
+        return self.exit_code in ENDS_THE_JOB
 
     def to_error(self) -> RankError:
         return RankError(

@@ -49,6 +49,7 @@ def launch(
     on_failure: Literal["terminate", "finish"] = "terminate",
     grace_seconds: float = 30.0,
     handle_signals: bool = False,
+    on_death: Callable[[int, int], object] = lambda rank, number: None,
     run_id: str | None = None,
     restart_count: int = 0,
 ) -> list[Any]:
@@ -73,6 +74,7 @@ def launch(
         handle_signals: for a command line: SIGTERM and Ctrl-C are passed on to the ranks once,
             and what they return is returned if all of them still return. Main thread only.
             Without it, no handler is installed: ``KeyboardInterrupt`` ends the ranks and goes on.
+        on_death: told (rank, signal) of a rank that a signal killed which nothing here has sent.
         run_id, restart_count: tell the ranks that this launch goes on with an earlier one.
 
     Raises:
@@ -106,7 +108,7 @@ def launch(
     for writer in writers:
         os.close(writer)
     supervisor = Supervisor(
-        server, control, [reader for reader, _ in pipes], on_failure, grace_seconds
+        server, control, [reader for reader, _ in pipes], on_failure, grace_seconds, on_death
     )
     with supervisor.ending_all(), supervisor.handling_signals(handle_signals):
         # torch is imported here while the server does the same.

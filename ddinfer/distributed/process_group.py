@@ -177,10 +177,13 @@ class Group:
     def check_peers(self) -> None:
         """Raise if a rank has failed. One short question to the store; ask it between batches.
 
-        Where the launcher lets the living finish (``on_failure="finish"``) it raises nothing.
+        Where the launcher lets the living finish (``on_failure="finish"``) it raises only what
+        ends the job for all: a full disk, a signal.
         """
-        if self.group_size > 1 and not self.board.carries_on:
-            self.board.raise_failure()
+        if self.group_size > 1:
+            failure = self.board.first_failure()
+            if failure is not None and (failure.ends_the_job or not self.board.carries_on):
+                raise failure.to_error()
 
     @property
     def phase(self) -> str:

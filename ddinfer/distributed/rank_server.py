@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ddinfer.distributed.parent import end_with_parent, leave
-from ddinfer.errors import EXIT_BUG, DdinferError, ErrorRecord, RankError
+from ddinfer.errors import EXIT_BUG, ErrorRecord, RankError, exit_code_of
 
 #: Runs in a bare interpreter whose first import must be ours: nothing from the current folder.
 BOOTSTRAP = (
@@ -188,9 +188,7 @@ def _run(rank: int, start: Start) -> Outcome:
             return Outcome(error=ErrorRecord.of(error), exit_code=error.exit_code)
         return Outcome(exit_code=error.exit_code, blamed=error)
     except BaseException as error:  # noqa: BLE001 - told to the launcher, which raises it
-        code = error.exit_code if isinstance(error, DdinferError) else EXIT_BUG
-        code = 130 if isinstance(error, KeyboardInterrupt) else code
-        return Outcome(error=ErrorRecord.of(error), exit_code=code)
+        return Outcome(error=ErrorRecord.of(error), exit_code=exit_code_of(error))
 
 
 def _import_main(main: Mapping[str, str]) -> None:

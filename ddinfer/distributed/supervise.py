@@ -9,7 +9,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -72,7 +72,9 @@ class Supervisor:
         readers: Sequence[int],
         on_failure: Literal["terminate", "finish"],
         grace_seconds: float,
+        on_death: Callable[[int, int], object] = lambda rank, number: None,
     ):
+        self.on_death = on_death
         self.server, self.control = server, control
         self.ranks = [_Rank(k, reader) for k, reader in enumerate(readers)]
         self.on_failure, self.grace_seconds = on_failure, grace_seconds
@@ -138,6 +140,9 @@ class Supervisor:
             self._hear_rank(rank)
         if rank.outcome is None and not self.is_ending:
             self._fail(Failure(number, self._phase_of(number), exitcode=value))
+            asked_for = self.stopped_by is not None or (self.failure and self.failure.ends_the_job)
+            if value < 0 and not asked_for:
+                self.on_death(number, -value)
 
     def _lose_server(self) -> None:
         """Ranks do not outlive the process they were forked from."""
@@ -179,7 +184,8 @@ class Supervisor:
         self._let_go()
 
     def _let_go(self) -> None:
-        if self.on_failure == "terminate" and not self._agenda and not self.is_ending:
+        ends = self.failure is not None and self.failure.ends_the_job
+        if (self.on_failure == "terminate" or ends) and not self._agenda and not self.is_ending:
             first = time.monotonic() + max(FAILURE_GRACE_SECONDS, OBITUARY_SECONDS + 1)
             last = first + TERMINATE_SECONDS
             self._agenda = [(first, signal.SIGTERM), (last, signal.SIGKILL)]
@@ -220,7 +226,7 @@ class Supervisor:
             if self.stopped_by == signal.SIGINT:
                 raise KeyboardInterrupt
             name = signal.Signals(self.stopped_by).name
-            raise Interrupted(f"{name} came; the ranks have ended")
+            raise Interrupted(f"{name} came; the ranks have ended. The same command goes on from here")
         failure = self.failure or self.hearsay
         if failure is not None:
             raise failure.to_error()

@@ -35,6 +35,7 @@ class World:
         gpus_per_rank: a rank with local rank l drives GPUs l·g … l·g + g − 1.
         run_id: of the launch, equal on all ranks; keeps apart jobs that share a store.
         restart_count: how often the launcher has restarted its ranks.
+        max_restarts: how often torchrun would restart them; our own launcher says 0.
         is_launched: a launcher made this a rank, or a process group exists.
         store_address: ``host:port`` where ranks meet; empty for a process alone.
         launcher_hosts_store: as torchrun and `launch` do; else rank 0 hosts it.
@@ -50,6 +51,7 @@ class World:
     gpus_per_rank: int = 1
     run_id: str = ""
     restart_count: int = 0
+    max_restarts: int = 0
     is_launched: bool = False
     store_address: str = ""
     launcher_hosts_store: bool = False
@@ -134,6 +136,7 @@ def from_environment(environ: Mapping[str, str]) -> World:
         num_nodes=num_nodes,
         run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
         restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+        max_restarts=_number(environ, "TORCHELASTIC_MAX_RESTARTS", 0),
         is_launched=True,
         store_address=f"{environ['MASTER_ADDR']}:{_number(environ, 'MASTER_PORT')}",
         launcher_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -236,6 +239,7 @@ def _from_live_group(environ: Mapping[str, str]) -> World | None:
         num_nodes=_number(environ, "GROUP_WORLD_SIZE", max(1, world_size // local_world_size)),
         run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
         restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+        max_restarts=_number(environ, "TORCHELASTIC_MAX_RESTARTS", 0),
         is_launched=True,
     )
 

@@ -63,15 +63,22 @@ class Writer:
         )
         self._thread.start()
 
-    def started(self, indices: Sequence[int]) -> None:
-        """Journal that a batch is about to be computed.
+    def started(self, indices: Sequence[int], num_open: int = 1) -> None:
+        """Journal that a batch is about to be computed, as one of ``num_open`` at a time.
 
         Not fsynced: it is there for a process that dies, and the kernel keeps what that wrote.
         """
         self._raise_error()
         wanted = [index for index in indices if self.wanted(index)]
         if wanted:
-            self.journal.append([{"kind": "start", "indices": wanted}], sync=False)
+            # Who dies in a batch of one is guilty; in a larger one it may have been a neighbour,
+            # also one that is made again without being wanted.
+            line: dict[str, Any] = {"kind": "start", "indices": wanted}
+            if len(indices) > 1:
+                line["size"] = len(indices)
+            if num_open > 1:
+                line["open"] = num_open
+            self.journal.append([line], sync=False)
 
     def put(self, results: Sequence[Result]) -> None:
         """Hand over one batch; waits while the one before the last is still being written.

@@ -1,0 +1,75 @@
+"""Going on within a job: the ranks are started again for what a dead one has left."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ddinfer.config import JobConfig
+from ddinfer.distributed.launch import launch
+from ddinfer.errors import ENDS_THE_JOB, RankError, StorageError
+from ddinfer.storage.deaths import record_deaths
+from ddinfer.storage.files import Files
+
+#: Seconds beyond the grace for ranks to write down what they have, before they are killed.
+FLUSH_SECONDS = 10.0
+
+
+def launch_until_done(
+    fn: Callable[..., Any],
+    *args: Any,
+    config: JobConfig,
+    num_ranks: int,
+    preload: Sequence[str],
+    notify: Callable[[str], object],
+) -> list[Any]:
+    """`launch` ``fn`` on ranks that finish their own work when another dies, then again.
+
+    Args:
+        config: its ``max_restarts`` says how often; ``grace_seconds`` how long after a signal.
+        notify: told of every restart.
+
+    Raises:
+        what `launch` raises, once no restart is left or none would help.
+    """
+    run_id = uuid.uuid4().hex
+    restarts = 0
+    while True:
+        deaths: dict[int, int] = {}
+        try:
+            return launch(
+                fn,
+                *args,
+                nproc_per_node=num_ranks,
+                device=config.device,
+                num_threads=config.num_threads,
+                preload=preload,
+                on_failure="finish",
+                grace_seconds=config.grace_seconds + FLUSH_SECONDS,
+                handle_signals=True,
+                on_death=deaths.__setitem__,
+                run_id=run_id,
+                restart_count=restarts,
+            )
+        except RankError as error:
+            _remember(config.output, attempt_id(run_id, restarts), deaths)
+            if restarts == config.max_restarts or error.exit_code in ENDS_THE_JOB:
+                raise
+            restarts += 1
+            first = str(error).splitlines()[0]
+            notify(f"{first}; restart {restarts} of {config.max_restarts}")
+
+
+def attempt_id(run_id: str, restart_count: int) -> str:
+    """What the journals of one attempt of one launch have in their headers."""
+    return f"{run_id}/{restart_count}"
+
+
+def _remember(output: str, attempt: str, deaths: dict[int, int]) -> None:
+    if deaths and os.path.isdir(output):
+        try:
+            record_deaths(Files(), output, attempt, deaths)
+        except StorageError as error:  # the death is to be told, not what came of it
+            raise StorageError(f"after a rank had died: {error}") from error

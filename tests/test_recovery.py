@@ -1,0 +1,180 @@
+"""Jobs whose processes are killed, stopped or restarted: real processes, the command line's way."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from ddinfer.storage.files import Files
+from ddinfer.storage.verify import verify
+from tests.moody_pipeline import moody_pipeline
+from tests.test_cli import HANG_SECONDS, MAIN, TORCHRUN, images, options, run, start, status
+
+
+@pytest.fixture(scope="module")
+def moody(tmp_path_factory):
+    return str(moody_pipeline(tmp_path_factory.mktemp("model")))
+
+
+def job(model, folder, prompts, *more):
+    """Options of a job with these prompts; its output is ``folder/out``."""
+    file = folder / "prompts.txt"
+    file.write_text("".join(f"{prompt}\n" for prompt in prompts))
+    words = ["--prompts", file, "--num_threads=1", *more]
+    return options(model, folder / "out", *words)
+
+
+def made(folder):
+    return sorted(int(name[:8]) for name in images(folder / "out"))
+
+
+def wait_until(process, condition):
+    deadline = time.monotonic() + HANG_SECONDS
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def end(process):
+    _, err = process.communicate(timeout=HANG_SECONDS)
+    return process.returncode, err
+
+
+# --- restarts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["static", "dynamic"])
+def test_a_dead_rank_stops_nobody_and_a_restart_makes_the_rest(moody, tmp_path, schedule):
+    prompts = ["a", "b", f"once {tmp_path / 'died'}", *"cdefg"]
+    more = ["--nproc_per_node=2", "--max_restarts=1", f"--schedule={schedule}"]
+    done = run([*MAIN, *job(moody, tmp_path, prompts, *more)])
+    assert done.returncode == 0, done.stderr
+    assert "killed by SIGKILL" in done.stderr
+    assert "restart 1 of 1" in done.stderr
+    report = verify(Files(), str(tmp_path / "out"))
+    assert (report.num_good, report.is_good) == (8, True)
+    lines = [json.loads(x) for f in tmp_path.glob("out/journal/*") for x in f.open()]
+    written = [x["index"] for x in lines if x["kind"] == "image"]
+    assert sorted(written) == list(range(8)), "nothing was made twice"
+    assert [x["indices"] for x in lines if x["kind"] == "death"] == [[2]]
+
+
+def test_without_restarts_the_living_finish_their_slices(moody, tmp_path):
+    prompts = [f"once {tmp_path / 'died'}", "a", "b", "c"]
+    words = job(moody, tmp_path, prompts, "--nproc_per_node=2")
+    done = run([*MAIN, *words])
+    assert done.returncode == 70, done.stderr
+    assert set(made(tmp_path)) >= {2, 3}
+    assert run([*MAIN, *words]).returncode == 0
+    assert made(tmp_path) == [0, 1, 2, 3]
+
+
+def test_a_prompt_that_always_kills_is_failed_and_the_rest_is_made(moody, tmp_path):
+    prompts = ["a", "b", "kill", "c", "d", "e"]
+    more = ["--batch_size=3", "--nproc_per_node=2", "--max_restarts=6"]
+    done = run([*MAIN, *job(moody, tmp_path, prompts, *more)])
+    assert done.returncode == 3, done.stderr
+    assert made(tmp_path) == [0, 1, 3, 4, 5]
+    (failure,) = map(json.loads, (tmp_path / "out/failures.jsonl").open())
+    assert (failure["index"], failure["type"]) == (2, "ProcessDied")
+    assert "SIGKILL" in failure["message"]
+    rows = [json.loads(x) for x in (tmp_path / "out/metadata.jsonl").open()]
+    assert [row["exact"] for row in rows] == [False, False, True, True, True]
+    assert verify(Files(), str(tmp_path / "out")).is_good
+    deaths = [
+        json.loads(x)
+        for f in sorted(tmp_path.glob("out/journal/*"))
+        for x in f.open()
+        if '"kind":"death"' in x
+    ]
+    assert [(d["indices"], d["alone"]) for d in deaths] == [([0, 1, 2], False)] * 2 + [
+        ([2], True)
+    ] * 2
+
+
+def test_torchruns_own_restarts_go_on_with_the_job(moody, tmp_path):
+    prompts = ["a", f"once {tmp_path / 'died'}", "b", "c"]
+    command = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=1", "ddinfer/main.py"]
+    done = run([*command, *job(moody, tmp_path, prompts)])
+    assert done.returncode == 0, done.stderr
+    assert made(tmp_path) == [0, 1, 2, 3]
+    assert verify(Files(), str(tmp_path / "out")).is_good
+
+
+# --- signals -----------------------------------------------------------------------------------
+
+STARTS = {
+    "one process": MAIN,
+    "two ranks": [*MAIN, "--nproc_per_node=2"],
+    "torchrun": [*TORCHRUN, "--nproc_per_node=2", "ddinfer/main.py"],
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_sigterm_lets_the_batch_in_hand_finish(moody, tmp_path, name):
+    gate = tmp_path / "gate"
+    words = job(moody, tmp_path, [f"wait {gate}", "a", "b", "c"])
+    process = start([*STARTS[name], *words])
+    wait_until(process, (tmp_path / "gate.waiting").exists)
+    process.send_signal(signal.SIGTERM)
+    # Nobody sees from outside that a rank has heard it; a rank without the signal would make
+    # its next images at once.
+    time.sleep(1)
+    gate.touch()
+    code, err = end(process)
+    assert 0 in made(tmp_path), "it was in hand"
+    assert 1 not in made(tmp_path), "it was not"
+    assert status(tmp_path / "out")["exit_code"] == 75, err
+    if name != "torchrun":
+        assert code == 75, err
+    assert "same command" in err
+    assert run([*STARTS[name], *words]).returncode == 0
+    assert made(tmp_path) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["one process", "two ranks"])
+def test_a_batch_that_takes_longer_than_the_grace_is_abandoned(moody, tmp_path, name):
+    words = job(moody, tmp_path, ["a", f"wait {tmp_path / 'gate'}", "b"], "--grace_seconds=0.2")
+    process = start([*STARTS[name], *words])
+    wait_until(process, (tmp_path / "gate.waiting").exists)
+    process.send_signal(signal.SIGINT)
+    code, err = end(process)
+    assert code == 130, err
+    assert made(tmp_path) in ([0], [0, 2])
+    assert status(tmp_path / "out")["state"] == "stopped"
+    assert not (tmp_path / "out/failures.jsonl").exists(), "nobody failed"
+
+
+@pytest.mark.parametrize("name", ["one process", "two ranks"])
+def test_a_second_signal_ends_at_once(moody, tmp_path, name):
+    words = job(moody, tmp_path, [f"wait {tmp_path / 'gate'}", "a"], "--grace_seconds=3600")
+    process = start([*STARTS[name], *words])
+    wait_until(process, (tmp_path / "gate.waiting").exists)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)  # two signals at the same time may be one
+    process.send_signal(signal.SIGTERM)
+    code, err = end(process)
+    assert code == 75, err
+
+
+def test_library_functions_install_no_handlers(moody, tmp_path):
+    from ddinfer.config import JobConfig
+    from ddinfer.run import run_job
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
+    seen = []
+
+    class Watching(JobConfig):
+        def to_dict(self):
+            seen.append([signal.getsignal(number) for number in numbers])
+            return super().to_dict()
+
+    config = Watching(
+        model=moody, output=str(tmp_path), prompt=("a",), trust_remote_code=True, device="cpu"
+    )
+    run_job(config)
+    assert seen == [before]
+    assert [signal.getsignal(number) for number in numbers] == before
