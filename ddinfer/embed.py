@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from ddinfer.distributed.collectives import place_by_index, require_same
 from ddinfer.distributed.partition import contiguous_slice, cut_batches
 from ddinfer.distributed.process_group import Group
 from ddinfer.engines.base import Batch
+from ddinfer.engines.lockstep import LockstepEngine, check_lockstep, sharded_models
 from ddinfer.engines.whole import WholeEngine, check_call
 from ddinfer.errors import PromptsFailed, UsageError
 from ddinfer.lending import borrowed
@@ -70,7 +72,8 @@ def generate(
             raise UsageError(f"gather={gather!r} must be 'all', 'first' or 'none'")
         if errors not in ("raise", "return"):
             raise UsageError(f"errors={errors!r} must be 'raise' or 'return'")
-        return _plan(pipe, prompts, seed, batch_size, call, f"gather={gather}, errors={errors}")
+        options = f"gather={gather}, errors={errors}"
+        return _plan(ranks, pipe, prompts, seed, batch_size, call, options)
 
     ranks = Group.borrow(group)
     plan = _agreed(ranks, check)
@@ -105,7 +108,7 @@ def stream(
     others at their next batch.
     """
     ranks = Group.borrow(group)
-    plan = _agreed(ranks, lambda: _plan(pipe, prompts, seed, batch_size, call))
+    plan = _agreed(ranks, lambda: _plan(ranks, pipe, prompts, seed, batch_size, call))
     yield from _run_share(ranks, pipe, plan, call)
 
 
@@ -166,15 +169,18 @@ class _Plan:
     """What all ranks agree on.
 
     Attributes:
+        is_sharded: forwards are exchanges, so that all ranks must run equally many.
         digest: short text that stands for all of it; equal on all ranks.
     """
 
     requests: Sequence[Request]
     batches: Sequence[range]
+    is_sharded: bool
     digest: str
 
 
 def _plan(
+    ranks: Group,
     pipe: Any,
     prompts: Sequence[PromptLike],
     seed: int,
@@ -199,8 +205,11 @@ def _plan(
     content = hashlib.sha256("".join(map(_content_hash, requests)).encode())
     content.update(canonical_json({n: _plain(value) for n, value in call.items()}).encode())
     digest = f"{len(requests)} requests, {content.hexdigest()[:16]}, batch_size={batch_size}"
+    is_sharded = bool(sharded_models(pipe))
+    digest += ", sharded" if is_sharded else ""
+    check_lockstep(pipe, ranks.ranks, requests)
     batches = cut_batches([r.batch_key() for r in requests], batch_size)
-    return _Plan(requests, batches, f"{digest}, {options}" if options else digest)
+    return _Plan(requests, batches, is_sharded, f"{digest}, {options}" if options else digest)
 
 
 def _content_hash(request: Request) -> str:
@@ -241,11 +250,18 @@ def _agreed(ranks: Group, check: Callable[[], _Plan]) -> _Plan:
 def _run_share(ranks: Group, pipe: Any, plan: _Plan, call: Mapping[str, Any]) -> Iterator[Result]:
     share = contiguous_slice(len(plan.batches), ranks.group_size, ranks.group_rank)
     engine = WholeEngine(pipe, rank=ranks.world.rank, call=call)
-    for k in share:
+    num_surplus = 0
+    if plan.is_sharded:
+        engine = LockstepEngine(pipe, ranks, call=call)
+        num_surplus = math.ceil(len(plan.batches) / ranks.group_size) - len(share)
+    surplus = [len(plan.batches) - 1] * num_surplus  # to keep pace, not to be kept
+    for number, k in enumerate([*share, *surplus]):
         batch = [plan.requests[i] for i in plan.batches[k]]
         ranks.check_peers()
         ranks.enter("running", f"prompt {batch[0].index} (id {batch[0].id})")
-        yield from _run_batch(ranks, engine, batch)
+        results = _run_batch(ranks, engine, batch)
+        if number < len(share):
+            yield from results
 
 
 def _run_batch(ranks: Group, engine: WholeEngine, batch: Batch) -> list[Result]:

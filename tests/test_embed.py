@@ -243,7 +243,7 @@ def test_what_differs_between_ranks_is_an_error_on_all(moody, prompts, options, 
         (["x", {"prompt": "x", "eta": object}], {}, "prompts[1] ('x')"),
         ([{"prompt": "x", "id": "a"}] * 2, {}, "prompts[1]: id 'a' is already used by prompts[0]"),
         (["x"], {"heigth": 8}, "takes no argument 'heigth'"),
-        (["x"], {"generator": 1}, "generator: every image has its own; set seeds instead"),
+        (["x"], {"generator": 1}, "generator: every image has its own"),
         (["x"], {"batch_size": 0}, "batch_size=0 must be an integer of at least 1"),
         (["x"], {"seed": "1"}, "seed='1' must be an integer"),
         (["x"], {"gather": "some"}, "gather='some' must be 'all', 'first' or 'none'"),
@@ -480,3 +480,95 @@ def test_training_loses_the_same_with_sampling_in_between_as_without(tiny_sd):
     without = run_ranks(train, 2, tiny_sd, False)
     assert run_ranks(train, 2, tiny_sd, True) == without
     assert run_ranks(train, 2, tiny_sd, True, 1) != without
+
+
+# A denoiser sharded over the ranks
+
+
+def shard(pipe):
+    from torch.distributed.fsdp import fully_shard
+
+    for block in (*pipe.unet.down_blocks, *pipe.unet.up_blocks):
+        fully_shard(block)
+    fully_shard(pipe.unet)
+
+
+def draw_sharded(group, folder):
+    """Any number of prompts, before and after the denoiser is sharded; then a step of training."""
+    pipe, same = load(folder), []
+    counts = range(group.group_size + 2)
+    prompts = [{"prompt": f"a cat {k}", "height": 32 + 8 * (k == 1)} for k in counts]
+    options = {"num_inference_steps": 2, "width": 32}
+    whole = pixels(ddinfer.generate(pipe, prompts, **options))
+    shard(pipe)
+    for num_prompts in counts:
+        made = pixels(ddinfer.generate(pipe, prompts[:num_prompts], **options))
+        assert len(made) == num_prompts
+        same += [np.array_equal(a, b) for a, b in zip(made, whole, strict=False)]
+        mine = [r.index for r in ddinfer.stream(pipe, prompts[:num_prompts], **options)]
+        assert mine == list(ddinfer.split(range(num_prompts)))
+    perturbed = pixels(ddinfer.generate(pipe, prompts, seed=1, **options))
+    assert not any(np.array_equal(a, b) for a, b in zip(perturbed, whole, strict=True))
+    optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=1e-3)
+    ddinfer.generate(pipe, prompts[:1], **options)
+    before = [p.to_local().clone() for p in pipe.unet.parameters()]
+    latents, text = torch.ones(2, 4, 16, 16), torch.ones(2, 16, 32)
+    pipe.unet(latents, torch.tensor([1, 500]), text).sample.square().mean().backward()
+    ddinfer.generate(pipe, prompts[:1], **options)
+    optimizer.step()
+    after = [p.to_local() for p in pipe.unet.parameters()]
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return same
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_sharded_denoiser_draws_the_same_any_number_of_times(tiny_sd, num_ranks):
+    num_images = sum(range(num_ranks + 2))
+    assert run_ranks(draw_sharded, num_ranks, tiny_sd) == [[True] * num_images] * num_ranks
+
+
+def fail_sharded(group, folder):
+    import torch.distributed as dist
+
+    pipe, heard = load(folder), []
+    shard(pipe)
+    options = {"num_inference_steps": 2, "width": 32, "height": 32}
+    alone = [dist.new_group([rank]) for rank in range(2)][group.group_rank]
+    for prompts, more in (
+        (["a cat", {"prompt": "a dog", "num_inference_steps": 3}], {}),
+        (["a cat", {"prompt": "a dog", "negative_prompt": "x"}], {}),
+        (["a cat"], {"group": alone}),
+        (["a cat", {"prompt": "a dog", "height": 7}, "a bird", "a car"], {"errors": "return"}),
+        (["a cat", "a dog"], {"callback_on_step_end": stop_early if group.group_rank else go_on}),
+    ):
+        try:
+            ddinfer.generate(pipe, prompts, **options, **more)
+        except Exception as error:  # noqa: BLE001 - compared over the ranks
+            heard.append((type(error).__name__, str(error)))
+    assert len(ddinfer.generate(pipe, ["a cat"], **options)) == 1
+    return heard
+
+
+def go_on(pipe, step, timestep, tensors):
+    return tensors
+
+
+def stop_early(pipe, step, timestep, tensors):
+    """What a callback may do, and on one rank alone."""
+    pipe._interrupt = True
+    return tensors
+
+
+def test_what_ranks_of_a_sharded_denoiser_cannot_do_is_the_same_error_on_all(tiny_sd):
+    first, second = run_ranks(fail_sharded, 2, tiny_sd)
+    for k in (0, 1, 3):
+        assert first[k] == second[k]
+    kinds = [kind for kind, _ in first]
+    assert kinds[:4] == ["UsageError", "UsageError", "UsageError", "RankError"]
+    assert "must run equally many forwards" in first[0][1]
+    assert "prompts 0 and 1 have" in first[1][1]
+    assert "unet is sharded over ranks [0, 1], but only ranks [0] are in the group" in first[2][1]
+    assert first[3][1].startswith("rank 0 failed while running: PromptsFailed: prompt 1 ('a dog')")
+    assert "which cannot go on without one another" in first[3][1]
+    assert kinds[4:] == ["RankError"]
+    assert "different numbers of forwards" in first[4][1]
