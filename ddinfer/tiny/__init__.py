@@ -16,21 +16,21 @@ from .world import unknown_words
 __all__ = ["DEFAULT", "DEMO_PROMPTS", "PIPELINES", "call_defaults", "path", "unknown_words"]
 
 PIPELINES = ("shapes-sd", "shapes-flux")
-DEFAULT = "shapes-flux"
+DEFAULT = "shapes-sd"
 """The one that draws better."""
 
 DEMO_PROMPTS = (
     "a red circle",
-    "a small blue star on a yellow background",
+    "a small blue heart on a yellow background",
     "a large green triangle",
-    "a purple heart on a pink background",
+    "a large purple star on a pink background",
     "a white ring on a black background",
     "an orange diamond on a blue background",
     "a black cross on a white background",
     "a yellow square on a gray background",
     "a green triangle above a purple square",
     "a red heart to the left of a blue circle",
-    "an orange star below a white ring on a black background",
+    "an orange triangle below a white ring on a black background",
     "a pink diamond to the right of a black cross on a yellow background",
 )
 """A dozen prompts that show the range."""

@@ -28,8 +28,8 @@ PLANS = {
     "vae": Plan(2000, 6e-3, num_warmup_steps=50, ema_decay=0.995),
     "clip": Plan(1800, 4e-3, ema_decay=0.995),
     "t5": Plan(1800, 4e-3, ema_decay=0.995),
-    "shapes-sd": Plan(4500, 4e-3, num_warmup_steps=200),
-    "shapes-flux": Plan(5000, 4e-3, num_warmup_steps=200),
+    "shapes-sd": Plan(3700, 4e-3, num_warmup_steps=200),
+    "shapes-flux": Plan(4150, 4e-3, num_warmup_steps=200),
 }
 NUM_PICTURES = 65536
 """Training pictures for the denoisers; half of them show two figures."""
