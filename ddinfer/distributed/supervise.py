@@ -226,7 +226,9 @@ class Supervisor:
             if self.stopped_by == signal.SIGINT:
                 raise KeyboardInterrupt
             name = signal.Signals(self.stopped_by).name
-            raise Interrupted(f"{name} came; the ranks have ended. The same command goes on from here")
+            raise Interrupted(
+                f"{name} came; the ranks have ended. The same command goes on from here"
+            )
         failure = self.failure or self.hearsay
         if failure is not None:
             raise failure.to_error()
