@@ -12,7 +12,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ddinfer import tiny
@@ -105,6 +105,15 @@ def job_of_folder(config: JobConfig, requests: Sequence[Request]) -> Job:
     """A job that was begun before, from its Requests instead of its prompts."""
     model, model_name, _ = resolve_model(config)
     return Job(config, model, model_name, requests)
+
+
+def settled(config: JobConfig) -> JobConfig:
+    """The configuration with absolute paths and what follows from the model filled in."""
+    config = config.with_absolute_paths()
+    if config.dtype == "auto" and (config.model or tiny.DEFAULT) in tiny.PIPELINES:
+        # Stored in mixed precision to be small; they are meant to compute in float32.
+        config = replace(config, dtype="float32")
+    return config
 
 
 def resolve_model(config: JobConfig) -> tuple[str, str, dict[str, Any]]:
