@@ -121,6 +121,9 @@ class JobConfig:
     grace_seconds: Annotated[float, _arg("SECONDS", default="20")] = 20.0
     """After SIGTERM or Ctrl-C the batch in hand may take this long; then it is abandoned."""
 
+    stuck_timeout: Annotated[float | None, _arg("SECONDS")] = None
+    """End a run of which a rank has not moved for so long, loading included. Default: warn only."""
+
     # How the model is loaded
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """auto: float32 on CPU, else the checkpoint's own."""
@@ -168,6 +171,8 @@ class JobConfig:
         for name in ("max_restarts", "grace_seconds"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} {getattr(self, name)} is negative")
+        if self.stuck_timeout is not None and self.stuck_timeout <= 0:
+            raise UsageError(f"--stuck_timeout {self.stuck_timeout} must be more than 0 seconds")
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed} is negative; torch seeds are 0 … 2**63 - 1")
         if self.prompts is not None and self.prompt:

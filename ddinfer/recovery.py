@@ -10,6 +10,7 @@ from typing import Any
 from ddinfer.config import JobConfig
 from ddinfer.distributed.launch import launch
 from ddinfer.errors import ENDS_THE_JOB, RankError, StorageError
+from ddinfer.heartbeat import is_stuck
 from ddinfer.storage.deaths import record_deaths
 from ddinfer.storage.files import Files
 
@@ -55,7 +56,8 @@ def launch_until_done(
             )
         except RankError as error:
             _remember(config.output, attempt_id(run_id, restarts), deaths)
-            if restarts == config.max_restarts or error.exit_code in ENDS_THE_JOB:
+            is_asked_for = error.exit_code in ENDS_THE_JOB and not is_stuck(error.record)
+            if restarts == config.max_restarts or is_asked_for:
                 raise
             restarts += 1
             first = str(error).splitlines()[0]

@@ -15,6 +15,8 @@ from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, Engine
 from ddinfer.engines.whole import load_engine
 from ddinfer.errors import UsageError
+from ddinfer.heartbeat import Heartbeat
+from ddinfer.job import settled
 from ddinfer.leader import Leader, Record, RunReport, Share
 from ddinfer.request import Result
 from ddinfer.stopping import Stop
@@ -51,20 +53,23 @@ def run_job(
         Stopped: ``stop`` was asked for; what was made is safe.
     """
     stop = Stop() if stop is None else stop
-    config = config.with_absolute_paths()
+    config = settled(config)
     world = World.detect(config.device) if world is None else world
     with process_group(world) as group:
         group.enter("preparing")
         leader = Leader(config, world, stdin, retry_failed) if group.group_rank == 0 else None
         try:
-            return _run(config, group, leader, stop)
+            with Heartbeat(group, config.stuck_timeout).beating() as heartbeat:
+                return _run(config, group, leader, stop, heartbeat)
         except BaseException as error:
             if leader is not None:
                 leader.stopped(error)
             raise
 
 
-def _run(config: JobConfig, group: Group, leader: Leader | None, stop: Stop) -> RunReport:
+def _run(
+    config: JobConfig, group: Group, leader: Leader | None, stop: Stop, heartbeat: Heartbeat
+) -> RunReport:
     shares = group.broadcast_object(leader and leader.shares(group.group_size))
     share: Share = shares[group.group_rank]
     _check_folder_is_shared(config.output, share, group)
@@ -77,6 +82,7 @@ def _run(config: JobConfig, group: Group, leader: Leader | None, stop: Stop) -> 
     engine = None
     if share.batches:  # else there is nothing to do that would need a model
         engine = load_engine(share.model, config, device=group.world.device, rank=group.world.rank)
+        engine.tell_steps(heartbeat)
     loaded = time.monotonic()
 
     with Lease.join(Files(), config.output):  # the folder is ours while any rank lives

@@ -1,6 +1,7 @@
 """Jobs whose processes are killed, stopped or restarted: real processes, the command line's way."""
 
 import json
+import os
 import signal
 import time
 
@@ -8,6 +9,7 @@ import pytest
 
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import verify
+from tests.kill_matrix import ranks_of
 from tests.moody_pipeline import moody_pipeline
 from tests.test_cli import HANG_SECONDS, MAIN, TORCHRUN, images, options, run, start, status
 
@@ -178,3 +180,49 @@ def test_library_functions_install_no_handlers(moody, tmp_path):
     run_job(config)
     assert seen == [before]
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+# --- standing still ----------------------------------------------------------------------------
+
+
+def rank_processes(launcher):
+    """Process ids of the ranks, in rank order: they are forked one after the other."""
+    return sorted(ranks_of(launcher.pid))
+
+
+def test_a_frozen_rank_ends_the_attempt_and_the_next_one_makes_the_rest(moody, tmp_path):
+    prompts = ["a", "b", f"wait {tmp_path / 'gate'}", "c"]
+    more = ["--nproc_per_node=2", "--stuck_timeout=4", "--max_restarts=1"]
+    process = start([*MAIN, *job(moody, tmp_path, prompts, *more)])
+    wait_until(process, (tmp_path / "gate.waiting").exists)
+    os.kill(rank_processes(process)[1], signal.SIGSTOP)
+    (tmp_path / "gate").touch()
+    code, err = end(process)
+    assert code == 0, err
+    assert "rank 1 failed while running prompt 2" in err
+    assert "nothing has moved there for" in err
+    assert verify(Files(), str(tmp_path / "out")).is_good
+    assert "death" not in "".join(f.read_text() for f in tmp_path.glob("out/journal/*"))
+
+
+def test_a_slow_rank_alone_ends_no_job(moody, tmp_path):
+    """Rank 0 is done and waits for longer than the timeout; rank 1 is slow, but moves."""
+    prompts = ["a"] * 6 + ["sleep 1.5"] * 6
+    more = ["--nproc_per_node=2", "--stuck_timeout=6"]
+    done = run([*MAIN, *job(moody, tmp_path, prompts, *more)])
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_denoiser_is_heard(tmp_path):
+    from ddinfer.distributed.process_group import Group
+    from ddinfer.engines.whole import WholeEngine
+    from ddinfer.heartbeat import Heartbeat
+    from ddinfer.models.loading import load_pipeline
+    from tests.tiny_pipelines import call_arguments, tiny_pipeline
+
+    pipe = load_pipeline(tiny_pipeline("sd", tmp_path))
+    heartbeat = Heartbeat(Group.alone())
+    WholeEngine(pipe).tell_steps(heartbeat)
+    pipe("a cat", **{**call_arguments("sd"), "num_inference_steps": 3})
+    assert heartbeat.count == 3 + 1, "three steps and one decoding"
+    assert heartbeat.is_decoding

@@ -64,7 +64,7 @@ def status_of(files: Files, path: str) -> dict[str, Any]:
         "num_pending": num_pending,
         "num_deaths": len(state.deaths),
         "holder": str(holder) if is_running and holder is not None else None,
-        "images_per_second": said.get("images_per_second") if is_running else None,
+        "images_per_second": _rate(state, now) if is_running else None,
         "ranks": [_rank(attempt, is_running) for attempt in now],
         "exit_code": None if is_running else said.get("exit_code"),
         "error": None if is_running or not num_pending else said.get("error"),
@@ -80,6 +80,12 @@ def _read_state(files: Files, folder: JobFolder) -> JournalState:
             if look == LOOKS - 1:
                 raise
     raise AssertionError("unreachable")
+
+
+def _rate(state: JournalState, attempts: Sequence[Attempt]) -> float | None:
+    """As fast as the images so far, on the ranks that are at work now."""
+    alive = sum(attempt.end is None for attempt in attempts)
+    return alive * state.num_done / state.total_seconds if state.total_seconds else None
 
 
 def _state(is_running: bool, num_pending: int, said: Mapping[str, Any]) -> str:
@@ -111,7 +117,7 @@ def lines_of(status: Mapping[str, Any]) -> list[str]:
     if status["num_pending"]:
         counts += f", {status['num_pending']} to do"
     if status["images_per_second"]:
-        counts += f", {status['images_per_second']:.3g} images/s"
+        counts += f", about {status['images_per_second']:.3g} images/s"
     lines.append(f"  {counts}")
     for rank in status["ranks"]:
         if rank["in_hand"]:

@@ -100,7 +100,7 @@ class Board:
 
     def __init__(self, store: Store, ranks: Sequence[int], group_rank: int | None = None):
         self.store, self.ranks, self.group_rank = store, tuple(ranks), group_rank
-        self.phase = "starting"
+        self.phase = self.activity = "starting"
         self._num_meetings = 0
         self._carries_on: bool | None = None
 
@@ -216,9 +216,9 @@ class Board:
         """Say what this rank does now."""
         assert self.group_rank is not None
         self.phase = phase
+        self.activity = f"{phase} {detail}".strip()
         with self._reaching():
-            activity = f"{phase} {detail}".strip()
-            self.store.set(f"activity/{self.ranks[self.group_rank]}", activity)
+            self.store.set(f"activity/{self.ranks[self.group_rank]}", self.activity)
 
     def activity_of(self, rank: int) -> str | None:
         """What global ``rank`` last said that it was doing."""
@@ -229,6 +229,23 @@ class Board:
         """Add to a counter that all ranks share → its new value."""
         with self._reaching():
             return self.store.add(f"count/{key}", number)
+
+    def set(self, key: str, text: str) -> None:
+        """Leave a word for whoever `read`s it."""
+        with self._reaching():
+            self.store.set(f"word/{key}", text)
+
+    def read(self, key: str) -> bytes | None:
+        return self._get(f"word/{key}")
+
+    def process_here(self, k: int) -> int | None:
+        """Process id of the rank at place ``k``, if it is another one, on this machine, alive."""
+        text = None if k == self.group_rank else self._get(f"process/{k}")
+        if text is None:
+            return None
+        process = json.loads(text)
+        is_here = process["host"] == _host() and bool(process["host"])
+        return process["pid"] if is_here and not _has_ended(process) else None
 
     def leave(self) -> None:
         with self._reaching():

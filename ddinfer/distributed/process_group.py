@@ -63,6 +63,7 @@ class Group:
         self.ranks, self.group_rank = tuple(ranks), group_rank
         self.device_group, self.object_group = device_group, object_group
         self.store = PrefixStore("shared", store)
+        self._whole_store = store
         self.board = Board(PrefixStore("board", store), self.ranks, group_rank)
 
     @classmethod
@@ -97,6 +98,13 @@ class Group:
                 )
             return cls.alone(world)
         return _borrowed(dist.group.WORLD if group is None else group, world)
+
+    def second_board(self) -> Board:
+        """The board through a connection of its own, for a thread that must not wait."""
+        from torch.distributed import PrefixStore
+
+        store = PrefixStore("board", self._whole_store.clone())  # type: ignore[attr-defined]
+        return Board(store, self.ranks, self.group_rank)
 
     @property
     def group_size(self) -> int:

@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ from ddinfer.engines.base import Batch
 from ddinfer.errors import ErrorRecord, UsageError
 from ddinfer.models.loading import find_denoiser, load_pipeline
 from ddinfer.request import Request, Result
+
+
+class Listener(Protocol):
+    """Who wants to hear that a pipeline moves."""
+
+    def listen_to(self, pipe: Any, denoiser: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,19 @@ class WholeEngine:
     def run(self, batches: Iterable[Batch]) -> Iterator[Result]:
         for batch in batches:
             yield from self._run_batch(batch)
+
+    def tell_steps(self, heartbeat: Listener) -> None:
+        """Let ``heartbeat`` hear every step of the denoiser, where the pipeline has one.
+
+        A denoiser compiled as a whole is left alone: a hook that counts would compile it again
+        with every step. There a batch is what moves.
+        """
+        try:
+            _, denoiser = find_denoiser(self.pipe)
+        except UsageError:
+            return
+        if getattr(denoiser, "_compiled_call_impl", None) is None:
+            heartbeat.listen_to(self.pipe, denoiser)
 
     def _run_batch(self, batch: Batch) -> Iterator[Result]:
         """The batch as planned; in smaller parts where it fails or does not fit."""

@@ -1,0 +1,145 @@
+"""Ranks that watch one another: a warning, or the end of an attempt, where one stands still.
+
+Each rank's thread says through a connection of its own how often the denoiser has run and what
+the rank does; and it watches the next rank's word, the last rank the first one's. Being slow is
+no fault: only a word that does not change counts, and that of a frozen process does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ddinfer.distributed.board import Board, Failure, StoreLost
+from ddinfer.distributed.parent import leave
+from ddinfer.distributed.process_group import Group
+from ddinfer.errors import EXIT_INTERRUPTED, ErrorRecord
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 1.0
+WARN_SECONDS = 60.0
+#: What a rank does itself; in any other phase it waits for others, who may be slow.
+BUSY = ("loading", "running", "decoding", "saving")
+#: The type in the record of a rank that stood still for too long.
+STUCK = "RankStuck"
+
+
+class Heartbeat:
+    """This rank's word, and its watch over the next rank.
+
+    Args:
+        stuck_timeout: seconds without a change after which the attempt ends; ``None``: never.
+
+    Attributes:
+        count: bumped by every forward of the denoiser.
+    """
+
+    def __init__(self, group: Group, stuck_timeout: float | None = None):
+        self.group, self.stuck_timeout = group, stuck_timeout
+        self.count = 0
+        self.is_decoding = False
+        self._board: Board = group.second_board()
+        self._next = (group.group_rank + 1) % group.group_size
+        self._ended = threading.Event()
+
+    def listen_to(self, pipe: Any, denoiser: Any) -> None:
+        """Hear the denoiser of ``pipe`` step, and its VAE begin to decode."""
+
+        def stepped(*_: object) -> None:
+            self.count += 1
+            self.is_decoding = False
+
+        def decoding(*_: object) -> None:
+            self.count += 1
+            self.is_decoding = True
+
+        denoiser.register_forward_pre_hook(stepped)
+        decoder: Any = getattr(getattr(pipe, "vae", None), "decoder", None)
+        if hasattr(decoder, "register_forward_pre_hook"):
+            decoder.register_forward_pre_hook(decoding)
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[Heartbeat]:
+        thread = threading.Thread(target=self._work, name="ddinfer-heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            thread.join()
+
+    def _work(self) -> None:
+        # Where the store is gone, the main thread will say so better.
+        with contextlib.suppress(StoreLost):
+            watch = _Watch()
+            while not self._ended.wait(BEAT_SECONDS):
+                self._board.set(f"beat/{self.group.group_rank}", self._word())
+                self._end_if_stuck()
+                silence = watch.silence(self._board.read(f"beat/{self._next}"))
+                self._judge(silence, watch)
+
+    def _word(self) -> str:
+        """``count activity``, which changes whenever anything goes on."""
+        activity = self.group.board.activity
+        if self.is_decoding and activity.startswith("running"):
+            activity = activity.replace("running", "decoding", 1)
+        return f"{self.count} {activity}"
+
+    def _judge(self, silence: float, watch: _Watch) -> None:
+        if silence < min(WARN_SECONDS, self.stuck_timeout or WARN_SECONDS):
+            return
+        rank = self.group.global_rank(self._next)
+        # The board is newer than the last beat of a process that froze.
+        activity = self._board.activity_of(rank) or watch.activity
+        if silence >= WARN_SECONDS and not watch.has_warned:
+            watch.has_warned = True
+            log.warning("rank %d has been %s for %.0f s without a step", rank, activity, silence)
+        if self.stuck_timeout is not None and silence >= self.stuck_timeout:
+            text = f"nothing has moved there for {silence:.0f} s (--stuck_timeout)"
+            failure = Failure(rank, activity, ErrorRecord(STUCK, text), exit_code=EXIT_INTERRUPTED)
+            self._board.post_failure(failure)
+            self._end_if_stuck()
+            if pid := self._board.process_here(self._next):
+                # A frozen process cannot end itself.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _end_if_stuck(self) -> None:
+        """End this process if it is the one that stands still: its main thread cannot."""
+        failure = self._board.first_failure()
+        if failure is None or failure.rank != self.group.world.rank:
+            return
+        if is_stuck(failure.record):
+            leave(EXIT_INTERRUPTED)
+
+
+class _Watch:
+    """How long a word has been the same."""
+
+    def __init__(self) -> None:
+        self.word: bytes | None = None
+        self.since = time.monotonic()
+        self.has_warned = False
+
+    @property
+    def activity(self) -> str:
+        """What the rank says that it does."""
+        return b"".join((self.word or b"").split(b" ", 1)[1:]).decode()
+
+    def silence(self, word: bytes | None) -> float:
+        """Seconds since ``word`` was another one; 0 for a rank that waits for others."""
+        if word != self.word:
+            self.word, self.since, self.has_warned = word, time.monotonic(), False
+        return time.monotonic() - self.since if self.activity.startswith(BUSY) else 0.0
+
+
+def is_stuck(record: ErrorRecord | None) -> bool:
+    """Whether a failure is that of a rank which stood still."""
+    return record is not None and record.type == STUCK
