@@ -96,10 +96,10 @@ def _attempts(output):
 def _kill_one(rng, process, output, ranks):
     """Kill a random process of a job at a random moment → what was done, None if it ended first."""
     before = len(images(output))
-    if rng.random() < 0.4:  # any time: importing, joining, opening the folder, loading
-        moment, until = "any", time.monotonic() + rng.uniform(0, 6)
-        while time.monotonic() < until and process.poll() is None:
-            time.sleep(0.01)
+    if rng.random() < 0.4:  # before its first image: importing, joining, opening, loading
+        moment, until = "early", time.monotonic() + rng.uniform(0, 6)
+        while time.monotonic() < until and process.poll() is None and len(images(output)) == before:
+            time.sleep(0.005)
     else:  # while images are made
         moment, wanted = "working", before + rng.randint(1, 6)
         while len(images(output)) < wanted and process.poll() is None:
