@@ -71,5 +71,4 @@ for step in range(1, options.train_steps + 1):
             if result.error is None:
                 result.image.save(options.output / f"step-{step}-prompt-{result.index}.png")
 
-pipe.unet = pipe.unet.module  # DDP must not outlive its group
 dist.destroy_process_group()
