@@ -55,7 +55,7 @@ class Replica:
         """
         if num_stages < 1 or world_size % num_stages:
             raise UsageError(
-                f"--pipeline_parallel {num_stages} needs a number of ranks that {num_stages} "
+                f"{num_stages} stages need a number of ranks that {num_stages} "
                 f"divides; found {world_size}"
             )
         number, stage = divmod(rank, num_stages)
@@ -144,7 +144,7 @@ def load_ring_engine(
         UsageError: the pipeline cannot be cut, or an option does not go with stages.
     """
     if config.compile:
-        raise UsageError("--compile does not go with --pipeline_parallel; leave one of them out")
+        raise UsageError("--compile does not go with a denoiser cut over ranks; leave it out")
     folder = pipeline_folder(
         model,
         variant=config.variant,
@@ -194,7 +194,7 @@ def load_stage(
     if not found:
         raise UsageError(
             f"{source.folder}: {source.kind.__name__} has no denoiser made of blocks, so that it "
-            "cannot be cut into stages; leave --pipeline_parallel out"
+            "cannot be cut into stages; run the whole pipeline on each rank"
         )
     return found
 
