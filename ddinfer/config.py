@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -34,6 +35,9 @@ _ONE_TIME = (
     "extend",
     "accept_versions",
 )
+
+#: What ``--placement`` knows by name; anything else is a file.
+PLACEMENTS = ("auto", "balanced", "staged")
 
 #: Call arguments that may not be set for all prompts at once, and what to do instead.
 RESERVED_CALL_ARGUMENTS = {"prompt": "prompts come from --prompt or --prompts", **GIVEN_BY_DDINFER}
@@ -114,6 +118,20 @@ class JobConfig:
 
     schedule: Literal["static", "dynamic"] = "static"
     """static: each rank has its share. dynamic: who is free takes the next batch. Same images."""
+    shard: Annotated[str | None, _arg("K/N")] = None
+    """Make the K-th of N parts of the job (1/8 … 8/8), on machines that share nothing."""
+
+    # A model larger than a GPU
+    placement: Annotated[str | None, _arg("auto|balanced|staged|FILE.json")] = None
+    """Spread each rank's model over its GPUs, host memory and disk; staged: encode, denoise and
+    decode one after another. Default: all on one device."""
+    max_memory: Annotated[str | None, _arg("0=16GB,cpu=64GB")] = None
+    """What --placement may use, per device of a rank. Default: what is free."""
+    gpus_per_rank: Annotated[int, _arg("G", default="1")] = 1
+    """GPUs that each rank drives, for --placement: those from local rank * G on."""
+    pipeline_parallel: Annotated[int, _arg("S", default="1")] = 1
+    """Cut the denoiser into S stages, held by S neighbouring ranks; several
+    images are in flight."""
 
     # When something goes wrong
     max_restarts: Annotated[int, _arg("N", default="0")] = 0
@@ -168,11 +186,15 @@ class JobConfig:
             check.at_least_one(name, getattr(self, name))
         for name in ("batch_size", "num_images_per_prompt", "fps"):
             check.at_least_one(name, getattr(self, name))
+        for name in ("gpus_per_rank", "pipeline_parallel"):
+            check.at_least_one(name, getattr(self, name))
+        check.holding_the_model(self)
         for name in ("max_restarts", "grace_seconds"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} {getattr(self, name)} is negative")
         if self.stuck_timeout is not None and self.stuck_timeout <= 0:
             raise UsageError(f"--stuck_timeout {self.stuck_timeout} must be more than 0 seconds")
+        _ = self.shard_of  # raises
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed} is negative; torch seeds are 0 … 2**63 - 1")
         if self.prompts is not None and self.prompt:
@@ -183,6 +205,23 @@ class JobConfig:
         for name in self.pipeline_kwargs:
             if name in RESERVED_CALL_ARGUMENTS:
                 raise UsageError(f"--pipeline_kwargs {name}: {RESERVED_CALL_ARGUMENTS[name]}")
+
+    @property
+    def shard_of(self) -> tuple[int, int] | None:
+        """``--shard 3/8`` → (2, 8): which part, from 0, of how many; ``None`` for a whole job.
+
+        Raises:
+            UsageError: no such part.
+        """
+        if self.shard is None:
+            return None
+        found = re.fullmatch(r"(\d+)/(\d+)", self.shard.strip())
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise UsageError(
+                f"--shard {self.shard} is no part of a job; expected K/N with 1 <= K <= N, such "
+                "as 3/8 for the third of eight"
+            )
+        return int(found[1]) - 1, int(found[2])
 
     def call_defaults(self) -> dict[str, Any]:
         """Call arguments that hold for every prompt that does not say otherwise."""
@@ -210,6 +249,8 @@ class JobConfig:
             changes["prompts"] = os.path.abspath(str(self.prompts))
         if self.model is not None and os.path.isdir(self.model):
             changes["model"] = os.path.abspath(self.model)
+        if self.placement is not None and self.placement not in PLACEMENTS:
+            changes["placement"] = os.path.abspath(self.placement)
         return replace(self, **changes)
 
 
@@ -217,6 +258,38 @@ class _Checks:
     def at_least_one(self, name: str, value: int | None) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value} must be at least 1")
+
+    def holding_the_model(self, config: JobConfig) -> None:
+        """The options that say how a rank, or several, hold the model."""
+        placement = config.placement
+        if placement is None:
+            for name in ("max_memory", "gpus_per_rank"):
+                value = getattr(config, name)
+                if value not in (None, 1):
+                    raise UsageError(
+                        f"--{name} {value} says what a placement may use, but there is no "
+                        "--placement; add --placement balanced, auto or staged"
+                    )
+            return
+        if placement not in PLACEMENTS and not placement.endswith(".json"):
+            raise UsageError(
+                f"--placement {placement} is none of {', '.join(PLACEMENTS)}, nor a FILE.json"
+            )
+        if placement not in PLACEMENTS and config.max_memory is not None:
+            raise UsageError(
+                f"--max_memory {config.max_memory} and --placement {placement}: a file says where "
+                "everything goes; use one of them"
+            )
+        if config.pipeline_parallel > 1:
+            raise UsageError(
+                f"--placement {placement} and --pipeline_parallel {config.pipeline_parallel} are "
+                "two ways to hold a large model; use one of them"
+            )
+        if config.compile:
+            raise UsageError(
+                "--compile does not go with --placement: weights that come and go would be "
+                "compiled again; leave one out"
+            )
 
 
 def option_names() -> list[str]:

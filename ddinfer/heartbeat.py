@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 WARN_SECONDS = 60.0
-#: What a rank does itself; in any other phase it waits for others, who may be slow.
-BUSY = ("loading", "running", "decoding", "saving")
+#: What a rank does itself; in any other phase it waits for others, who may be slow. A rank that
+#: serves waits, too, but says so again and again while it lives.
+BUSY = ("loading", "running", "decoding", "saving", "serving")
 #: The type in the record of a rank that stood still for too long.
 STUCK = "RankStuck"
 
@@ -44,26 +45,33 @@ class Heartbeat:
     def __init__(self, group: Group, stuck_timeout: float | None = None):
         self.group, self.stuck_timeout = group, stuck_timeout
         self.count = 0
-        self.is_decoding = False
+        self.is_decoding = self.is_waiting = False
+        self._beats = 0
         self._board: Board = group.second_board()
         self._next = (group.group_rank + 1) % group.group_size
         self._ended = threading.Event()
 
-    def listen_to(self, pipe: Any, denoiser: Any) -> None:
-        """Hear the denoiser of ``pipe`` step, and its VAE begin to decode."""
-
-        def stepped(*_: object) -> None:
-            self.count += 1
-            self.is_decoding = False
-
-        def decoding(*_: object) -> None:
-            self.count += 1
-            self.is_decoding = True
-
-        denoiser.register_forward_pre_hook(stepped)
+    def listen_to(self, pipe: Any, denoiser: Any = None) -> None:
+        """Hear a denoiser step, and the VAE of ``pipe`` begin to decode."""
+        if denoiser is not None:
+            denoiser.register_forward_pre_hook(lambda *_: self.steps())
         decoder: Any = getattr(getattr(pipe, "vae", None), "decoder", None)
         if hasattr(decoder, "register_forward_pre_hook"):
-            decoder.register_forward_pre_hook(decoding)
+            decoder.register_forward_pre_hook(lambda *_: self.decodes())
+
+    def steps(self) -> None:
+        """The denoiser, or this rank's stage of it, begins a forward."""
+        self.count += 1
+        self.is_decoding = self.is_waiting = False
+
+    def decodes(self) -> None:
+        """The VAE begins to decode."""
+        self.count += 1
+        self.is_decoding, self.is_waiting = True, False
+
+    def waits(self) -> None:
+        """What comes next is not this rank's turn: it may take as long as the others take."""
+        self.is_waiting = True
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[Heartbeat]:
@@ -88,6 +96,9 @@ class Heartbeat:
     def _word(self) -> str:
         """``count activity``, which changes whenever anything goes on."""
         activity = self.group.board.activity
+        self._beats += 1
+        if self.is_waiting and activity.startswith("running"):
+            return f"{self.count}+{self._beats} {activity.replace('running', 'serving', 1)}"
         if self.is_decoding and activity.startswith("running"):
             activity = activity.replace("running", "decoding", 1)
         return f"{self.count} {activity}"

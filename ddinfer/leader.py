@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Share:
-    """What rank 0 sends each rank: all it needs to do its part.
+    """What rank 0 sends the ranks of each replica: all they need to do their part.
 
     Attributes:
         batches: its contiguous slice of the pending ones; all of them where ranks claim batches.
@@ -217,13 +217,13 @@ class Leader:
             return int(before.identity["num_threads"])
         return resolve_num_threads(config.num_threads, self.world.local_world_size)
 
-    def shares(self, num_ranks: int) -> list[Share]:
-        """Each rank's part, in rank order."""
+    def shares(self, num_replicas: int) -> list[Share]:
+        """Each replica's part, in rank order."""
         if self.config.schedule == "dynamic":
             # What takes longest goes first, so that no rank is left with it at the end.
             share = self._share(sorted(self.pending, key=self._cost, reverse=True))
-            return [share] * num_ranks
-        parts = [contiguous_slice(len(self.pending), num_ranks, k) for k in range(num_ranks)]
+            return [share] * num_replicas
+        parts = [contiguous_slice(len(self.pending), num_replicas, k) for k in range(num_replicas)]
         return [self._share([self.pending[k] for k in part]) for part in parts]
 
     def _cost(self, batch: Sequence[int]) -> int:
@@ -247,19 +247,20 @@ class Leader:
             num_images - len(self.wanted),
         )
 
-    def finish(self, told: Sequence[tuple[Sequence[Record], RankTimes]]) -> RunReport:
+    def finish(
+        self, records_by_rank: Sequence[Sequence[Record]], times: Sequence[RankTimes]
+    ) -> RunReport:
         """Reconcile the journals with the Requests, write the metadata, close the folder.
 
         Args:
-            told: what each rank says that it made, and how it spent its time.
+            records_by_rank: what each rank says that it made.
+            times: how each spent its time.
 
         Raises:
             DdinferError: the journals do not account for every Request.
         """
         place = {index: k for k, index in enumerate(self.wanted)}
-        records = place_by_index(
-            [records for records, _ in told], len(place), lambda record: place[record.index]
-        )
+        records = place_by_index(records_by_rank, len(place), lambda record: place[record.index])
         done = self.folder.finish()
         if not done.is_complete:
             raise DdinferError(
@@ -275,7 +276,7 @@ class Leader:
             num_inexact=sum(not record.exact and not record.failed for record in records),
             flags=dict(Counter(flag for record in records for flag in record.flags)),
             seconds=time.monotonic() - self.started,
-            ranks=[times for _, times in told],
+            ranks=times,
         )
         self._write_status("finished", report.to_dict())
         self.folder.close()

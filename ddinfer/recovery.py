@@ -45,6 +45,7 @@ def launch_until_done(
                 *args,
                 nproc_per_node=num_ranks,
                 device=config.device,
+                gpus_per_rank=config.gpus_per_rank,
                 num_threads=config.num_threads,
                 preload=preload,
                 on_failure="finish",

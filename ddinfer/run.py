@@ -11,9 +11,10 @@ import torch
 from ddinfer.config import JobConfig
 from ddinfer.distributed.process_group import Group, process_group
 from ddinfer.distributed.progress import Progress, RankTimes
+from ddinfer.distributed.replica import Replica
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, Engine
-from ddinfer.engines.whole import load_engine
+from ddinfer.engines.select import load_engine
 from ddinfer.errors import UsageError
 from ddinfer.heartbeat import Heartbeat
 from ddinfer.job import settled
@@ -54,13 +55,15 @@ def run_job(
     """
     stop = Stop() if stop is None else stop
     config = settled(config)
-    world = World.detect(config.device) if world is None else world
+    if world is None:
+        world = World.detect(config.device, gpus_per_rank=config.gpus_per_rank)
+    replica = Replica.of(world.rank, world.world_size, config.pipeline_parallel)
     with process_group(world) as group:
         group.enter("preparing")
         leader = Leader(config, world, stdin, retry_failed) if group.group_rank == 0 else None
         try:
             with Heartbeat(group, config.stuck_timeout).beating() as heartbeat:
-                return _run(config, group, leader, stop, heartbeat)
+                return _run(config, group, replica, leader, stop, heartbeat)
         except BaseException as error:
             if leader is not None:
                 leader.stopped(error)
@@ -68,10 +71,17 @@ def run_job(
 
 
 def _run(
-    config: JobConfig, group: Group, leader: Leader | None, stop: Stop, heartbeat: Heartbeat
+    config: JobConfig,
+    group: Group,
+    replica: Replica,
+    leader: Leader | None,
+    stop: Stop,
+    heartbeat: Heartbeat,
 ) -> RunReport:
-    shares = group.broadcast_object(leader and leader.shares(group.group_size))
-    share: Share = shares[group.group_rank]
+    shares = None if leader is None else leader.shares(replica.num_replicas)
+    share: Share = group.scatter_object(
+        None if shares is None else [share for share in shares for _ in replica.ranks]
+    )
     _check_folder_is_shared(config.output, share, group)
     if leader is not None:
         leader.working()
@@ -80,13 +90,17 @@ def _run(
     started = time.monotonic()
     torch.set_num_threads(share.num_threads)
     engine = None
+    stages = replica.process_group() if len(replica.ranks) > 1 else None
     if share.batches:  # else there is nothing to do that would need a model
-        engine = load_engine(share.model, config, device=group.world.device, rank=group.world.rank)
+        engine = load_engine(share.model, config, group.world, replica, stages)
         engine.tell_steps(heartbeat)
     loaded = time.monotonic()
 
     with Lease.join(Files(), config.output):  # the folder is ours while any rank lives
-        results = _make(engine, share, config, group, leader, stop)
+        if replica.makes_results:
+            results = _make(engine, share, config, group, leader, stop)
+        else:
+            results = _serve(engine, group, stop)
     times = RankTimes(
         group.world.rank,
         len(results),
@@ -96,10 +110,11 @@ def _run(
     )
 
     group.enter("gathering")
-    told = group.all_gather_object(([Record.of(result) for result in results], times))
+    all_times = group.all_gather_object(times)
+    records = group.gather_object([Record.of(result) for result in results])
     report = None
     if leader is not None:
-        report = leader.finish(told)
+        report = leader.finish(records, all_times)
     return group.broadcast_object(report)
 
 
@@ -131,6 +146,14 @@ def _make(
         group.enter("saving")
         stop.raise_if_requested()
     return made
+
+
+def _serve(engine: Engine | None, group: Group, stop: Stop) -> list[Result]:
+    """Run this rank's stage for the rank that makes the Results; here there are none."""
+    group.enter("running", "the stage of a denoiser")
+    results = list(engine.run(())) if engine is not None else []
+    stop.raise_if_requested()
+    return results
 
 
 def _marked(engine: Engine | None, batches: Iterable[Batch], share: Share) -> Iterator[Result]:

@@ -12,7 +12,8 @@ import pytest
 
 from ddinfer.config import JobConfig
 from ddinfer.distributed.partition import slice_of_batches
-from ddinfer.engines.ring import Replica, load_ring_engine
+from ddinfer.distributed.replica import Replica
+from ddinfer.engines.ring import load_ring_engine
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
 from ddinfer.models.loading import load_pipeline
@@ -106,7 +107,8 @@ MEASURED = """
     import torch
     import torch.distributed as dist
     from ddinfer.config import JobConfig
-    from ddinfer.engines.ring import Replica, load_ring_engine
+    from ddinfer.distributed.replica import Replica
+    from ddinfer.engines.ring import load_ring_engine
     from tests.test_ring_engine import batches_for, peak_and_now_bytes
 
     rank, path, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -173,7 +175,8 @@ KILLED = """
     import datetime, os, signal, sys
     import torch.distributed as dist
     from ddinfer.config import JobConfig
-    from ddinfer.engines.ring import Replica, load_ring_engine
+    from ddinfer.distributed.replica import Replica
+    from ddinfer.engines.ring import load_ring_engine
     from ddinfer.errors import RankError
     from tests.test_ring_engine import batches_for
 

@@ -113,7 +113,7 @@ def _make(
     """The image, or the frames of the video."""
     import torch
 
-    from ddinfer.engines.whole import load_engine
+    from ddinfer.engines.whole import load_whole_engine
 
     torch.set_num_threads(record["num_threads"])
     names = ("variant", "revision", "attention_backend", "vae_tiling", "vae_slicing", "compile")
@@ -122,7 +122,7 @@ def _make(
         trust_remote_code=trusted,
         **{name: record[name] for name in names},
     )
-    engine = load_engine(model, config, device=device, rank=0)
+    engine = load_whole_engine(model, config, world=World(device=device))
     wanted = record["request"]["index"]
     (result,) = (r for r in engine.run([batch]) if r.index == wanted)
     if result.error is not None:

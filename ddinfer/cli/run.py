@@ -43,7 +43,9 @@ def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
     quiet_libraries()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun; a shell that ends is no reason to end
-    plan = plan_launch(config.nproc_per_node, config.device, os.environ)
+    plan = plan_launch(
+        config.nproc_per_node, config.device, os.environ, gpus_per_rank=config.gpus_per_rank
+    )
     if plan.note and os.environ.get("RANK", "0") == "0":
         print(f"ddinfer: {plan.note}", file=sys.stderr)
     if config.dry_run:
@@ -67,7 +69,7 @@ def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int
     from ddinfer.stopping import Stop
 
     with Stop(config.grace_seconds).on_signals() as stop:
-        world = World.detect(config.device)
+        world = World.detect(config.device, gpus_per_rank=config.gpus_per_rank)
         own_process(world.rank)
         report = run_job(config, world, stdin=stdin, retry_failed=retry_failed, stop=stop)
     if world.rank == 0:

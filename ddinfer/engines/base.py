@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from ddinfer.request import Request, Result
 
 #: Requests that share one pipeline call, in call order.
 Batch = Sequence[Request]
+
+
+class Listener(Protocol):
+    """Who wants to hear that an engine moves; see `ddinfer.heartbeat`."""
+
+    def listen_to(self, pipe: Any, denoiser: Any = None) -> None: ...
+
+    def steps(self) -> None: ...
+
+    def waits(self) -> None: ...
 
 
 class Engine(Protocol):
@@ -22,4 +32,8 @@ class Engine(Protocol):
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Result]:
         """Yield one Result per Request of ``batches``."""
+        ...
+
+    def tell_steps(self, heartbeat: Listener) -> None:
+        """From now on let ``heartbeat`` hear every step of the denoiser."""
         ...

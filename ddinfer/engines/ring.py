@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ddinfer.engines.base import Batch
+from ddinfer.distributed.replica import Replica
+from ddinfer.engines.base import Batch, Listener
+from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
 from ddinfer.models.opening import OpenModel
@@ -21,66 +23,12 @@ from ddinfer.models.repository import pipeline_folder
 from ddinfer.models.source import DENOISER_NAMES, PipelineSource
 from ddinfer.parallel.blocks import ring_blocks
 from ddinfer.parallel.flow import PlanError
-from ddinfer.parallel.link import LONG_TIMEOUT
 from ddinfer.parallel.ring import Ring
 from ddinfer.parallel.stages import block_stages
 from ddinfer.request import Result
 
 if TYPE_CHECKING:
     from ddinfer.config import JobConfig
-
-
-@dataclass(frozen=True)
-class Replica:
-    """This rank's place in the mesh of dp × pp.
-
-    Attributes:
-        number: of the replica, hence its slice of the job's batches.
-        num_replicas: in the job.
-        stage: of the denoiser that this rank holds; stage 0 makes the Results.
-        ranks: global ranks of the replica, in stage order.
-    """
-
-    number: int
-    num_replicas: int
-    stage: int
-    ranks: tuple[int, ...]
-
-    @classmethod
-    def of(cls, rank: int, world_size: int, num_stages: int) -> Replica:
-        """Blocks of ``num_stages`` neighbours are a replica.
-
-        Raises:
-            UsageError: the ranks do not come out even.
-        """
-        if num_stages < 1 or world_size % num_stages:
-            raise UsageError(
-                f"{num_stages} stages need a number of ranks that {num_stages} "
-                f"divides; found {world_size}"
-            )
-        number, stage = divmod(rank, num_stages)
-        first = number * num_stages
-        ranks = tuple(range(first, first + num_stages))
-        return cls(number, world_size // num_stages, stage, ranks)
-
-    @property
-    def makes_results(self) -> bool:
-        return self.stage == 0
-
-    def process_group(self) -> Any:
-        """The replica's process group. Every rank of the job calls this at the same point."""
-        import torch.distributed as dist
-
-        if not (dist.is_available() and dist.is_initialized()):
-            return None
-        size, mine = len(self.ranks), None
-        # On the CPU control messages share this group, and they may wait for work of any length.
-        timeout = LONG_TIMEOUT if dist.get_backend() == "gloo" else None
-        for number in range(self.num_replicas):
-            ranks = list(range(number * size, (number + 1) * size))
-            group = dist.new_group(ranks, timeout=timeout)
-            mine = group if number == self.number else mine
-        return mine
 
 
 class RingEngine:
@@ -117,6 +65,15 @@ class RingEngine:
             for result in results:
                 yield replace(result, seconds=seconds)
             since = time.perf_counter()
+
+    def tell_steps(self, heartbeat: Listener) -> None:
+        """Let ``heartbeat`` hear this rank's stage at work; the first rank's VAE, too."""
+        if self.ring.link.is_first:
+            heartbeat.listen_to(self.ring.pipe)
+            self.ring.listen(heartbeat.steps)
+        else:
+            heartbeat.waits()
+            self.ring.listen(heartbeat.steps, heartbeat.waits)
 
     def _job(self, batch: Batch) -> Callable[[Any], list[Result]]:
         def make(pipe: Any) -> list[Result]:
@@ -156,10 +113,8 @@ def load_ring_engine(
     source = PipelineSource(folder, config.variant, config.trust_remote_code, config.allow_pickle)
     target = torch.device(device)
     denoisers = load_stage(source, config.dtype, len(replica.ranks), replica.stage, target)
-    if config.attention_backend is not None:
-        denoiser: Any
-        for denoiser in denoisers.values():
-            denoiser.set_attention_backend(config.attention_backend)
+    for name, denoiser in denoisers.items():
+        apply_to_denoiser(name, denoiser, config)
     pipe = None
     if replica.makes_results:
         types = source.dtypes(config.dtype, target)
@@ -169,10 +124,7 @@ def load_ring_engine(
             if entry.name not in denoisers
         }
         pipe = source.assemble({**rest, **denoisers})
-        if config.vae_tiling:
-            pipe.vae.enable_tiling()
-        if config.vae_slicing:
-            pipe.vae.enable_slicing()
+        apply_to_pipeline(pipe, config)
     return RingEngine(Ring(pipe, denoisers=denoisers, group=group, device=target), rank=rank)
 
 

@@ -7,23 +7,20 @@ import inspect
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ddinfer.config import JobConfig
-from ddinfer.engines.base import Batch
+from ddinfer.distributed.world import World
+from ddinfer.engines.base import Batch, Listener
+from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
 from ddinfer.errors import ErrorRecord, UsageError
 from ddinfer.models.loading import find_denoiser, load_pipeline
+from ddinfer.models.placement import Placement
 from ddinfer.request import Request, Result
-
-
-class Listener(Protocol):
-    """Who wants to hear that a pipeline moves."""
-
-    def listen_to(self, pipe: Any, denoiser: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -143,60 +140,41 @@ class WholeEngine:
         return arguments
 
 
-def load_engine(model: str, config: JobConfig, *, device: str, rank: int) -> WholeEngine:
-    """Load the pipeline of a job onto ``device`` as its configuration says.
+def load_whole_engine(
+    model: str,
+    config: JobConfig,
+    *,
+    world: World,
+    placement: str | Placement | None = None,
+) -> WholeEngine:
+    """Load the pipeline of a job onto this rank's device, or spread over what this rank drives.
 
     Raises:
-        UsageError: the pipeline lacks what an option asks for.
+        UsageError: the pipeline lacks what an option asks for, or does not fit.
     """
+    is_placed = placement is not None
     pipe = load_pipeline(
         model,
         dtype=config.dtype,
-        device=device,
+        device=None if is_placed else world.device,
+        placement=placement,
+        max_memory=config.max_memory,
+        gpus=gpu_numbers(world) if is_placed else None,
         variant=config.variant,
         revision=config.revision,
         token=config.token,
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
     )
-    pipe.set_progress_bar_config(disable=True)  # the job has one bar of its own
-    if config.vae_tiling:
-        _vae_method(pipe, "enable_tiling", "--vae_tiling")()
-    if config.vae_slicing:
-        _vae_method(pipe, "enable_slicing", "--vae_slicing")()
+    apply_to_pipeline(pipe, config)
     if config.attention_backend is not None or config.compile:
-        name, denoiser = find_denoiser(pipe)
-        if config.attention_backend is not None:
-            _set_attention_backend(name, denoiser, config.attention_backend)
-        if config.compile:
-            _compile(denoiser)
-    return WholeEngine(pipe, rank=rank)
+        apply_to_denoiser(*find_denoiser(pipe), config)
+    return WholeEngine(pipe, rank=world.rank)
 
 
-def _compile(denoiser: Any) -> None:
-    """Its repeated blocks where it names them: one compilation serves them all."""
-    if getattr(denoiser, "_repeated_blocks", None):
-        denoiser.compile_repeated_blocks()
-    else:
-        denoiser.compile()
-
-
-def _vae_method(pipe: Any, method: str, option: str) -> Any:
-    found = getattr(getattr(pipe, "vae", None), method, None)
-    if found is None:
-        raise UsageError(f"{option}: the VAE of {type(pipe).__name__} has no {method}()")
-    return found
-
-
-def _set_attention_backend(name: str, denoiser: Any, backend: str) -> None:
-    if not hasattr(denoiser, "set_attention_backend"):
-        raise UsageError(
-            f"--attention_backend: {type(denoiser).__name__} ({name}) cannot choose a backend"
-        )
-    try:
-        denoiser.set_attention_backend(backend)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UsageError(f"--attention_backend {backend}: {error}") from error
+def gpu_numbers(world: World) -> list[int]:
+    """The GPUs that a rank drives; none on the CPU."""
+    return [int(device.partition(":")[2]) for device in world.devices if device != "cpu"]
 
 
 def check_call(

@@ -100,7 +100,7 @@ def load_pipeline(
     *,
     dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
     device: str | torch.device | None = None,
-    placement: Strategy | Mapping[str, str] | Placement | None = None,
+    placement: Strategy | str | Mapping[str, str] | Placement | None = None,
     max_memory: MaxMemory | str | None = None,
     gpus: Sequence[int] | None = None,
     components: Mapping[str, Any] | None = None,
@@ -163,7 +163,7 @@ def load_pipeline(
 
 def _load_placed(
     source: PipelineSource,
-    placement: Strategy | Mapping[str, str] | Placement,
+    placement: str | Mapping[str, str] | Placement,
     max_memory: MaxMemory | str | None,
     gpus: Sequence[int] | None,
     dtype: str | torch.dtype | Mapping[str, str | torch.dtype],
@@ -179,7 +179,7 @@ def _load_placed(
 
     budgets: dict[str, int] = {}
     if isinstance(placement, str):
-        check_strategy(placement)
+        placement = check_strategy(placement)
         budgets = complete_budgets(max_memory, gpus)
         devices = list(budgets)
     else:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from ddinfer.errors import UsageError
 from ddinfer.models.tree import Node, Tensor
@@ -320,15 +320,18 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(map(str, names[:limit])) + more
 
 
-def check_strategy(strategy: str) -> None:
-    """
+def check_strategy(strategy: str) -> Strategy:
+    """The strategy of that name.
+
     Raises:
         UsageError: no strategy of ours.
     """
-    if strategy not in get_args(Strategy):
-        raise UsageError(
-            f"unknown placement strategy {strategy!r}; expected {' or '.join(get_args(Strategy))}"
-        )
+    for known in get_args(Strategy):
+        if strategy == known:
+            return cast(Strategy, known)
+    raise UsageError(
+        f"unknown placement strategy {strategy!r}; expected {' or '.join(get_args(Strategy))}"
+    )
 
 
 def merged(root: Node, devices: Mapping[str, str], main: str) -> dict[str, str]:

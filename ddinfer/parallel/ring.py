@@ -89,7 +89,10 @@ class Ring:
         #: A hop takes two ticks instead of one, so twice as many images keep all stages busy.
         self.overlap = self.link.size > 1 and self.num_in_flight >= 2 * self.link.size
         self.spans: list[Span] = []
+        self.pipe = pipe
         self._record, self._has_ended = record, False
+        self._before: Callable[[], object] = lambda: None
+        self._after: Callable[[], object] = lambda: None
         self._staged: list[StagedModel] = []
         error: Exception | None = None
         try:
@@ -135,6 +138,12 @@ class Ring:
     def latency(self) -> int:
         """Ticks from a call's entering the first stage until its image can make the next."""
         return self.link.size * (2 if self.overlap else 1)
+
+    def listen(
+        self, before: Callable[[], object], after: Callable[[], object] = lambda: None
+    ) -> None:
+        """From now on call these around every turn of this rank's stage."""
+        self._before, self._after = before, after
 
     def close(self) -> None:
         """Gives the denoisers' blocks their own ``forward`` back (weights stay where they are)."""
@@ -294,8 +303,10 @@ class Ring:
 
     def _timed(self, message: Message) -> dict[Any, Any]:
         started = time.monotonic()
+        self._before()
         plan = self._plans[message.model][message.plan]
         values = self._staged[message.model].run(plan, message.plan, message.values)
+        self._after()
         if self._record:
             if self.link.device.type == "cuda":
                 torch.cuda.synchronize(self.link.device)

@@ -1,0 +1,62 @@
+"""Options of a job that change how a loaded pipeline computes, for every engine alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddinfer.config import JobConfig
+from ddinfer.errors import UsageError
+
+
+def apply_to_pipeline(pipe: Any, config: JobConfig) -> None:
+    """What holds for the pipeline but its denoiser.
+
+    Raises:
+        UsageError: its VAE lacks what an option asks for.
+    """
+    pipe.set_progress_bar_config(disable=True)  # the job has one bar of its own
+    if config.vae_tiling:
+        _vae_method(pipe, "enable_tiling", "--vae_tiling")()
+    if config.vae_slicing:
+        _vae_method(pipe, "enable_slicing", "--vae_slicing")()
+
+
+def apply_to_denoiser(name: str, denoiser: Any, config: JobConfig) -> None:
+    """What holds for a denoiser, or for this rank's stage of one.
+
+    Args:
+        name: of the component, for messages.
+
+    Raises:
+        UsageError: there is no such attention backend here.
+    """
+    if config.attention_backend is not None:
+        _set_attention_backend(name, denoiser, config.attention_backend)
+    if config.compile:
+        _compile(denoiser)
+
+
+def _compile(denoiser: Any) -> None:
+    """Its repeated blocks where it names them: one compilation serves them all."""
+    if getattr(denoiser, "_repeated_blocks", None):
+        denoiser.compile_repeated_blocks()
+    else:
+        denoiser.compile()
+
+
+def _vae_method(pipe: Any, method: str, option: str) -> Any:
+    found = getattr(getattr(pipe, "vae", None), method, None)
+    if found is None:
+        raise UsageError(f"{option}: the VAE of {type(pipe).__name__} has no {method}()")
+    return found
+
+
+def _set_attention_backend(name: str, denoiser: Any, backend: str) -> None:
+    if not hasattr(denoiser, "set_attention_backend"):
+        raise UsageError(
+            f"--attention_backend: {type(denoiser).__name__} ({name}) cannot choose a backend"
+        )
+    try:
+        denoiser.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UsageError(f"--attention_backend {backend}: {error}") from error

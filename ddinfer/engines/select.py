@@ -1,0 +1,51 @@
+"""Which engine a job's options ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddinfer.config import PLACEMENTS, JobConfig
+from ddinfer.distributed.replica import Replica
+from ddinfer.distributed.world import World
+from ddinfer.engines.base import Engine
+from ddinfer.engines.whole import load_whole_engine
+from ddinfer.errors import UsageError
+from ddinfer.models.placement import Placement
+
+
+def load_engine(
+    model: str, config: JobConfig, world: World, replica: Replica, group: Any = None
+) -> Engine:
+    """Load what this rank holds of a job's model.
+
+    Args:
+        model: folder or hub id.
+        group: of the ranks of ``replica``, where they are several.
+
+    Raises:
+        UsageError: the pipeline lacks what an option asks for, or the model does not fit.
+    """
+    if config.pipeline_parallel > 1:
+        from ddinfer.engines.ring import load_ring_engine
+
+        return load_ring_engine(
+            model, config, replica, device=world.device, rank=world.rank, group=group
+        )
+    placement: Any = config.placement
+    if placement is not None and placement not in PLACEMENTS:
+        placement = read_placement(placement)
+    return load_whole_engine(model, config, world=world, placement=placement)
+
+
+def read_placement(path: str) -> Placement:
+    """
+    Raises:
+        UsageError: no file that `Placement.to_json` wrote.
+    """
+    try:
+        return Placement.from_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--placement {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--placement {path} is no JSON: {error}") from None
