@@ -7,6 +7,7 @@ from typing import Any
 
 from ddinfer.config import JobConfig
 from ddinfer.distributed.partition import contiguous_slice
+from ddinfer.engines.select import check_placement
 from ddinfer.engines.whole import check_call
 from ddinfer.errors import EXIT_OK
 from ddinfer.job import prepare_job, resolve_model
@@ -31,6 +32,7 @@ def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
     job = prepare_job(config, parameters=parameters)
     pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
     check_call(pipeline, parameters, job.call_arguments(), config.batch_size)
+    check_placement(config)
     all_batches = job.batches()
     parts = [contiguous_slice(len(all_batches), num_ranks, rank) for rank in range(num_ranks)]
     slices = []

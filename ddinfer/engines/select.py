@@ -11,7 +11,7 @@ from ddinfer.distributed.world import World
 from ddinfer.engines.base import Engine
 from ddinfer.engines.whole import load_whole_engine
 from ddinfer.errors import UsageError
-from ddinfer.models.placement import Placement
+from ddinfer.models.placement import Placement, parse_max_memory
 
 
 def load_engine(
@@ -32,10 +32,26 @@ def load_engine(
         return load_ring_engine(
             model, config, replica, device=world.device, rank=world.rank, group=group
         )
-    placement: Any = config.placement
-    if placement is not None and placement not in PLACEMENTS:
-        placement = read_placement(placement)
+    placement = chosen_placement(config)
     return load_whole_engine(model, config, world=world, placement=placement)
+
+
+def check_placement(config: JobConfig) -> None:
+    """Check, before anything is written, what can be known without the model.
+
+    Raises:
+        UsageError: a placement file or budgets that cannot be read.
+    """
+    chosen_placement(config)
+    if config.max_memory is not None:
+        parse_max_memory(config.max_memory)
+
+
+def chosen_placement(config: JobConfig) -> str | Placement | None:
+    """A strategy's name, or what the file says."""
+    if config.placement is None or config.placement in PLACEMENTS:
+        return config.placement
+    return read_placement(config.placement)
 
 
 def read_placement(path: str) -> Placement:
