@@ -18,7 +18,7 @@ from ddinfer.distributed.progress import RankTimes, evenness
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch
 from ddinfer.engines.select import check_placement
-from ddinfer.engines.whole import check_call
+from ddinfer.engines.whole import check_call, gpu_numbers
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, exit_code_of
 from ddinfer.job import (
     job_identity,
@@ -144,7 +144,7 @@ class Leader:
             self.job = prepare_job(config, parameters=parameters, stdin=stdin)
         pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
         check_call(pipeline, parameters, self.job.call_arguments(), config.batch_size)
-        check_placement(config)
+        check_placement(config, gpu_numbers(world))
         model_folder = pipeline_folder(
             model,
             variant=config.variant,

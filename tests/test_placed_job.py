@@ -66,6 +66,7 @@ def test_a_placement_that_leaves_a_part_out_names_it(model, tmp_path):
     [
         ({"placement": "/nowhere/p.json"}, "/nowhere/p.json: No such file"),
         ({"placement": "balanced", "max_memory": "cpu=lots"}, "'lots' is no size"),
+        ({"placement": "balanced", "max_memory": "0=1GB"}, "names cuda:0, but .* no GPU"),
     ],
 )
 def test_what_cannot_be_read_is_refused_before_a_folder_is_made(options, message, model, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ddinfer.distributed.world import World
 from ddinfer.engines.base import Engine
 from ddinfer.engines.whole import load_whole_engine
 from ddinfer.errors import UsageError
-from ddinfer.models.placement import Placement, parse_max_memory
+from ddinfer.models.placement import Placement, on_gpu, parse_max_memory
 
 
 def load_engine(
@@ -36,15 +37,22 @@ def load_engine(
     return load_whole_engine(model, config, world=world, placement=placement)
 
 
-def check_placement(config: JobConfig) -> None:
+def check_placement(config: JobConfig, gpus: Sequence[int] | None = None) -> None:
     """Check, before anything is written, what can be known without the model.
 
+    Args:
+        gpus: those of this rank; ``None``: not known yet.
+
     Raises:
-        UsageError: a placement file or budgets that cannot be read.
+        UsageError: a placement file or budgets that cannot be read, or GPUs that are not there.
     """
-    chosen_placement(config)
+    chosen = chosen_placement(config)
+    named: set[str] = set(chosen.devices.values()) if isinstance(chosen, Placement) else set()
     if config.max_memory is not None:
-        parse_max_memory(config.max_memory)
+        named |= set(parse_max_memory(config.max_memory))
+    if gpus is not None:
+        for device in sorted(named):
+            on_gpu(device, gpus)
 
 
 def chosen_placement(config: JobConfig) -> str | Placement | None:

@@ -234,9 +234,10 @@ def on_gpu(device: str, gpus: Sequence[int]) -> str:
     if kind != "cuda":
         return device
     if int(index) >= len(gpus):
+        found = f"{len(gpus)} GPUs ({', '.join(map(str, gpus))}); see --gpus_per_rank"
         raise PlacementError(
-            f"the placement (or max_memory) names {device}, but this process drives {len(gpus)} "
-            f"GPUs ({', '.join(map(str, gpus))}); see --gpus_per_rank"
+            f"the placement (or max_memory) names {device}, but this process drives "
+            + (found if gpus else "no GPU; name cpu and disk, or see --device")
         )
     return f"cuda:{gpus[int(index)]}"
 
