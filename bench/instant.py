@@ -1,0 +1,192 @@
+"""Very many prompts with a pipeline that takes no time: what is left is ddinfer.
+
+100,000 one-line prompts through the whole path (read, slice, journal, files, gather, metadata) on
+two ranks, with the memory of all processes together; then 1,000,000 for planning and for resuming
+a job of which all but a few are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench import inputs
+from bench.journal import image_line
+from bench.measure import (
+    CACHE,
+    PYTHON,
+    ROOT,
+    CommandFailed,
+    Run,
+    Size,
+    clean_environment,
+    progress,
+    run,
+)
+from bench.report import table
+
+ABOUT = "100,000 prompts with a pipeline that takes no time; planning and resuming 1,000,000"
+EXPECTED_SECONDS = 330
+RANKS = 2
+NUM_LEFT = 8
+
+
+def measure(size: Size) -> dict[str, Any]:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as name:
+        folder = Path(name)
+        model = inputs.custom_pipeline(folder, "instant", inputs.INSTANT, "InstantPipeline")
+        many = size.pick(2_000, 100_000, 100_000)
+        found = {"through": through(folder, model, many)}
+        many = size.pick(20_000, 1_000_000, 1_000_000)
+        prompts = write_prompts(folder, many)
+        found["planning"] = planning(folder, model, prompts, many)
+        found["resuming"] = resuming(folder, model, prompts, many)
+    return found
+
+
+def write_prompts(folder: Path, num_prompts: int) -> Path:
+    file = folder / f"prompts-{num_prompts}.txt"
+    words = inputs.parti_prompts()
+    with open(file, "w", encoding="utf-8") as out:
+        out.writelines(f"{words[k % len(words)]} {k}\n" for k in range(num_prompts))
+    return file
+
+
+def command(model: Path, prompts: Path, output: Path, *more: str) -> list[str]:
+    words = ["--model", str(model), "--trust_remote_code", "--prompts", str(prompts)]
+    words += ["--output", str(output), "--device=cpu", f"--nproc_per_node={RANKS}"]
+    return [PYTHON, "-m", "ddinfer", *words, "--num_threads=1", *more]
+
+
+def through(folder: Path, model: Path, num_prompts: int) -> dict[str, Any]:
+    progress(f"{num_prompts:,} prompts through the whole path")
+    prompts = write_prompts(folder, num_prompts)
+    done = run(command(model, prompts, folder / "out", "--json"), watch_memory=True)
+    report = json.loads(done.stdout)
+    working = max(rank["working"] for rank in report["ranks"])
+    pipeline = sum(rank["pipeline"] for rank in report["ranks"])
+    return {
+        "num_prompts": num_prompts,
+        "seconds": round(done.seconds, 2),
+        "cpu_seconds": round(done.cpu_seconds, 2),
+        "working_seconds": round(working, 2),
+        "pipeline_seconds": round(pipeline, 2),
+        "per_second": round(num_prompts / done.seconds, 1),
+        "per_second_working": round(num_prompts / working, 1),
+        **_memory(done, working),
+    }
+
+
+def _memory(done: Run, working: float) -> dict[str, float]:
+    """MB of all processes early and late in the work, and the highest of all."""
+    # The work ends shortly before the samples do; a little less than all of it is looked at.
+    end = done.samples[-1][0] if done.samples else 0.0
+    inside = [size for at, size in done.samples if end - 0.9 * working <= at <= end] or [0]
+    fifth = max(1, len(inside) // 5)
+    return {
+        "early_mb": round(max(inside[:fifth]) / 1e6, 1),
+        "late_mb": round(max(inside[-fifth:]) / 1e6, 1),
+        "peak_mb": round(done.peak_bytes / 1e6, 1),
+    }
+
+
+def planning(folder: Path, model: Path, prompts: Path, num_prompts: int) -> dict[str, Any]:
+    """``--dry_run``: the prompts read and checked, batches and slices decided, nothing loaded."""
+    progress(f"planning {num_prompts:,} prompts")
+    done = run(command(model, prompts, folder / "plan", "--dry_run"), watch_memory=True)
+    return {
+        "num_prompts": num_prompts,
+        "seconds": round(done.seconds, 2),
+        "peak_mb": round(done.peak_bytes / 1e6, 1),
+    }
+
+
+def resuming(folder: Path, model: Path, prompts: Path, num_prompts: int) -> dict[str, Any]:
+    """A job that was stopped at its first image, given all others but a few, and run again."""
+    output = folder / "resumed"
+    first = stop_at_first_image(command(model, prompts, output), output)
+    progress(f"pretending that {num_prompts - NUM_LEFT:,} images are there")
+    pretend_done(output, num_prompts - NUM_LEFT)
+    progress("resuming")
+    done = run(command(model, prompts, output, "--json"), watch_memory=True)
+    report = json.loads(done.stdout)
+    if report["num_new"] != NUM_LEFT or report["num_made"] != num_prompts:
+        raise RuntimeError(f"resumed {report['num_new']} images instead of {NUM_LEFT}")
+    return {
+        "num_prompts": num_prompts,
+        "first_image_seconds": round(first, 2),
+        "seconds": round(done.seconds, 2),
+        "cpu_seconds": round(done.cpu_seconds, 2),
+        "peak_mb": round(done.peak_bytes / 1e6, 1),
+    }
+
+
+def stop_at_first_image(words: list[str], output: Path) -> float:
+    """→ seconds from the command to the first image; then the job is interrupted."""
+    progress("starting, until its first image")
+    started = time.monotonic()
+    with subprocess.Popen(
+        words, env=clean_environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as job:
+        while not list(output.glob("images/*/*.png")):
+            if job.poll() is not None:
+                assert job.stderr is not None
+                raise CommandFailed(job.stderr.read().decode()[-3000:])
+            time.sleep(0.02)
+        seconds = time.monotonic() - started
+        job.send_signal(signal.SIGTERM)
+        job.communicate(timeout=120)
+    return seconds
+
+
+def pretend_done(output: Path, num_images: int) -> None:
+    """Journal lines and (empty) files for the first images, as ranks would have left them."""
+    from ddinfer.storage.files import Files
+    from ddinfer.storage.images import image_path
+    from ddinfer.storage.journal import JournalHeader, JournalWriter
+
+    fingerprint = json.loads((output / "job.json").read_text())["fingerprint"]
+    for rank in range(RANKS):
+        header = JournalHeader(fingerprint, rank=rank, attempt=1)
+        journal = JournalWriter(Files(), str(output), header)
+        mine = range(num_images * rank // RANKS, num_images * (rank + 1) // RANKS)
+        for start in range(mine.start, mine.stop, 1000):
+            some = range(start, min(start + 1000, mine.stop))
+            journal.append([image_line(k) for k in some], sync=False)
+        journal.close()
+    for k in range(num_images):
+        path = output / image_path(k)
+        if k % 10_000 == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+    for file in output.glob("images/*/*.png"):  # what the interrupted run made beyond these
+        if int(file.stem) >= num_images:
+            file.unlink()
+
+
+def tables(figures: Mapping[str, Any]) -> str:
+    whole, plan, again = (figures[k] for k in ("through", "planning", "resuming"))
+    rows = [
+        [f"{whole['num_prompts']:,} prompts, the whole path, {RANKS} ranks",
+         f"{whole['seconds']:.1f} s: {whole['per_second']:,.0f} a second "
+         f"({whole['per_second_working']:,.0f} once loaded; "
+         f"{whole['cpu_seconds']:.0f} s of CPU)",
+         f"{whole['early_mb']:.0f} MB early, {whole['late_mb']:.0f} late, "
+         f"{whole['peak_mb']:.0f} at most"],
+        [f"{plan['num_prompts']:,}: `--dry_run`", f"{plan['seconds']:.1f} s",
+         f"{plan['peak_mb']:.0f} MB at most"],
+        [f"{again['num_prompts']:,}: command to first image",
+         f"{again['first_image_seconds']:.1f} s", ""],
+        [f"{again['num_prompts']:,}: resumed with {NUM_LEFT} left, to the end, metadata included",
+         f"{again['seconds']:.1f} s ({again['cpu_seconds']:.0f} s of CPU)",
+         f"{again['peak_mb']:.0f} MB at most"],
+    ]  # fmt: skip
+    return table(["", "time", "memory of all processes"], rows)
