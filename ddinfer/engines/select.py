@@ -33,6 +33,10 @@ def load_engine(
         return load_ring_engine(
             model, config, replica, device=world.device, rank=world.rank, group=group
         )
+    if config.placement == "staged":
+        from ddinfer.engines.staged import load_staged_engine
+
+        return load_staged_engine(model, config, world=world)
     placement = chosen_placement(config)
     return load_whole_engine(model, config, world=world, placement=placement)
 

@@ -38,6 +38,7 @@ class Dispatched:
 
     fetcher: Fetcher
     units: list[Unit] = field(default_factory=list)
+    folders: list[tempfile.TemporaryDirectory[str]] = field(default_factory=list)
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def on_undo(self, action: Callable[[], None]) -> None:
@@ -48,6 +49,18 @@ class Dispatched:
         self.fetcher.forget()
         while self._undo:
             self._undo.pop()()
+        self._close()
+
+    def abandon(self) -> None:
+        """Lets go of all weights instead of putting them back: nothing here can be used again."""
+        self.fetcher.forget()
+        self.units.clear()
+        self._undo.clear()  # what else holds the originals
+        self._close()
+
+    def _close(self) -> None:
+        while self.folders:
+            self.folders.pop().cleanup()
         self.fetcher.close()
 
     def __enter__(self) -> Dispatched:
@@ -243,7 +256,7 @@ class _Carrier:
         if self.offload_folder is None:
             made = tempfile.TemporaryDirectory(prefix="ddinfer-offload-")
             self.offload_folder = Path(made.name)
-            self.dispatched.on_undo(made.cleanup)
+            self.dispatched.folders.append(made)
         self.offload_folder.mkdir(parents=True, exist_ok=True)
         file = self.offload_folder / "weights.safetensors"
         save_file(tensors, file)

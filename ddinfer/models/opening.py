@@ -40,11 +40,13 @@ class OpenModel:
         stored: name → tensor on disk, for every tensor that the files hold. Of names tied to one
             parameter at least one is there. Empty where the library had to load it by itself.
         dtypes: name → type it has in the model; differs from the stored one where it is converted.
+        heard: called with every tensor that was read.
     """
 
     model: torch.nn.Module
     stored: dict[str, StoredTensor]
     dtypes: dict[str, torch.dtype]
+    heard: Callable[[], None] | None = None
 
     def fill(self, device_of: Callable[[str], torch.device | None]) -> torch.nn.Module:
         """Reads every tensor to ``device_of(name)``; those for which it is ``None`` stay on meta.
@@ -77,6 +79,8 @@ class OpenModel:
         self, name: str, tensor: torch.Tensor, device: torch.device | str | None
     ) -> torch.Tensor:
         """One stored tensor as the model has it: moved first, converted there."""
+        if self.heard is not None:
+            self.heard()
         return tensor.to(device).to(self.dtypes.get(name, tensor.dtype))
 
     def _retie(self, done: Mapping[str, torch.Tensor], ties: Mapping[str, tuple[str, ...]]) -> None:
@@ -145,14 +149,17 @@ def open_model(
     variant: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    convert: bool = True,
 ) -> OpenModel:
     """Builds a model on meta and finds its tensors, without reading one.
 
     Args:
         kind: its class; ``None``: the one that config.json names.
+        convert: lets transformers load the model whole where only it can convert its tensors.
 
     Raises:
         UsageError, CheckpointError: see `ddinfer.models.loading.load_model`.
+        NeedsConversion: it would have to, and may not.
     """
     import torch
 
@@ -168,6 +175,8 @@ def open_model(
     try:
         stored = match_checkpoint(model, table, folder)
     except NeedsConversion as reason:
+        if not convert:
+            raise
         log.info("%s is loaded by transformers itself: %s", folder, reason)
         whole = kind.from_pretrained(folder, dtype=dtype or stored_dtype)  # type: ignore[attr-defined]
         return OpenModel(whole.eval(), {}, {})

@@ -104,6 +104,11 @@ class ParkedBuffer(_Parked, torch.Tensor):
     """A buffer that is fetched when it is used."""
 
 
+def is_parked(tensor: torch.Tensor) -> bool:
+    """Whether it is a stand-in, whose bytes are elsewhere."""
+    return isinstance(tensor, _Parked)
+
+
 def park(
     like: torch.Tensor, dtype: torch.dtype, at: torch.device, fetch: Callable[[], torch.Tensor]
 ) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def _tree_of_source(
 ) -> Node:
     import torch
 
-    from ddinfer.models.building import build_on_meta
+    from ddinfer.models.building import NeedsConversion, build_on_meta
     from ddinfer.models.opening import dtype_of
 
     types = source.dtypes(dtype, torch.device("cuda" if gpu else "cpu"))
@@ -67,8 +68,11 @@ def _tree_of_source(
     for name in source.model_names():
         if not source.is_model(name):
             continue
+        opened = None
         if source.weights_at is None:
-            opened = source.open(name, types[name])
+            with contextlib.suppress(NeedsConversion):  # its config says enough
+                opened = source.open(name, types[name], convert=False)
+        if opened is not None:
             model, dtypes = opened.model, opened.dtypes
         else:
             wanted = types[name] or torch.float32

@@ -135,14 +135,15 @@ class PipelineSource:
             )
         return found
 
-    def open(self, name: str, dtype: torch.dtype | None) -> OpenModel:
-        """A component that has weights, with its parameters still on meta."""
+    def open(self, name: str, dtype: torch.dtype | None, *, convert: bool = True) -> OpenModel:
+        """A component that has weights, with its parameters still on meta (see `open_model`)."""
         return open_model(
             self.folder / name,
             kind=self.component_class(name),
             dtype=dtype,
             variant=self.variant,
             allow_pickle=self.allow_pickle,
+            convert=convert,
         )
 
     def is_model(self, name: str) -> bool:

@@ -1,0 +1,214 @@
+"""A pipeline in three stages, of which one has its weights in memory: encode, denoise, decode.
+
+In each stage the pipeline is whole: the components of the other stages are there as stand-ins
+that know their shapes, types and settings, and whose blocks are read from disk should the
+pipeline use one after all. So the pipeline's own code runs unchanged in every stage.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ddinfer.errors import UsageError
+from ddinfer.models.building import NeedsConversion, build_on_meta
+from ddinfer.models.checkpoint import weight_files
+from ddinfer.models.dispatch import dispatch_pipeline
+from ddinfer.models.opening import OpenModel
+from ddinfer.models.placement import CPU, DISK, Placement, PlacementError, Strategy
+from ddinfer.models.planner import plan
+from ddinfer.models.sizes import tree_of
+from ddinfer.models.source import DENOISER_NAMES, PipelineSource
+from ddinfer.models.tree import Node
+
+if TYPE_CHECKING:
+    import torch
+
+Stage = Literal["encode", "denoise", "decode"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+#: What runs beside a denoiser, step by step.
+_BESIDE_DENOISERS = ("controlnet", "motion_adapter", "adapter", "unconditional_transformer")
+_ENCODERS = ("image_encoder", "mllm", "vision_language_encoder")
+_DECODERS = ("vae", "safety_checker")
+_ALTERNATIVE = "use --placement balanced, which holds the whole pipeline at once"
+
+
+def components_by_stage(source: PipelineSource) -> dict[Stage, tuple[str, ...]]:
+    """The components with weights that each stage needs.
+
+    Raises:
+        UsageError: a pipeline that cannot be run in stages, as far as its class can tell.
+    """
+    kind = source.kind
+    name = kind.__name__
+    parameters = inspect.signature(kind.__call__).parameters
+    found: dict[Stage, list[str]] = {stage: [] for stage in STAGES}
+    for component in source.model_names():
+        if source.is_model(component):
+            stage = _stage_of(component)
+            if stage is None:
+                raise UsageError(
+                    f"{name} cannot run in stages: ddinfer does not know when it needs its "
+                    f"{component}; {_ALTERNATIVE}"
+                )
+            found[stage].append(component)
+    wanted = {
+        "an encode_prompt method": hasattr(kind, "encode_prompt"),
+        "an output_type argument": "output_type" in parameters,
+        "a text encoder": bool(found["encode"]),
+        f"a denoiser ({', '.join(DENOISER_NAMES[:2])}, …)": bool(
+            set(found["denoise"]) & set(DENOISER_NAMES)
+        ),
+        "a vae": "vae" in found["decode"],
+    }
+    missing = [what for what, there in wanted.items() if not there]
+    if missing:
+        raise UsageError(f"{name} cannot run in stages: it has not {missing[0]}; {_ALTERNATIVE}")
+    if "decode_chunk_size" in parameters:
+        raise UsageError(
+            f"{name} cannot run in stages: it decodes a video in several pieces; {_ALTERNATIVE}"
+        )
+    return {stage: tuple(names) for stage, names in found.items()}
+
+
+def _stage_of(component: str) -> Stage | None:
+    if component.startswith("text_encoder") or component in _ENCODERS:
+        return "encode"
+    if component in DENOISER_NAMES or component.startswith(_BESIDE_DENOISERS):
+        return "denoise"
+    return "decode" if component in _DECODERS else None
+
+
+def plan_stages(
+    root: Node,
+    components: Mapping[Stage, tuple[str, ...]],
+    budgets: Mapping[str, int],
+    strategy: Strategy = "balanced",
+) -> dict[Stage, Placement]:
+    """Where the weights of each stage lie while it is its turn.
+
+    Args:
+        root: the whole pipeline's sizes.
+
+    Raises:
+        PlacementError: a stage does not fit; it is named.
+    """
+    placements: dict[Stage, Placement] = {}
+    for stage, names in components.items():
+        parts = tuple(child for child in root.children if child.name in names)
+        try:
+            placements[stage] = plan(Node("", (), parts, pipeline=True), budgets, strategy)
+        except PlacementError as error:
+            raise PlacementError(f"the {stage} stage ({', '.join(names)}): {error}") from error
+    return placements
+
+
+class StagedPipeline:
+    """Loads a pipeline anew for each stage; at most one stage's weights are in memory.
+
+    Args:
+        budgets: device → bytes, as `ddinfer.models.memory.complete_budgets` gives them.
+        heard: called with every tensor that was read, so that others see it move.
+
+    Raises:
+        UsageError: the pipeline cannot run in stages, or a stage does not fit the budgets.
+    """
+
+    def __init__(
+        self,
+        source: PipelineSource,
+        dtype: str | torch.dtype | Mapping[str, str | torch.dtype],
+        budgets: Mapping[str, int],
+        *,
+        heard: Callable[[], None] | None = None,
+    ):
+        import torch
+
+        self.source, self.heard = source, heard
+        self.components = components_by_stage(source)
+        is_gpu = any(device not in (CPU, DISK) for device in budgets)
+        root = tree_of(source, dtype=dtype, gpu=is_gpu)
+        self.placements = plan_stages(root, self.components, budgets)
+        main = next((device for device in budgets if device not in (CPU, DISK)), CPU)
+        self.main = torch.device(main)
+        self.dtypes = source.dtypes(dtype, self.main)
+
+    @cached_property
+    def _rest(self) -> dict[str, Any]:
+        """Tokenizers, schedulers and the like; the stages share them."""
+        import torch
+
+        return {
+            entry.name: self.source.load(entry.name, None, torch.device(CPU))
+            for entry in self.source.index.entries
+            if not self.source.is_model(entry.name)
+        }
+
+    def load(self, stage: Stage) -> Any:
+        """The pipeline with the weights of ``stage``; `release` it before the next is loaded."""
+        present = self.components[stage]
+        opened = {
+            name: self._open(name, is_present=name in present)
+            for names in self.components.values()
+            for name in names
+        }
+        models = {name: part.model for name, part in opened.items()}
+        pipe: Any = self.source.assemble({**self._rest, **models})
+        pipe.set_progress_bar_config(disable=True)
+        away = {name: DISK for name in opened if name not in present}
+        here = self.placements[stage]
+        prefetch = here.prefetch and self._fetches(stage)
+        placement = Placement({**here.devices, **away}, str(self.main), prefetch)
+        pipe.ddinfer_dispatched = dispatch_pipeline(pipe, placement, opened=opened)
+        return pipe
+
+    def _open(self, name: str, *, is_present: bool) -> OpenModel:
+        dtype = self.dtypes[name]
+        try:
+            opened = self.source.open(name, dtype, convert=is_present)
+        except NeedsConversion:  # transformers would have to load it whole; it is not needed
+            model = build_on_meta(
+                self.source.component_class(name), self.source.folder / name, dtype
+            )
+            return OpenModel(model, {}, {})
+        return replace(opened, heard=self.heard)
+
+    def _fetches(self, stage: Stage) -> bool:
+        """Whether blocks of this stage's own components come and go."""
+        here = self.placements[stage]
+        return any(d in (CPU, DISK) and d != here.main for d in here.devices.values())
+
+    def weight_files(self, stage: Stage) -> list[Path]:
+        """The files that loading ``stage`` will read."""
+        source = self.source
+        return [
+            file
+            for name in self.components[stage]
+            for file in weight_files(
+                source.folder / name, variant=source.variant, allow_pickle=source.allow_pickle
+            )
+        ]
+
+
+def release(pipe: Any) -> None:
+    """Frees the weights of a stage, whoever may still hold the pipeline. It is useless after."""
+    import torch
+
+    from ddinfer.models.parked import is_parked
+
+    pipe.ddinfer_dispatched.abandon()
+    for model in pipe.components.values():
+        if not isinstance(model, torch.nn.Module):
+            continue
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not is_parked(tensor) and not tensor.is_meta:
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
