@@ -63,6 +63,8 @@ class JobFolder:
     """A folder that holds this job, locked for it.
 
     Attributes:
+        requests: that it is to answer: the whole job's, or those of its shard.
+        all_requests: of the whole job.
         record: its ``job.json``.
         attempt: number of this attempt, from 0: for journal headers.
         is_resumed: whether the folder held the job already.
@@ -79,7 +81,9 @@ class JobFolder:
         attempt: int = 0,
         is_resumed: bool = True,
     ):
-        self.files, self.path, self.requests, self.record = files, path, requests, record
+        self.files, self.path, self.record = files, path, record
+        self.all_requests = requests
+        self.requests = [requests[k] for k in record.images] if record.shard else requests
         self.lease, self.attempt, self.is_resumed = lease, attempt, is_resumed
 
     @classmethod

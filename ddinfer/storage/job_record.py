@@ -18,10 +18,29 @@ JOB_VERSION = 1
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A folder's part of a job that is made on machines that share nothing.
+
+    Attributes:
+        part: from 1, of ``num_parts``.
+        start, stop: its images, a range of Request indices; it may be empty.
+    """
+
+    part: int
+    num_parts: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.part}/{self.num_parts}"
+
+
+@dataclass(frozen=True)
 class JobDescription:
     """What a folder must agree with.
 
     Attributes:
+        requests: of the whole job, also where the folder is to hold a part of it.
         identity: everything beside the requests that decides the images (model, dtype, …).
         versions: of the libraries. Compared like the rest, but can be waved through.
         config: the resolved configuration, kept for the user and to run again.
@@ -31,6 +50,7 @@ class JobDescription:
     identity: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +63,8 @@ class JobRecord:
         segments: where each extension ended, as numbers of Requests. Batches are cut within
             a segment, so that what was added changes no batch of before.
         other_versions: with which it was gone on, where that was asked for.
+        shard: the part of the job that the folder holds; ``None`` for all of it. All else here
+            is of the whole job, so that the parts of a job have one fingerprint.
     """
 
     fingerprint: str
@@ -54,7 +76,15 @@ class JobRecord:
     fingerprints: list[str]
     segments: list[int]
     other_versions: list[dict[str, str]] = field(default_factory=list)
+    shard: Shard | None = None
     version: int = JOB_VERSION
+
+    @property
+    def images(self) -> range:
+        """Indices of the Requests that this folder is to answer."""
+        if self.shard is None:
+            return range(self.num_requests)
+        return range(self.shard.start, self.shard.stop)
 
 
 def read_job(files: Files, path: str) -> JobRecord | None:
@@ -68,6 +98,8 @@ def read_job(files: Files, path: str) -> JobRecord | None:
             f"{name} is of format {data.get('version')}, this ddinfer reads {JOB_VERSION}"
         )
     try:
+        if data.get("shard") is not None:
+            data["shard"] = Shard(**data["shard"])
         return JobRecord(**data)
     except TypeError as error:
         raise StorageError(f"{name} is damaged: {error}") from None
@@ -94,6 +126,7 @@ def record_of(job: JobDescription) -> JobRecord:
         config=json.loads(canonical_json(dict(job.config))),
         fingerprints=[fingerprint],
         segments=[len(job.requests)],
+        shard=job.shard,
     )
 
 
@@ -126,6 +159,8 @@ def same_or_extended(
         versions = _differences(old.versions, new.versions, "version of ")
     if differences or (versions and not accept_versions):
         raise UsageError(_refusal(path, differences, versions, is_extending=is_grown and extend))
+    if old.shard != new.shard:
+        raise UsageError(_shard_refusal(path, old.shard, new.shard))
     if versions:
         old = replace(old, other_versions=[*old.other_versions, new.versions])
     if not is_grown:
@@ -187,6 +222,16 @@ def _refusal(path: str, differences: list[str], versions: list[str], *, is_exten
     return (
         f"{path} {what}:{lines}\n"
         "Choose another --output, or delete that job and start again with --overwrite"
+    )
+
+
+def _shard_refusal(path: str, old: Shard | None, new: Shard | None) -> str:
+    held = "the whole of this job" if old is None else f"part {old} of this job"
+    asked = "the whole was" if new is None else f"--shard {new} was"
+    again = "without --shard" if old is None else f"with --shard {old}"
+    return (
+        f"{path} holds {held}, but {asked} asked for. Go on {again}, or choose another --output; "
+        "ddinfer merge joins the parts of a job in a folder of their own"
     )
 
 
