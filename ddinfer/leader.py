@@ -13,7 +13,7 @@ from ddinfer._version import __version__
 from ddinfer.config import JobConfig
 from ddinfer.distributed.collectives import place_by_index
 from ddinfer.distributed.gpus import resolve_num_threads
-from ddinfer.distributed.partition import contiguous_slice
+from ddinfer.distributed.partition import slice_of_batches
 from ddinfer.distributed.progress import RankTimes, evenness
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch
@@ -49,6 +49,8 @@ class Share:
     Attributes:
         batches: its contiguous slice of the pending ones; all of them where ranks claim batches.
         is_claimed: ranks take the next one from a common counter.
+        alone: batches to be made after those, each with no other in flight: of prompts that may
+            kill their process. Where a replica has one in flight at a time they are in `batches`.
         suspects: indices that are made alone, although their batch was planned larger.
         wanted: indices in them that are not there yet. A batch runs whole, but rewrites nothing.
         info: what every image's metadata says of the job.
@@ -59,6 +61,7 @@ class Share:
 
     batches: Sequence[Batch]
     is_claimed: bool
+    alone: Sequence[Batch]
     suspects: frozenset[int]
     wanted: frozenset[int]
     info: Mapping[str, Any]
@@ -192,10 +195,11 @@ class Leader:
             self.folder.decide(hopeless, state)
         batches = self.job.batches(self.folder.record.segments)
         planned = self.folder.pending_batches(batches, state)
-        self.pending = split_suspects(planned, state)
+        self.pending, self.alone = split_suspects(planned, state)
         together = {k for batch in planned if len(batch) > 1 for k in batch}
-        alone = {batch[0] for batch in self.pending if len(batch) == 1}
-        self.suspects = frozenset(together & alone)
+        self.suspects = frozenset(together.intersection(batch[0] for batch in self.alone))
+        if config.pipeline_parallel == 1:  # a batch of one is alone anyway
+            self.pending, self.alone = sorted([*self.pending, *self.alone], key=min), []
         self.wanted = self.folder.pending(state)
         room = estimate_disk(
             self.files, config.output, [self.job.requests[k] for k in self.wanted], state=state
@@ -221,26 +225,28 @@ class Leader:
 
     def shares(self, num_replicas: int) -> list[Share]:
         """Each replica's part, in rank order."""
+        alone = [slice_of_batches(self.alone, num_replicas, k) for k in range(num_replicas)]
         if self.config.schedule == "dynamic":
             # What takes longest goes first, so that no rank is left with it at the end.
-            share = self._share(sorted(self.pending, key=self._cost, reverse=True))
-            return [share] * num_replicas
-        parts = [contiguous_slice(len(self.pending), num_replicas, k) for k in range(num_replicas)]
-        return [self._share([self.pending[k] for k in part]) for part in parts]
+            batches = sorted(self.pending, key=self._cost, reverse=True)
+            return [self._share(batches, suspects) for suspects in alone]
+        parts = [slice_of_batches(self.pending, num_replicas, k) for k in range(num_replicas)]
+        return [self._share(*part) for part in zip(parts, alone, strict=True)]
 
     def _cost(self, batch: Sequence[int]) -> int:
         """Denoising steps of a batch, as far as the Requests say; sorting keeps equals in order."""
         return len(batch) * (self.job.requests[batch[0]].num_inference_steps or 0)
 
-    def _share(self, batches: Sequence[Sequence[int]]) -> Share:
+    def _share(self, batches: Sequence[Sequence[int]], alone: Sequence[Sequence[int]]) -> Share:
         wanted = set(self.wanted)
         num_images = len(self.job.requests)
         run_id = attempt_id(self.world.run_id, self.world.restart_count)
         return Share(
             [self.job.batch(batch) for batch in batches],
             self.config.schedule == "dynamic",
+            [self.job.batch(batch) for batch in alone],
             self.suspects,
-            frozenset(k for batch in batches for k in batch if k in wanted),
+            frozenset(k for batch in [*batches, *alone] for k in batch if k in wanted),
             self.info,
             JournalHeader(self.folder.fingerprint, attempt=self.folder.attempt, run_id=run_id),
             self.job.model,

@@ -24,6 +24,7 @@ def launch_until_done(
     config: JobConfig,
     num_ranks: int,
     preload: Sequence[str],
+    before_fork: Callable[[], object],
     notify: Callable[[str], object],
 ) -> list[Any]:
     """`launch` ``fn`` on ranks that finish their own work when another dies, then again.
@@ -48,6 +49,7 @@ def launch_until_done(
                 gpus_per_rank=config.gpus_per_rank,
                 num_threads=config.num_threads,
                 preload=preload,
+                before_fork=before_fork,
                 on_failure="finish",
                 grace_seconds=config.grace_seconds + FLUSH_SECONDS,
                 handle_signals=True,
@@ -56,7 +58,7 @@ def launch_until_done(
                 restart_count=restarts,
             )
         except RankError as error:
-            _remember(config.output, attempt_id(run_id, restarts), deaths)
+            _remember(config, attempt_id(run_id, restarts), deaths)
             is_asked_for = error.exit_code in ENDS_THE_JOB and not is_stuck(error.record)
             if restarts == config.max_restarts or is_asked_for:
                 raise
@@ -70,9 +72,9 @@ def attempt_id(run_id: str, restart_count: int) -> str:
     return f"{run_id}/{restart_count}"
 
 
-def _remember(output: str, attempt: str, deaths: dict[int, int]) -> None:
-    if deaths and os.path.isdir(output):
+def _remember(config: JobConfig, attempt: str, deaths: dict[int, int]) -> None:
+    if deaths and os.path.isdir(config.output):
         try:
-            record_deaths(Files(), output, attempt, deaths)
+            record_deaths(Files(), config.output, attempt, deaths, config.pipeline_parallel)
         except StorageError as error:  # the death is to be told, not what came of it
             raise StorageError(f"after a rank had died: {error}") from error

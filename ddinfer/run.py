@@ -91,7 +91,7 @@ def _run(
     torch.set_num_threads(share.num_threads)
     engine = None
     stages = replica.process_group() if len(replica.ranks) > 1 else None
-    if share.batches:  # else there is nothing to do that would need a model
+    if share.batches or share.alone:  # else there is nothing to do that would need a model
         engine = load_engine(share.model, config, group.world, replica, stages)
         engine.tell_steps(heartbeat)
     loaded = time.monotonic()
@@ -100,7 +100,7 @@ def _run(
         if replica.makes_results:
             results = _make(engine, share, config, group, leader, stop)
         else:
-            results = _serve(engine, group, stop)
+            results = _serve(engine, share, group, stop)
     times = RankTimes(
         group.world.rank,
         len(results),
@@ -136,22 +136,25 @@ def _make(
         fps=config.fps,
         wanted=share.wanted.__contains__,
     )
-    batches = _one_by_one(share, group, leader, stop)
-    results = save_as_made(lambda given: _marked(engine, given, share), batches, writer)
     with Progress(group, share.num_images, share.num_finished) as progress, writer:
-        for result in results:
-            if result.index in share.wanted:
-                made.append(result)
-                progress.made(1, failed=int(result.error is not None))
+        for turn in _turns(share, group):
+            batches = _one_by_one(turn, group, leader, stop)
+            results = save_as_made(lambda given: _marked(engine, given, share), batches, writer)
+            for result in results:
+                if result.index in share.wanted:
+                    made.append(result)
+                    progress.made(1, failed=int(result.error is not None))
         group.enter("saving")
         stop.raise_if_requested()
     return made
 
 
-def _serve(engine: Engine | None, group: Group, stop: Stop) -> list[Result]:
+def _serve(engine: Engine | None, share: Share, group: Group, stop: Stop) -> list[Result]:
     """Run this rank's stage for the rank that makes the Results; here there are none."""
     group.enter("running", "the stage of a denoiser")
-    results = list(engine.run(())) if engine is not None else []
+    results: list[Result] = []
+    for _ in _turns(share, group):
+        results += engine.run(()) if engine is not None else ()
     stop.raise_if_requested()
     return results
 
@@ -162,9 +165,17 @@ def _marked(engine: Engine | None, batches: Iterable[Batch], share: Share) -> It
         yield replace(result, exact=False) if result.index in share.suspects else result
 
 
-def _one_by_one(share: Share, group: Group, leader: Leader | None, stop: Stop) -> Iterator[Batch]:
+def _turns(share: Share, group: Group) -> Iterator[Iterator[Batch]]:
+    """The batches of each of the engine's runs, as many on every rank of a replica."""
+    yield _claimed(share.batches, group) if share.is_claimed else iter(share.batches)
+    for batch in share.alone:
+        yield iter([batch])
+
+
+def _one_by_one(
+    batches: Iterator[Batch], group: Group, leader: Leader | None, stop: Stop
+) -> Iterator[Batch]:
     """The batches, each after a look whether to go on: a peer may have failed, a signal come."""
-    batches = _claimed(share.batches, group) if share.is_claimed else iter(share.batches)
     while not stop.is_requested:
         group.check_peers()
         if leader is not None:

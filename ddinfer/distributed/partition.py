@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container, Hashable, Sequence
+from typing import TypeVar
+
+B = TypeVar("B")
 
 
 def contiguous_slice(num_items: int, num_parts: int, part: int) -> range:
@@ -52,7 +55,7 @@ def pending_batches(batches: Sequence[range], done: Container[int]) -> list[rang
     return [batch for batch in batches if any(k not in done for k in batch)]
 
 
-def slice_of_batches(batches: Sequence[range], num_parts: int, part: int) -> Sequence[range]:
+def slice_of_batches(batches: Sequence[B], num_parts: int, part: int) -> Sequence[B]:
     """The contiguous share of ``batches`` that belongs to ``part``. May be empty."""
     share = contiguous_slice(len(batches), num_parts, part)
     return batches[share.start : share.stop]

@@ -4,7 +4,8 @@ Each process of each attempt appends to a file of its own, ``journal/ATTEMPT-RAN
 the last line of a file can be torn. Each line is a JSON object whose last key is the CRC-32 of
 everything before it. The first line is the header; the others are of one of these kinds:
 
-- ``start``: a batch is about to be computed (``indices``);
+- ``start``: a batch is about to be computed (``indices``; its ``size`` where that is more than
+  those and one; ``beside``: the first indices of other batches that are being computed);
 - ``image``: an image is in its place and durable (``index``, ``sha256``, ``bytes``);
 - ``failed``: a prompt could not be made (``index``, ``error``);
 - ``death``: a process died by a signal during a batch (``indices``, ``signal``, ``alone``);

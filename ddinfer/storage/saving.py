@@ -26,15 +26,12 @@ def save_as_made(
         DdinferError: the engine answered a Request twice, or not at all.
     """
     open_batches: dict[int, _OpenBatch] = {}
-    num_open = 0
 
     def announced() -> Iterator[Sequence[Request]]:
-        nonlocal num_open
         for batch in batches:
-            num_open += 1
             waiting = _OpenBatch(len(batch))
             open_batches.update((request.index, waiting) for request in batch)
-            writer.started([request.index for request in batch], num_open)
+            writer.started([request.index for request in batch])
             yield batch
 
     for result in make(announced()):
@@ -43,7 +40,6 @@ def save_as_made(
             raise DdinferError(f"the engine answered request {result.index} twice or unasked")
         batch.results.append(result)
         if len(batch.results) == batch.size:
-            num_open -= 1
             writer.put(batch.results)
             for made in batch.results:
                 yield made.without_pictures()

@@ -56,6 +56,7 @@ class Writer:
         self.fps, self.wanted = fps, wanted
         self.num_written = self.num_failed = 0
         self._made_folders: set[str] = set()
+        self._open: set[int] = set()  # the first wanted index of each batch being computed
         self._error: BaseException | None = None
         self._queue: queue.Queue[Sequence[Result] | None] = queue.Queue(maxsize=1)
         self._thread: threading.Thread | None = threading.Thread(
@@ -63,8 +64,8 @@ class Writer:
         )
         self._thread.start()
 
-    def started(self, indices: Sequence[int], num_open: int = 1) -> None:
-        """Journal that a batch is about to be computed, as one of ``num_open`` at a time.
+    def started(self, indices: Sequence[int]) -> None:
+        """Journal that a batch is about to be computed, beside those that were not `put` yet.
 
         Not fsynced: it is there for a process that dies, and the kernel keeps what that wrote.
         """
@@ -76,8 +77,9 @@ class Writer:
             line: dict[str, Any] = {"kind": "start", "indices": wanted}
             if len(indices) > 1:
                 line["size"] = len(indices)
-            if num_open > 1:
-                line["open"] = num_open
+            if self._open:
+                line["beside"] = sorted(self._open)
+            self._open.add(wanted[0])
             self.journal.append([line], sync=False)
 
     def put(self, results: Sequence[Result]) -> None:
@@ -87,6 +89,7 @@ class Writer:
             StorageError: writing an earlier batch failed.
         """
         self._raise_error()
+        self._open.difference_update(result.index for result in results)
         self._queue.put(results)
 
     def flush(self) -> None:
