@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -26,10 +28,11 @@ class Stop:
 
     Args:
         grace_seconds: for the batch in hand.
+        says_so: whether a signal is answered on standard error, for whoever pressed Ctrl-C.
     """
 
-    def __init__(self, grace_seconds: float = 20.0):
-        self.grace_seconds = grace_seconds
+    def __init__(self, grace_seconds: float = 20.0, *, says_so: bool = False):
+        self.grace_seconds, self.says_so = grace_seconds, says_so
         self.signal_number: int | None = None
         self._last_resort: threading.Timer | None = None
 
@@ -66,6 +69,13 @@ class Stop:
         )
         self._last_resort.daemon = True
         self._last_resort.start()
+        if self.says_so:
+            text = (
+                f"\nddinfer: {signal.Signals(number).name} came; what is in hand may take "
+                f"{self.grace_seconds:g} s more. A second signal ends at once\n"
+            )
+            with contextlib.suppress(OSError):  # no terminal any more
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
     def _abandon(self, number: int, frame: FrameType | None) -> None:
         self.raise_if_requested()

@@ -10,14 +10,32 @@ import json
 from pathlib import Path
 
 CODE = """
-import os, signal, time
+import os, signal, threading, time
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
 
+def hold(gate):  # until somebody makes this file; ours says that we wait
+    while gate and not os.path.exists(gate):
+        open(gate + ".waiting", "w").close()
+        time.sleep(0.02)
+
+
+class HeldImage(Image.Image):
+    @property
+    def __array_interface__(self):
+        if threading.current_thread().name == "ddinfer-writer":
+            hold(self.gate)
+        return super().__array_interface__
+
+
+hold(os.environ.get("MOODY_HOLDS_IMPORT"))
+
+
 class MoodyPipeline(DiffusionPipeline):
     def __init__(self, scheduler):
+        hold(os.environ.get("MOODY_HOLDS_LOADING"))
         super().__init__()
         self.register_modules(scheduler=scheduler)
 
@@ -46,9 +64,11 @@ class MoodyPipeline(DiffusionPipeline):
             if word == "once" and not os.path.exists(rest):  # kills the first process that tries
                 open(rest, "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
-            while word == "wait" and not os.path.exists(rest):
-                open(rest + ".waiting", "w").close()
-                time.sleep(0.02)
+            if word == "wait":
+                hold(rest)
+            if word == "leave" and not os.path.exists(rest):  # as if all were done, once
+                open(rest, "w").close()
+                os._exit(0)
             if word == "exit":
                 os._exit(0)
             if word == "break":
@@ -58,7 +78,11 @@ class MoodyPipeline(DiffusionPipeline):
             if word == "many" and len(prompts) > int(rest):
                 raise torch.OutOfMemoryError(f"no room for {len(prompts)}")
         colours = [torch.randint(1, 256, (3,), generator=g).tolist() for g in generators]
-        return ImagePipelineOutput([Image.new("RGB", (width, height), tuple(c)) for c in colours])
+        pictures = [Image.new("RGB", (width, height), tuple(c)) for c in colours]
+        for text, picture in zip(prompts, pictures):
+            if text.startswith("save "):  # the writer waits for this file
+                picture.__class__, picture.gate = HeldImage, text[5:]
+        return ImagePipelineOutput(pictures)
 """
 
 

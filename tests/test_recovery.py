@@ -3,45 +3,20 @@
 import json
 import os
 import signal
-import time
 
 import pytest
 
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import verify
+from tests.jobs import STARTS, end, job, made, wait_for_words, wait_until
 from tests.kill_matrix import ranks_of
 from tests.moody_pipeline import moody_pipeline
-from tests.test_cli import HANG_SECONDS, MAIN, TORCHRUN, images, options, run, start, status
+from tests.test_cli import MAIN, TORCHRUN, run, start, status
 
 
 @pytest.fixture(scope="module")
 def moody(tmp_path_factory):
     return str(moody_pipeline(tmp_path_factory.mktemp("model")))
-
-
-def job(model, folder, prompts, *more):
-    """Options of a job with these prompts; its output is ``folder/out``."""
-    file = folder / "prompts.txt"
-    file.write_text("".join(f"{prompt}\n" for prompt in prompts))
-    words = ["--prompts", file, "--num_threads=1", *more]
-    return options(model, folder / "out", *words)
-
-
-def made(folder):
-    return sorted(int(name[:8]) for name in images(folder / "out"))
-
-
-def wait_until(process, condition):
-    deadline = time.monotonic() + HANG_SECONDS
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def end(process):
-    _, err = process.communicate(timeout=HANG_SECONDS)
-    return process.returncode, err
 
 
 # --- restarts ----------------------------------------------------------------------------------
@@ -107,12 +82,6 @@ def test_torchruns_own_restarts_go_on_with_the_job(moody, tmp_path):
 
 # --- signals -----------------------------------------------------------------------------------
 
-STARTS = {
-    "one process": MAIN,
-    "two ranks": [*MAIN, "--nproc_per_node=2"],
-    "torchrun": [*TORCHRUN, "--nproc_per_node=2", "ddinfer/main.py"],
-}
-
 
 @pytest.mark.parametrize("name", STARTS)
 def test_sigterm_lets_the_batch_in_hand_finish(moody, tmp_path, name):
@@ -121,9 +90,7 @@ def test_sigterm_lets_the_batch_in_hand_finish(moody, tmp_path, name):
     process = start([*STARTS[name], *words])
     wait_until(process, (tmp_path / "gate.waiting").exists)
     process.send_signal(signal.SIGTERM)
-    # Nobody sees from outside that a rank has heard it; a rank without the signal would make
-    # its next images at once.
-    time.sleep(1)
+    wait_for_words(process, "SIGTERM came", "20 s more")
     gate.touch()
     code, err = end(process)
     assert 0 in made(tmp_path), "it was in hand"
@@ -155,7 +122,7 @@ def test_a_second_signal_ends_at_once(moody, tmp_path, name):
     process = start([*STARTS[name], *words])
     wait_until(process, (tmp_path / "gate.waiting").exists)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)  # two signals at the same time may be one
+    wait_for_words(process, "A second signal ends at once")
     process.send_signal(signal.SIGTERM)
     code, err = end(process)
     assert code == 75, err

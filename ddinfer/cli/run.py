@@ -64,11 +64,14 @@ def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int
     """This process is a rank: of torchrun's, or the only one."""
     from ddinfer.cli.summary import print_summary
     from ddinfer.distributed.parent import leave
-    from ddinfer.distributed.world import World
-    from ddinfer.run import run_job
     from ddinfer.stopping import Stop
 
-    with Stop(config.grace_seconds).on_signals() as stop:
+    speaks = os.environ.get("RANK", "0") == "0"
+    with Stop(config.grace_seconds, says_so=speaks).on_signals() as stop:
+        # Seconds of imports: a signal is heard from before them.
+        from ddinfer.distributed.world import World
+        from ddinfer.run import run_job
+
         world = World.detect(config.device, gpus_per_rank=config.gpus_per_rank)
         own_process(world.rank)
         report = run_job(config, world, stdin=stdin, retry_failed=retry_failed, stop=stop)
@@ -106,6 +109,6 @@ def run_on_rank(
     from ddinfer.run import run_job
     from ddinfer.stopping import Stop
 
-    with Stop(config.grace_seconds).on_signals() as stop:
+    with Stop(config.grace_seconds, says_so=world.rank == 0).on_signals() as stop:
         own_process(world.rank)
         return run_job(config, world, stdin=stdin, retry_failed=retry_failed, stop=stop)

@@ -1,0 +1,143 @@
+"""SIGTERM in every phase of a job: 75, and the same command finishes it, byte for byte.
+
+Each phase is held by something that the job waits for, and the signal comes while it waits.
+"""
+
+import errno
+import os
+import signal
+
+import pytest
+
+from ddinfer.config import JobConfig
+from ddinfer.run import run_job
+from tests.jobs import STARTS, end, is_whole, job, wait_for_words, wait_until
+from tests.moody_pipeline import moody_pipeline
+from tests.test_cli import images, run, start, status
+
+HOLDS = {"preparing": "MOODY_HOLDS_IMPORT", "loading": "MOODY_HOLDS_LOADING"}
+PHASES = ["preparing", "loading", "running", "saving", "gathering"]
+
+
+@pytest.fixture(scope="module")
+def moody(tmp_path_factory):
+    return str(moody_pipeline(tmp_path_factory.mktemp("model")))
+
+
+class Held:
+    """A job of four prompts that stands still in a phase until it is let go.
+
+    What holds it is gone when the job is run again.
+    """
+
+    def __init__(self, name, phase, model, folder, *more):
+        self.folder, self.name, self.model = folder, name, model
+        self.gates = [folder / "gate", folder / "gate2"]
+        self.pipe, self.writer = folder / "out/journal/zz.jsonl", None
+        first = {"running": f"wait {self.gates[0]}", "saving": f"save {self.gates[0]}"}
+        # A rank that saves its last image has nothing left to do; here another one has.
+        third = {"saving": f"wait {self.gates[1]}"}
+        self.prompts = [first.get(phase, "a"), "b", third.get(phase, "c"), "d"]
+        self.command = [*STARTS[name], *job(model, folder, self.prompts, *more)]
+        gate = str(self.gates[0])
+        self.process = start(
+            self.command,
+            **{HOLDS.get(phase, "MOODY_HOLDS_LOADING"): gate} if phase not in first else {},
+        )
+        wait_until(self.process, (folder / "gate.waiting").exists)
+        if phase == "gathering":  # when all is made, there is a journal that does not end
+            os.mkfifo(self.pipe)
+            self.gates[0].touch()
+            wait_until(self.process, self._is_read)
+
+    def _is_read(self):
+        """Whether somebody has opened the pipe to read it; from then on he waits for us."""
+        try:
+            self.writer = os.open(self.pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nobody does
+                raise
+        return self.writer is not None
+
+    def let_go(self):
+        for gate in self.gates:
+            gate.touch()
+        if self.writer is not None:
+            self.pipe.unlink()
+            os.close(self.writer)
+
+    def undisturbed(self):
+        """The images of the same prompts, made by one rank that nobody stops."""
+        run_job(
+            JobConfig(
+                model=self.model,
+                output=str(self.folder / "undisturbed"),
+                prompt=tuple(self.prompts),
+                trust_remote_code=True,
+                device="cpu",
+                num_threads=1,
+            )
+        )
+        return images(self.folder / "undisturbed")
+
+
+def check_stopped_with_75(held, code, err):
+    assert status(held.folder / "out")["exit_code"] == 75, err
+    assert status(held.folder / "out")["state"] == "stopped"
+    if held.name != "torchrun":  # which has an exit code of its own
+        assert code == 75, err
+    assert not is_whole(held.folder)
+
+
+def check_finished_by_the_same_command(held):
+    done = run(held.command)
+    assert done.returncode == 0, done.stderr
+    assert is_whole(held.folder)
+    assert images(held.folder / "out") == held.undisturbed()
+
+
+def by_night(*values):
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [("two ranks", "loading")]
+    + [by_night(n, p) for n in STARTS for p in PHASES[:-1] if (n, p) != ("two ranks", "loading")],
+)
+def test_sigterm_in_a_phase_ends_with_75_and_the_same_command_finishes(
+    moody, tmp_path, name, phase
+):
+    held = Held(name, phase, moody, tmp_path)
+    held.process.send_signal(signal.SIGTERM)
+    wait_for_words(held.process, "SIGTERM came; what is in hand")
+    held.let_go()
+    check_stopped_with_75(held, *end(held.process))
+    check_finished_by_the_same_command(held)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_that_takes_longer_than_the_grace_is_abandoned(moody, tmp_path, name, phase):
+    held = Held(name, phase, moody, tmp_path, "--grace_seconds=0.5")
+    held.process.send_signal(signal.SIGTERM)
+    code, err = end(held.process)
+    held.let_go()
+    if phase == "preparing":  # no folder yet that could say it
+        assert not (tmp_path / "out").exists()
+        assert name == "torchrun" or code == 75, err
+    else:
+        check_stopped_with_75(held, code, err)
+    check_finished_by_the_same_command(held)
+
+
+def test_sigterm_when_all_is_made_lets_the_job_finish(moody, tmp_path):
+    held = Held("one process", "gathering", moody, tmp_path)
+    held.process.send_signal(signal.SIGTERM)
+    wait_for_words(held.process, "SIGTERM came; what is in hand")
+    held.let_go()
+    code, err = end(held.process)
+    assert code == 0, err
+    assert is_whole(tmp_path)
+    assert images(tmp_path / "out") == held.undisturbed()
