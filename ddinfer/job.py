@@ -17,10 +17,11 @@ from typing import Any
 
 from ddinfer import tiny
 from ddinfer.config import RESERVED_CALL_ARGUMENTS, JobConfig
-from ddinfer.distributed.partition import cut_batches
+from ddinfer.distributed.partition import contiguous_slice, cut_batches
 from ddinfer.errors import UsageError
 from ddinfer.prompts import read_prompts
 from ddinfer.request import Prompt, Request, resolve_requests
+from ddinfer.storage.job_record import Shard
 
 #: Libraries whose version can change an image.
 VERSIONED = ("torch", "diffusers", "transformers", "numpy", "pillow")
@@ -56,6 +57,25 @@ class Job:
             for part in cut_batches(keys, self.config.batch_size):
                 cut.append(range(start + part.start, start + part.stop))
         return cut
+
+    def shard(self) -> Shard | None:
+        """The part that ``--shard K/N`` asks for: the K-th of N neighbouring slices of the batches.
+
+        Raises:
+            UsageError: asked for together with ``--extend``.
+        """
+        if self.config.shard_of is None:
+            return None
+        if self.config.extend:
+            raise UsageError(
+                "--extend does not go with --shard: merge the parts of the job (ddinfer merge) and "
+                "extend the joined folder"
+            )
+        part, num_parts = self.config.shard_of
+        batches = self.batches()
+        share = contiguous_slice(len(batches), num_parts, part)
+        ends = [0, *(batch.stop for batch in batches)]
+        return Shard(part + 1, num_parts, ends[share.start], ends[share.stop])
 
     def batch(self, indices: Sequence[int]) -> list[Request]:
         return [self.requests[k] for k in indices]

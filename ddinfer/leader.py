@@ -17,7 +17,7 @@ from ddinfer.distributed.partition import slice_of_batches
 from ddinfer.distributed.progress import RankTimes, evenness
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch
-from ddinfer.engines.select import check_placement
+from ddinfer.engines.select import check_placement, check_stages
 from ddinfer.engines.whole import check_call, gpu_numbers
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, exit_code_of
 from ddinfer.job import (
@@ -91,7 +91,7 @@ class RunReport:
     """What a run came to; the same on every rank.
 
     Attributes:
-        num_images: of the whole job.
+        num_images: of the whole job, or of the part that ``--shard`` asked for.
         num_made: there now, those of earlier runs included.
         num_failed: listed in failures.jsonl.
         num_new: made by this run.
@@ -142,12 +142,14 @@ class Leader:
         model, _, _ = resolve_model(config)
         parameters = call_parameters(model, config.trust_remote_code, **hub)
         if retry_failed:
-            self.job = job_of_folder(config, JobFolder.look(self.files, config.output).requests)
+            begun = JobFolder.look(self.files, config.output)
+            self.job = job_of_folder(config, begun.all_requests)
         else:
             self.job = prepare_job(config, parameters=parameters, stdin=stdin)
         pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
         check_call(pipeline, parameters, self.job.call_arguments(), config.batch_size)
         check_placement(config, gpu_numbers(world))
+        check_stages(model, config)
         model_folder = pipeline_folder(
             model,
             variant=config.variant,
@@ -177,7 +179,9 @@ class Leader:
         self.folder = JobFolder.open(
             self.files,
             config.output,
-            JobDescription(self.job.requests, identity, library_versions(), config.to_dict()),
+            JobDescription(
+                self.job.requests, identity, library_versions(), config.to_dict(), self.job.shard()
+            ),
             overwrite=config.overwrite and world.restart_count == 0,  # a restart goes on
             extend=config.extend,
             accept_versions=config.accept_versions,
@@ -190,10 +194,12 @@ class Leader:
         state = self.folder.read_state()
         if retry_failed and world.restart_count == 0:  # a restart goes on
             self.folder.retry_failed(state)
-        hopeless = hopeless_prompts(self.job.requests, state)
+        hopeless = hopeless_prompts(self.folder.requests, state)
         if hopeless:
             self.folder.decide(hopeless, state)
+        images = self.folder.record.images
         batches = self.job.batches(self.folder.record.segments)
+        batches = [batch for batch in batches if batch.start in images]
         planned = self.folder.pending_batches(batches, state)
         self.pending, self.alone = split_suspects(planned, state)
         together = {k for batch in planned if len(batch) > 1 for k in batch}
@@ -212,7 +218,16 @@ class Leader:
                 "going on with the job in %s: %d of %d images are there",
                 config.output,
                 state.num_done,
+                len(self.folder.requests),
+            )
+        if self.folder.record.shard is not None:
+            log.info(
+                "part %s of the job: %d of its %d images. Where the other parts are made by "
+                "machines with other cores, give --num_threads %d there, too",
+                self.folder.record.shard,
+                len(images),
                 len(self.job.requests),
+                self.num_threads,
             )
 
     def _num_threads(self) -> int:
@@ -239,7 +254,7 @@ class Leader:
 
     def _share(self, batches: Sequence[Sequence[int]], alone: Sequence[Sequence[int]]) -> Share:
         wanted = set(self.wanted)
-        num_images = len(self.job.requests)
+        num_images = len(self.folder.requests)
         run_id = attempt_id(self.world.run_id, self.world.restart_count)
         return Share(
             [self.job.batch(batch) for batch in batches],
@@ -272,12 +287,12 @@ class Leader:
         done = self.folder.finish()
         if not done.is_complete:
             raise DdinferError(
-                f"{len(done.pending)} of {len(self.job.requests)} images are neither made nor "
+                f"{len(done.pending)} of {len(self.folder.requests)} images are neither made nor "
                 f"failed by the journals in {self.config.output}, the first is {done.pending[0]}"
             )
         report = RunReport(
             self.config.output,
-            len(self.job.requests),
+            len(self.folder.requests),
             done.num_done,
             done.num_failed,
             num_new=sum(not record.failed for record in records),
@@ -297,7 +312,7 @@ class Leader:
 
     def working(self) -> None:
         """Say in status.json that the ranks are at work."""
-        self._write_status("running", {"num_images": len(self.job.requests)})
+        self._write_status("running", {"num_images": len(self.folder.requests)})
 
     def stopped(self, error: BaseException) -> None:
         """Say why the job ended early, for whoever cannot see our exit code; close the folder."""

@@ -15,6 +15,7 @@ COMMANDS = {
     "status": "how a job stands, while it runs and after",
     "verify": "is every image there, with the bytes that were written?",
     "retry-failed": "make a job's failed prompts again, from its folder alone",
+    "merge": "join the parts of a job that was split with --shard",
     "template": "print the script that starts a job under Slurm, Kubernetes or torchrun",
     "replay": "make one image again from its own metadata and compare",
 }

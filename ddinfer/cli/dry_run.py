@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from ddinfer.config import JobConfig
-from ddinfer.distributed.partition import contiguous_slice
-from ddinfer.engines.select import check_placement
+from ddinfer.distributed.partition import slice_of_batches
+from ddinfer.distributed.replica import Replica
+from ddinfer.engines.select import check_placement, check_stages
 from ddinfer.engines.whole import check_call
 from ddinfer.errors import EXIT_OK
 from ddinfer.job import prepare_job, resolve_model
@@ -33,32 +35,41 @@ def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
     pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
     check_call(pipeline, parameters, job.call_arguments(), config.batch_size)
     check_placement(config)
-    all_batches = job.batches()
-    parts = [contiguous_slice(len(all_batches), num_ranks, rank) for rank in range(num_ranks)]
+    cut = check_stages(model, config)
+    all_batches, shard = job.batches(), job.shard()
+    requests = job.requests
+    if shard is not None:
+        requests = requests[shard.start : shard.stop]
+        all_batches = [b for b in all_batches if shard.start <= b.start < shard.stop]
+    num_stages = config.pipeline_parallel
+    num_replicas = Replica.of(0, num_ranks, num_stages).num_replicas
     slices = []
-    for part in parts:
-        batches = [all_batches[k] for k in part]
+    for part in range(num_replicas):
+        batches = slice_of_batches(all_batches, num_replicas, part)
         first, last = (batches[0].start, batches[-1].stop - 1) if batches else (None, None)
         slices.append(
             {
+                "ranks": list(range(part * num_stages, (part + 1) * num_stages)),
                 "images": sum(map(len, batches)),
                 "batches": len(batches),
                 "first_image": first,
                 "last_image": last,
             }
         )
-    disk = estimate_disk(Files(), config.output, job.requests)
+    disk = estimate_disk(Files(), config.output, requests)
     return {
         "model": name,
         "pipeline": pipeline,
         "output": config.output,
-        "images": len(job.requests),
+        "shard": None if shard is None else str(shard),
+        "images": len(requests),
         "batches": len(all_batches),
-        "ranks": slices,
+        "slices": slices,
+        "stages": {name: [asdict(s) for s in stages] for name, stages in cut.items()},
         "disk": str(disk),
         "disk_bytes": disk.needed_bytes,
         "free_bytes": disk.free_bytes,
-        "first_requests": [r.to_dict() for r in job.requests[:SHOWN_REQUESTS]],
+        "first_requests": [r.to_dict() for r in requests[:SHOWN_REQUESTS]],
         "notes": list(job.notes),
     }
 
@@ -69,12 +80,22 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"{plan['images']} images in {plan['batches']} batches, by {plan['pipeline']} "
         f"({plan['model']}), into {plan['output']}"
     ]
-    for rank, part in enumerate(plan["ranks"]):
+    if plan["shard"] is not None:
+        lines[0] += f": part {plan['shard']} of the job"
+    for part in plan["slices"]:
+        ranks = part["ranks"]
+        who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         if part["images"]:
             which = f"images {part['first_image']} to {part['last_image']}"
-            lines.append(f"  rank {rank}: {part['batches']} batches, {which}")
+            lines.append(f"  {who}: {part['batches']} batches, {which}")
         else:
-            lines.append(f"  rank {rank}: nothing")
+            lines.append(f"  {who}: nothing")
+    for name, stages in plan["stages"].items():
+        for number, stage in enumerate(stages):
+            lines.append(
+                f"stage {number} of the {name}: {stage['first']} to {stage['last']}, "
+                f"{stage['share']:.0%} of its weights"
+            )
     lines.append(f"disk: {plan['disk']}")
     lines.append("first requests:")
     lines += [f"  {json.dumps(r, ensure_ascii=False)}" for r in plan["first_requests"]]

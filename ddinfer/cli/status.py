@@ -57,6 +57,7 @@ def status_of(files: Files, path: str) -> dict[str, Any]:
     now = [a for a in state.attempts if a.header.attempt == last]
     return {
         "output": path,
+        "shard": None if folder.record.shard is None else str(folder.record.shard),
         "state": _state(is_running, num_pending, said),
         "num_images": len(folder.requests),
         "num_made": state.num_done,
@@ -109,6 +110,8 @@ def _rank(attempt: Attempt, is_running: bool) -> dict[str, Any]:
 def lines_of(status: Mapping[str, Any]) -> list[str]:
     """The same for people."""
     lines = [f"{status['output']}: {status['state']}"]
+    if status["shard"]:
+        lines[0] += f", part {status['shard']} of a job"
     if status["holder"]:
         lines[0] += f" ({status['holder']})"
     counts = f"{status['num_made']} of {status['num_images']} images made"

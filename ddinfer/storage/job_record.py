@@ -150,13 +150,13 @@ def same_or_extended(
     Raises:
         UsageError: another job; says what differs and the ways out.
     """
-    differences = _differences(old.identity, new.identity)
+    differences = differences_of(old.identity, new.identity)
     is_grown = _is_extension(job.requests, old)
     if old.requests_sha256 != new.requests_sha256 and not (is_grown and extend):
         differences.append(_requests_difference(files, path, job.requests, old, is_grown))
     versions: list[str] = []
     if new.versions != old.versions and new.versions not in old.other_versions:
-        versions = _differences(old.versions, new.versions, "version of ")
+        versions = differences_of(old.versions, new.versions, "version of ")
     if differences or (versions and not accept_versions):
         raise UsageError(_refusal(path, differences, versions, is_extending=is_grown and extend))
     if old.shard != new.shard:
@@ -183,10 +183,17 @@ def _is_extension(requests: Sequence[Request], old: JobRecord) -> bool:
     return requests_sha256(requests[: old.num_requests]) == old.requests_sha256
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], what: str = "") -> list[str]:
+def differences_of(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    what: str = "",
+    *,
+    where: tuple[str, str] = ("in the folder", "now"),
+) -> list[str]:
+    """A line for each name that has not the same value in both."""
     names = sorted({*old, *new})
     return [
-        f"{what}{name}: {_shown(old.get(name))} in the folder, {_shown(new.get(name))} now"
+        f"{what}{name}: {_shown(old.get(name))} {where[0]}, {_shown(new.get(name))} {where[1]}"
         for name in names
         if old.get(name) != new.get(name)
     ]
@@ -204,7 +211,7 @@ def _requests_difference(
         return f"{counts}; they are not the same"
     for a, b in zip(before, requests, strict=False):
         if a.content_hash() != b.content_hash():
-            parts = _differences(a.to_dict(), b.to_dict()) or ["other hashes"]
+            parts = differences_of(a.to_dict(), b.to_dict()) or ["other hashes"]
             return f"{counts}; the first that differs is {b.index} (id {b.id}): {parts[0]}"
     return f"{counts}; the first {min(len(before), len(requests))} are the same"
 
