@@ -21,7 +21,6 @@ from ddinfer.distributed.partition import contiguous_slice, cut_batches
 from ddinfer.errors import UsageError
 from ddinfer.prompts import read_prompts
 from ddinfer.request import Prompt, Request, resolve_requests
-from ddinfer.storage.job_record import Shard
 
 #: Libraries whose version can change an image.
 VERSIONED = ("torch", "diffusers", "transformers", "numpy", "pillow")
@@ -58,14 +57,16 @@ class Job:
                 cut.append(range(start + part.start, start + part.stop))
         return cut
 
-    def shard(self) -> Shard | None:
-        """The part that ``--shard K/N`` asks for: the K-th of N neighbouring slices of the batches.
+    def images(self) -> range:
+        """Indices of the Requests that are asked for: all, or those of ``--shard K/N``.
+
+        They are what the K-th of N neighbouring slices of the batches makes.
 
         Raises:
-            UsageError: asked for together with ``--extend``.
+            UsageError: ``--shard`` together with ``--extend``.
         """
         if self.config.shard_of is None:
-            return None
+            return range(len(self.requests))
         if self.config.extend:
             raise UsageError(
                 "--extend does not go with --shard: merge the parts of the job (ddinfer merge) and "
@@ -75,7 +76,7 @@ class Job:
         batches = self.batches()
         share = contiguous_slice(len(batches), num_parts, part)
         ends = [0, *(batch.stop for batch in batches)]
-        return Shard(part + 1, num_parts, ends[share.start], ends[share.stop])
+        return range(ends[share.start], ends[share.stop])
 
     def batch(self, indices: Sequence[int]) -> list[Request]:
         return [self.requests[k] for k in indices]

@@ -35,6 +35,7 @@ from ddinfer.request import Result
 from ddinfer.storage.deaths import hopeless_prompts, record_deaths, split_suspects
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobDescription, JobFolder, read_job
+from ddinfer.storage.job_record import Shard
 from ddinfer.storage.journal import JournalHeader
 from ddinfer.storage.metadata import write_status
 from ddinfer.storage.verify import check_room, estimate_disk
@@ -180,7 +181,7 @@ class Leader:
             self.files,
             config.output,
             JobDescription(
-                self.job.requests, identity, library_versions(), config.to_dict(), self.job.shard()
+                self.job.requests, identity, library_versions(), config.to_dict(), self._shard()
             ),
             overwrite=config.overwrite and world.restart_count == 0,  # a restart goes on
             extend=config.extend,
@@ -229,6 +230,13 @@ class Leader:
                 len(self.job.requests),
                 self.num_threads,
             )
+
+    def _shard(self) -> Shard | None:
+        if self.config.shard_of is None:
+            return None
+        part, num_parts = self.config.shard_of
+        images = self.job.images()
+        return Shard(part + 1, num_parts, images.start, images.stop)
 
     def _num_threads(self) -> int:
         """As given, else as the job in the folder was begun, else by the machine's cores."""

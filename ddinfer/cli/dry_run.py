@@ -36,11 +36,9 @@ def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
     check_call(pipeline, parameters, job.call_arguments(), config.batch_size)
     check_placement(config)
     cut = check_stages(model, config)
-    all_batches, shard = job.batches(), job.shard()
-    requests = job.requests
-    if shard is not None:
-        requests = requests[shard.start : shard.stop]
-        all_batches = [b for b in all_batches if shard.start <= b.start < shard.stop]
+    images = job.images()
+    requests = job.requests[images.start : images.stop]
+    all_batches = [batch for batch in job.batches() if batch.start in images]
     num_stages = config.pipeline_parallel
     num_replicas = Replica.of(0, num_ranks, num_stages).num_replicas
     slices = []
@@ -61,7 +59,7 @@ def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
         "model": name,
         "pipeline": pipeline,
         "output": config.output,
-        "shard": None if shard is None else str(shard),
+        "shard": config.shard,
         "images": len(requests),
         "batches": len(all_batches),
         "slices": slices,
