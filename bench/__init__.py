@@ -1,1 +1,1 @@
-"""What ddinfer costs and gains, measured: `launch/bench`. Each module that `bench.parts` names is a part."""
+"""What ddinfer costs and gains, measured: `launch/bench`."""

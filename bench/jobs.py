@@ -260,7 +260,8 @@ def tables(figures: Mapping[str, Any]) -> str:
             label = ""
     lines += ["", "Ratios, each of one round; under 1 ddinfer is faster:", ""]
     lines += [
-        "| job | fastest other | to the last image | goal | to the prompt | first step / Accelerate's |",
+        "| job | fastest other | to the last image | goal | to the prompt | "
+        "first step / Accelerate's |",
         "|---|---|---|---|---|---|",
     ]
     for cell in figures["cells"].values():

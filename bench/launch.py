@@ -1,25 +1,24 @@
 """How long it takes to start ranks: torch's mp.spawn, a multiprocessing forkserver, ddinfer.launch.
 
-    python bench/launch.py [NUM_RANKS [REPETITIONS]]
+    launch/bench --only launch
 
 Each rank imports torch, diffusers and a pipeline class, joins a gloo group, exchanges one object
-and ends. Every measurement is a new interpreter, from its start to its end: median seconds of
-wall time, and of CPU time over all processes. Run it on an idle machine, or compare CPU times.
+and ends. Every measurement is a new interpreter, from its start to its end.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import multiprocessing
-import os
-import resource
-import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Mapping
+from typing import Any
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from bench.measure import PYTHON, ROOT, Size, in_turn, run, summary
+from bench.report import spread, table
+
+ABOUT = "starting two ranks: mp.spawn, multiprocessing's forkserver, ddinfer.launch"
+EXPECTED_SECONDS = 60
+NUM_RANKS = 2
 PRELOAD = ["torch", "torch.distributed", "diffusers", "diffusers.pipelines.flux.pipeline_flux"]
 
 
@@ -81,43 +80,28 @@ def free_port() -> int:
 WAYS = {"mp.spawn": by_spawn, "forkserver": by_forkserver, "ddinfer.launch": by_ddinfer}
 
 
-def main(num_ranks: int = 2, repetitions: int = 5) -> None:
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    environ |= {"PYTHONPATH": ROOT, "TRANSFORMERS_VERBOSITY": "error"}
-    adopt_orphans()
-    measured: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    for _ in range(repetitions):
-        for way in WAYS:  # in turn, so that a busy minute hits all of them
-            used, started = cpu_seconds(), time.monotonic()
-            subprocess.run([sys.executable, __file__, way, str(num_ranks)], env=environ, check=True)
-            reap()
-            measured[way].append((time.monotonic() - started, cpu_seconds() - used))
-    print(f"{num_ranks} ranks, {repetitions} times each     wall s    CPU s")
-    for way, pairs in measured.items():
-        wall, cpu = (statistics.median(values) for values in zip(*pairs, strict=True))
-        print(f"{way:<26}{wall:>8.1f}{cpu:>9.1f}")
+def measure(size: Size) -> dict[str, Any]:
+    """→ way → seconds and CPU seconds over all processes."""
+    environ = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    ways = {
+        way: lambda way=way: run([PYTHON, __file__, way, str(NUM_RANKS)], environ) for way in WAYS
+    }
+    return {
+        way: {
+            "seconds": summary([run.seconds for run in runs]),
+            "cpu_seconds": summary([run.cpu_seconds for run in runs]),
+        }
+        for way, runs in in_turn(ways, size.times(1, 3, 7)).items()
+    }
 
 
-def adopt_orphans() -> None:
-    """Count the forkserver too, which outlives its interpreter for a moment (Linux)."""
-    set_child_subreaper = 36  # prctl(2)
-    ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
-
-
-def reap() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            os.waitpid(-1, 0)
-
-
-def cpu_seconds() -> float:
-    """Of all processes below this one that have been waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def tables(figures: Mapping[str, Any]) -> str:
+    rows = [
+        [f"`{way}`", spread(told["seconds"]), spread(told["cpu_seconds"])]
+        for way, told in figures.items()
+    ]
+    return table([f"{NUM_RANKS} ranks", "s", "CPU s, all processes"], rows)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in WAYS:
-        WAYS[sys.argv[1]](int(sys.argv[2]))
-    else:
-        main(*map(int, sys.argv[1:]))
+    WAYS[sys.argv[1]](int(sys.argv[2]))

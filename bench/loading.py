@@ -1,23 +1,28 @@
 """Host memory and seconds of loading a model in 1, 2 and 4 processes, beside from_pretrained.
 
-    python bench/loading.py [--gigabytes 1.2] [--ranks 1,2,4] [--folder FOLDER]
+    launch/bench --only loading
 
-Prints a line for each: seconds until every weight was read once, and the proportional set size
-summed over the processes, less that of the same processes with their imports and no model, as a
-multiple of the weights' stored bytes.
+For each: seconds until every weight was read once, and the proportional set size summed over the
+processes, less that of the same processes with their imports and no model, as a multiple of the
+weights' stored bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench.measure import CACHE, ROOT, Size, progress, proportional_bytes
+from bench.report import table
+
+ABOUT = "host memory and seconds of loading weights alone, beside from_pretrained"
+EXPECTED_SECONDS = 150
 
 #: How a process loads; each is run with the folder as its last argument.
 WAYS = {
@@ -53,29 +58,39 @@ sys.stdin.read()
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=1.2)
-    parser.add_argument("--ranks", default="1,2,4")
-    parser.add_argument("--folder", type=Path, help="keeps the model here between runs")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        size = make_model(folder, options.gigabytes)
-        print(f"{size / 1e9:.2f} GB of float32 weights")
-        for ranks in map(int, options.ranks.split(",")):
-            _, empty = measure("no model", folder, ranks)
+def measure(size: Size) -> dict[str, Any]:
+    """→ ranks → way → seconds, and memory as a multiple of the weights."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as name:
+        folder = Path(name)
+        num_bytes = make_model(folder, size.pick(0.4, 0.8, 1.2))
+        found: dict[str, Any] = {"bytes": num_bytes, "ranks": {}}
+        for ranks in size.pick((1,), (1, 2, 4), (1, 2, 4)):
+            _, empty = load_in_ranks("no model", folder, ranks)
+            told = found["ranks"][str(ranks)] = {}
             for way in list(WAYS)[1:]:
-                seconds, used = measure(way, folder, ranks)
-                print(
-                    f"{ranks} ranks, {way:<30}{seconds:6.1f} s "
-                    f"{(used - empty) / 1e9:6.2f} GB = {(used - empty) / size:.2f} × the weights"
-                )
+                progress(f"{ranks} processes, {way}")
+                seconds, used = load_in_ranks(way, folder, ranks)
+                multiple = round((used - empty) / num_bytes, 3)
+                told[way] = {"seconds": round(seconds, 2), "of_weights": multiple}
+    return found
+
+
+def tables(figures: Mapping[str, Any]) -> str:
+    rows = [
+        [way, *(f"{told[way]['of_weights']:.2f} × in {told[way]['seconds']:.1f} s"
+                for told in figures["ranks"].values())]
+        for way in list(WAYS)[1:]
+    ]  # fmt: skip
+    header = [f"{ranks} process{'es' * (ranks != '1')}" for ranks in figures["ranks"]]
+    return table([f"{figures['bytes'] / 1e9:.2f} GB of weights", *header], rows)
 
 
 def make_model(folder: Path, gigabytes: float) -> int:
     """Saves a Flux-shaped transformer; returns the bytes of its weight files."""
     if not (folder / "config.json").is_file():
+        from typing import Any
+
         import diffusers
 
         layers = max(1, round((gigabytes * 1e9 - 0.3e9) / 57e6))
@@ -86,7 +101,7 @@ def make_model(folder: Path, gigabytes: float) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def measure(way: str, folder: Path, ranks: int) -> tuple[float, int]:
+def load_in_ranks(way: str, folder: Path, ranks: int) -> tuple[float, int]:
     """Seconds of the slowest process and bytes of all, once all have loaded."""
     code = CHILD.format(root=str(ROOT), folder=str(folder), way=WAYS[way])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -110,15 +125,3 @@ def measure(way: str, folder: Path, ranks: int) -> tuple[float, int]:
     for child in children:
         child.communicate("")
     return max(seconds), used
-
-
-def proportional_bytes(pid: int) -> int:
-    """Proportional set size: shared pages are divided among the processes that have them."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no Pss in /proc/{pid}/smaps_rollup")
-
-
-if __name__ == "__main__":
-    main()

@@ -132,21 +132,23 @@ def run(
     adopt_orphans()
     reap()
     cpu, at, started = _children_cpu_seconds(), time.time(), time.monotonic()
-    with subprocess.Popen(
-        list(command),
-        env=clean_environment(environ),
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as job:
-        with watching_memory(job.pid, watch_memory) as samples:
-            try:
-                out, err = job.communicate(timeout=timeout_seconds)
-            except BaseException:
-                job.terminate()
-                raise
-            seconds = time.monotonic() - started
+    with (
+        subprocess.Popen(
+            list(command),
+            env=clean_environment(environ),
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as job,
+        watching_memory(job.pid, watch_memory) as samples,
+    ):
+        try:
+            out, err = job.communicate(timeout=timeout_seconds)
+        except BaseException:
+            job.terminate()
+            raise
+        seconds = time.monotonic() - started
     reap()
     if job.returncode not in expected:
         raise CommandFailed(f"{' '.join(command)} ended with {job.returncode}:\n{err[-3000:]}")
@@ -236,7 +238,7 @@ def watching_memory(
 
 @dataclass(frozen=True)
 class Machine:
-    """What the figures were taken on. ``load`` is the number of busy tasks before the part began."""
+    """What the figures were taken on; ``load``: the number of busy tasks before a part began."""
 
     processor: str
     cores: int

@@ -1,6 +1,6 @@
-"""PNG encoders compared: CPU milliseconds and bytes for a 512² picture.
+"""PNG encoders compared: CPU milliseconds and bytes for a 512² picture, the best of nine.
 
-    python bench/png.py
+    launch/bench --only png
 
 "natural" has the spectrum of photographs and a little sensor noise; "flat" is a drawing.
 """
@@ -8,18 +8,19 @@
 from __future__ import annotations
 
 import io
-import os
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
+from bench.measure import Size
+from bench.report import table
 from ddinfer.storage.images import encode_png
 
+ABOUT = "PNG encoders: CPU time and size of a 512² picture"
+EXPECTED_SECONDS = 10
 SIZE = 512
 
 
@@ -58,11 +59,27 @@ ENCODERS: dict[str, Callable[[Image.Image], bytes]] = {
 }
 
 
-def main() -> None:
-    for name, image in (("natural", natural()), ("flat", flat())):
-        for encoder, encode in ENCODERS.items():
-            print(f"{name:8} {encoder:34} {milliseconds(encode, image):6.1f} ms "
-                  f"{len(encode(image)) / 1000:7.0f} kB")  # fmt: skip
+def measure(size: Size) -> dict[str, Any]:
+    """→ picture → encoder → its milliseconds and kilobytes."""
+    return {
+        name: {
+            encoder: {
+                "cpu_ms": round(milliseconds(encode, image), 2),
+                "kilobytes": round(len(encode(image)) / 1000),
+            }
+            for encoder, encode in ENCODERS.items()
+        }
+        for name, image in (("natural", natural()), ("flat", flat()))
+    }
+
+
+def tables(figures: Mapping[str, Any]) -> str:
+    rows = [
+        [encoder, *(f"{told[encoder]['cpu_ms']:.1f} ms, {told[encoder]['kilobytes']} kB"
+                    for told in figures.values())]
+        for encoder in next(iter(figures.values()))
+    ]  # fmt: skip
+    return table(["", *(f"a {name} picture" for name in figures)], rows)
 
 
 def milliseconds(encode: Callable[[Image.Image], bytes], image: Image.Image) -> float:
@@ -73,7 +90,3 @@ def milliseconds(encode: Callable[[Image.Image], bytes], image: Image.Image) -> 
         encode(image)
         best = min(best, time.process_time() - before)
     return 1000 * best
-
-
-if __name__ == "__main__":
-    main()

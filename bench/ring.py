@@ -1,6 +1,7 @@
 """How busy the ring keeps its stages, against the simulated ideal and against a flushed schedule.
 
-    python bench/ring.py [--stages 2] [--in_flight M] [--images N] [--steps 8] [--svg FILE]
+    launch/bench --only ring
+    python -m bench.ring [--stages 2] [--in_flight M] [--images N] [--steps 8] [--svg FILE]
 
 Starts one gloo rank of one thread per stage, with a random SD3-shaped pipeline whose denoiser
 dwarfs the rest. Utilisation is the time that stages worked on calls / (wall × stages), from the
@@ -12,17 +13,45 @@ before. Run it on an idle machine with a core for each stage.
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from bench.measure import PYTHON, Size, run
+from bench.report import table
+
+ABOUT = "how busy the ring keeps its stages, against the ideal and a flushed schedule"
+EXPECTED_SECONDS = 40
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
+
+
+def measure(size: Size) -> dict[str, Any]:
+    """In a process of its own, from which the ranks are started."""
+    images, steps = size.pick(("2", "3"), ("4", "8"), ("8", "12"))
+    words = ["--images", images, "--steps", steps, "--json"]
+    return json.loads(run([PYTHON, "-m", "bench.ring", *words]).stdout)
+
+
+def tables(figures: Mapping[str, Any]) -> str:
+    rows = [
+        [name, *(f"{told[k]:.3f}" for k in ("utilisation", "ideal", "share"))]
+        for name, told in figures["schedules"].items()
+    ]
+    return table([text(figures), "utilisation", "ideal", "share of the ideal"], rows)
+
+
+def text(figures: Mapping[str, Any]) -> str:
+    return (
+        f"{figures['stages']} stages, {figures['in_flight']} images in flight, "
+        f"{figures['images']} images of {figures['steps']} steps"
+    )
 
 
 def main() -> None:
@@ -32,33 +61,55 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--svg", default=None, help="draw the timeline of both schedules")
+    parser.add_argument("--json", action="store_true", help="print figures as JSON")
     asked = parser.parse_args()
     from ddinfer.distributed.launch import launch
-    from ddinfer.parallel.ticks import ideal_utilisation
 
     in_flight = asked.in_flight or asked.stages
     told = launch(
-        measure, in_flight, asked.images, asked.steps, nproc_per_node=asked.stages, device="cpu"
+        both_schedules,
+        in_flight,
+        asked.images,
+        asked.steps,
+        nproc_per_node=asked.stages,
+        device="cpu",
     )
+    figures = {
+        "stages": asked.stages,
+        "in_flight": in_flight,
+        "images": asked.images,
+        "steps": asked.steps,
+        "schedules": utilisations(told, in_flight, asked),
+    }
+    print(json.dumps(figures) if asked.json else tables(figures))
+    if asked.svg:
+        draw(asked.svg, {name: [rank[name][0] for rank in told] for name in ("ring", "flushed")})
+
+
+def utilisations(told: list[dict], in_flight: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """→ schedule → how busy its stages were, what was possible, and the seconds behind that."""
+    from ddinfer.parallel.ticks import ideal_utilisation
+
     calls = [asked.steps] * asked.images
     latency = asked.stages * (2 if in_flight >= 2 * asked.stages else 1)
     ideal = ideal_utilisation(calls, latency, in_flight)
     flushed = asked.images * asked.steps / flushed_ticks(asked.images, in_flight, asked)
-    print(f"{asked.stages} stages, {in_flight} images in flight, {asked.images} images of "
-          f"{asked.steps} steps, one thread a rank")  # fmt: skip
+    found = {}
     for name, limit in (("ring", ideal), ("flushed", flushed)):
         spans = [rank[name][0] for rank in told]
-        whole = told[0][name][1]
         begin = min(s[0] for rank in spans for s in rank)
         wall = max(s[1] for rank in spans for s in rank) - begin
-        busy = sum(s[1] - s[0] for rank in spans for s in rank)
-        used = busy / (wall * asked.stages)
-        work = ", ".join(f"{sum(s[1] - s[0] for s in rank):.2f}" for rank in spans)
-        print(f"{name:8s} utilisation {used:.3f}, ideal {limit:.3f}, share of it "
-              f"{used / limit:.3f}; denoising {wall:.2f} s of {whole:.2f} s in all; "
-              f"stages work {work} s")  # fmt: skip
-    if asked.svg:
-        draw(asked.svg, {name: [rank[name][0] for rank in told] for name in ("ring", "flushed")})
+        work = [sum(s[1] - s[0] for s in rank) for rank in spans]
+        used = sum(work) / (wall * asked.stages)
+        found[name] = {
+            "utilisation": round(used, 4),
+            "ideal": round(limit, 4),
+            "share": round(used / limit, 4),
+            "denoising_seconds": round(wall, 3),
+            "whole_seconds": round(told[0][name][1], 3),
+            "stages_seconds": [round(seconds, 3) for seconds in work],
+        }
+    return found
 
 
 def flushed_ticks(images: int, in_flight: int, asked: argparse.Namespace) -> int:
@@ -66,7 +117,7 @@ def flushed_ticks(images: int, in_flight: int, asked: argparse.Namespace) -> int
     return sum(asked.steps * (group + asked.stages - 1) for group in groups)
 
 
-def measure(world, in_flight: int, images: int, steps: int) -> dict:
+def both_schedules(world, in_flight: int, images: int, steps: int) -> dict:
     """Both schedules on one rank: their spans, and the seconds of the whole run."""
     import torch
 

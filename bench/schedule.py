@@ -1,6 +1,7 @@
 """What `--schedule dynamic` gains when prompts differ in cost and one rank is slow.
 
-    python -m bench.schedule [--ranks 4] [--prompts 96]
+    launch/bench --only schedule
+    python -m bench.schedule [--ranks 4] [--prompts 64]
 
 Real jobs, started as a user starts them, of a pipeline whose step only waits: 10 ms, and twice
 that on the last rank. So the figures are about the schedule alone, and hold on a busy machine.
@@ -12,11 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from bench.inputs import custom_pipeline
+from bench.measure import PYTHON, Size, progress, run
+from bench.report import table
+
+ABOUT = "what --schedule dynamic gains with one slow rank and prompts of unequal cost"
+EXPECTED_SECONDS = 45
 STEP_SECONDS, SLOWDOWN = 0.010, 2.0
 
 PIPELINE = f"""
@@ -42,21 +49,6 @@ class WaitingPipeline(DiffusionPipeline):
 """
 
 
-def write_pipeline(folder: Path) -> Path:
-    from diffusers import DDIMScheduler
-
-    target = folder / "waiting"
-    DDIMScheduler().save_pretrained(target / "scheduler")
-    (target / "waiting.py").write_text(PIPELINE)
-    index = {
-        "_class_name": ["waiting", "WaitingPipeline"],
-        "_diffusers_version": "0.36.0",
-        "scheduler": ["diffusers", "DDIMScheduler"],
-    }
-    (target / "model_index.json").write_text(json.dumps(index))
-    return target
-
-
 def write_prompts(folder: Path, order: str, num_prompts: int) -> tuple[Path, int]:
     """→ the prompt file and its steps in all. ``sorted`` is the unkind order: costs drift."""
     generator = random.Random(0)
@@ -71,43 +63,57 @@ def write_prompts(folder: Path, order: str, num_prompts: int) -> tuple[Path, int
 
 def working_seconds(model: Path, prompts: Path, output: Path, ranks: int, schedule: str) -> float:
     """From the loaded model to the last image of the last rank."""
-    command = [sys.executable, "-m", "ddinfer", "--model", str(model), "--trust_remote_code"]
+    command = [PYTHON, "-m", "ddinfer", "--model", str(model), "--trust_remote_code"]
     command += ["--prompts", str(prompts), "--output", str(output), "--device", "cpu"]
     command += [f"--nproc_per_node={ranks}", f"--schedule={schedule}", "--num_threads=1", "--json"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = run(command)
     return max(rank["working"] for rank in json.loads(done.stdout)["ranks"])
+
+
+def measure(size: Size) -> dict[str, Any]:
+    return compare(ranks=4, num_prompts=size.pick(16, 64, 96))
+
+
+def compare(ranks: int, num_prompts: int) -> dict[str, Any]:
+    """→ order of the prompts → ideal seconds, and those of both schedules.
+
+    Raises:
+        RuntimeError: the two schedules made different bytes.
+    """
+    speed = (ranks - 1 + 1 / SLOWDOWN) / STEP_SECONDS  # steps a second, all ranks
+    found: dict[str, Any] = {"ranks": ranks, "num_prompts": num_prompts, "orders": {}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = custom_pipeline(folder, "waiting", PIPELINE, "WaitingPipeline")
+        for order in ("shuffled", "sorted"):
+            prompts, steps = write_prompts(folder, order, num_prompts)
+            told = found["orders"][order] = {"ideal": round(steps / speed, 2)}
+            for schedule in ("static", "dynamic"):
+                progress(f"{order}, {schedule}")
+                output = folder / f"{order}-{schedule}"
+                told[schedule] = round(working_seconds(model, prompts, output, ranks, schedule), 2)
+            for file in (folder / f"{order}-static/images/0000").iterdir():
+                other = folder / f"{order}-dynamic/images/0000" / file.name
+                if file.read_bytes() != other.read_bytes():
+                    raise RuntimeError(f"{order}: {file.name} differs between the schedules")
+    return found
+
+
+def tables(figures: Mapping[str, Any]) -> str:
+    rows = [
+        [f"{order} by cost", *(f"{told[k]:.2f} s" for k in ("ideal", "static", "dynamic"))]
+        for order, told in figures["orders"].items()
+    ]
+    what = f"{figures['num_prompts']} prompts, {figures['ranks']} ranks, the last half as fast"
+    return table([what, "ideal", "static", "dynamic"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--prompts", type=int, default=64)
     options = parser.parse_args()
-    speed = (options.ranks - 1 + 1 / SLOWDOWN) / STEP_SECONDS  # steps a second, all ranks
-    print(
-        f"{options.prompts} prompts of 1 to 50 steps, {options.ranks} ranks, the last half as fast"
-    )
-    print(f"{'order':<10}{'ideal':>8}{'static':>9}{'dynamic':>9}   seconds")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = write_pipeline(folder)
-        for order in ("shuffled", "sorted"):
-            prompts, steps = write_prompts(folder, order, options.prompts)
-            seconds = {
-                schedule: working_seconds(
-                    model, prompts, folder / f"{order}-{schedule}", options.ranks, schedule
-                )
-                for schedule in ("static", "dynamic")
-            }
-            same = all(
-                file.read_bytes()
-                == (folder / f"{order}-dynamic/images/0000" / file.name).read_bytes()
-                for file in (folder / f"{order}-static/images/0000").iterdir()
-            )
-            print(
-                f"{order:<10}{steps / speed:>8.2f}{seconds['static']:>9.2f}"
-                f"{seconds['dynamic']:>9.2f}   {'same bytes' if same else 'BYTES DIFFER'}"
-            )
+    print(tables(compare(options.ranks, options.prompts)))
 
 
 if __name__ == "__main__":

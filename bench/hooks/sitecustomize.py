@@ -21,13 +21,14 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
         run = spec.loader.exec_module
 
         def exec_module(module):
             run(module)
             _watch(getattr(module, CLASS))
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
