@@ -262,6 +262,11 @@ class _Checks:
     def holding_the_model(self, config: JobConfig) -> None:
         """The options that say how a rank, or several, hold the model."""
         placement = config.placement
+        if config.compile and config.pipeline_parallel > 1:
+            raise UsageError(
+                f"--compile does not go with --pipeline_parallel {config.pipeline_parallel}: a "
+                "denoiser cut over ranks is followed block by block; leave one out"
+            )
         if placement is None:
             for name in ("max_memory", "gpus_per_rank"):
                 value = getattr(config, name)

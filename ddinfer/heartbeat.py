@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 WARN_SECONDS = 60.0
 #: What a rank does itself; in any other phase it waits for others, who may be slow. A rank that
-#: serves waits, too, but says so again and again while it lives.
-BUSY = ("loading", "running", "decoding", "saving", "serving")
+#: serves waits, too, but says so again and again while it lives. One that awaits the other stages
+#: of its model is given more time than they are, so that the one to blame is found first.
+BUSY = ("loading", "running", "decoding", "saving", "serving", "awaiting")
+PATIENCE = 2
 #: The type in the record of a rank that stood still for too long.
 STUCK = "RankStuck"
 
@@ -45,7 +47,7 @@ class Heartbeat:
     def __init__(self, group: Group, stuck_timeout: float | None = None):
         self.group, self.stuck_timeout = group, stuck_timeout
         self.count = 0
-        self.is_decoding = self.is_waiting = False
+        self.is_decoding = self.is_waiting = self.is_awaiting = False
         self._beats = 0
         self._board: Board = group.second_board()
         self._next = (group.group_rank + 1) % group.group_size
@@ -74,6 +76,16 @@ class Heartbeat:
         self.is_waiting = True
 
     @contextlib.contextmanager
+    def awaiting(self) -> Iterator[None]:
+        """Inside, this rank does nothing until the other stages of its model have moved."""
+        self.is_awaiting = True
+        try:
+            yield
+        finally:
+            self.is_awaiting = False
+            self.count += 1
+
+    @contextlib.contextmanager
     def beating(self) -> Iterator[Heartbeat]:
         thread = threading.Thread(target=self._work, name="ddinfer-heartbeat", daemon=True)
         thread.start()
@@ -99,11 +111,15 @@ class Heartbeat:
         self._beats += 1
         if self.is_waiting and activity.startswith("running"):
             return f"{self.count}+{self._beats} {activity.replace('running', 'serving', 1)}"
+        if self.is_awaiting and activity.startswith("running"):
+            return f"{self.count} {activity.replace('running', 'awaiting', 1)}"
         if self.is_decoding and activity.startswith("running"):
             activity = activity.replace("running", "decoding", 1)
         return f"{self.count} {activity}"
 
     def _judge(self, silence: float, watch: _Watch) -> None:
+        if watch.activity.startswith("awaiting"):
+            silence /= PATIENCE
         if silence < min(WARN_SECONDS, self.stuck_timeout or WARN_SECONDS):
             return
         rank = self.group.global_rank(self._next)

@@ -107,6 +107,7 @@ def _run(
         loading=loaded - started,
         working=time.monotonic() - loaded,
         pipeline=sum(result.seconds for result in results),
+        stage=replica.stage,
     )
 
     group.enter("gathering")

@@ -191,7 +191,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(moody, tmp_path):
     assert "rank 1: 1 batches, images 4 to 4" in done.stdout
     assert not out.exists()
     plan = json.loads(run([*MAIN, *words, "--json"]).stdout)
-    assert [part["images"] for part in plan["ranks"]] == [4, 1]
+    assert [part["images"] for part in plan["slices"]] == [4, 1]
     assert plan["first_requests"][1]["seed"] == 1
 
 

@@ -39,6 +39,7 @@ def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
 
     from ddinfer.distributed.parent import end_with_parent
     from ddinfer.distributed.plan import plan_launch
+    from ddinfer.distributed.replica import Replica
 
     quiet_libraries()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -46,6 +47,7 @@ def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
     plan = plan_launch(
         config.nproc_per_node, config.device, os.environ, gpus_per_rank=config.gpus_per_rank
     )
+    Replica.of(0, plan.num_ranks, config.pipeline_parallel)  # raises before ranks are started
     if plan.note and os.environ.get("RANK", "0") == "0":
         print(f"ddinfer: {plan.note}", file=sys.stderr)
     if config.dry_run:

@@ -29,8 +29,11 @@ def summary_lines(report: RunReport) -> list[str]:
             f"{duration(max(times.loading for times in report.ranks))}, then {rate:.3g} images/s"
         )
     if len(report.ranks) > 1:
-        shares = ", ".join(f"{t.images} ({duration(t.working)})" for t in report.ranks)
-        lines.append(f"  images by rank: {shares}; evenness {evenness(report.ranks):.0%}")
+        makers = [times for times in report.ranks if times.stage == 0]
+        num_stages = len(report.ranks) // len(makers)
+        who = "rank" if num_stages == 1 else f"replica of {num_stages} ranks"
+        shares = ", ".join(f"{t.images} ({duration(t.working)})" for t in makers)
+        lines.append(f"  images by {who}: {shares}; evenness {evenness(makers):.0%}")
     for flag, count in sorted(report.flags.items()):
         lines.append(f"  {count} flagged {flag}: see the flags in metadata.jsonl")
     if report.num_inexact:

@@ -124,6 +124,7 @@ class RankTimes:
         loading: until its model was ready.
         working: from there to its last image.
         pipeline: of that, inside the pipeline's own calls.
+        stage: of a model that is cut over ranks; the images are counted on stage 0.
     """
 
     rank: int
@@ -131,6 +132,7 @@ class RankTimes:
     loading: float
     working: float
     pipeline: float
+    stage: int = 0
 
 
 def evenness(times: Sequence[RankTimes]) -> float:

@@ -37,8 +37,9 @@ class Replica:
         """
         if num_stages < 1 or world_size % num_stages:
             raise UsageError(
-                f"{num_stages} stages need a number of ranks that {num_stages} "
-                f"divides; found {world_size}"
+                f"--pipeline_parallel {num_stages} needs a number of ranks that {num_stages} "
+                f"divides; found {world_size}: say --nproc_per_node "
+                f"{max(num_stages, world_size // num_stages * num_stages)}"
             )
         number, stage = divmod(rank, num_stages)
         first = number * num_stages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from ddinfer.request import Request, Result
@@ -19,6 +20,8 @@ class Listener(Protocol):
     def steps(self) -> None: ...
 
     def waits(self) -> None: ...
+
+    def awaiting(self) -> AbstractContextManager[None]: ...
 
 
 class Engine(Protocol):

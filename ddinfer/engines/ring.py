@@ -7,8 +7,8 @@ first rank holds the rest of the pipeline, takes the replica's batches and makes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +18,11 @@ from ddinfer.engines.base import Batch, Listener
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
+from ddinfer.models.building import build_on_meta
 from ddinfer.models.opening import OpenModel
 from ddinfer.models.repository import pipeline_folder
 from ddinfer.models.source import DENOISER_NAMES, PipelineSource
-from ddinfer.parallel.blocks import ring_blocks
+from ddinfer.parallel.blocks import module_bytes, ring_blocks
 from ddinfer.parallel.flow import PlanError
 from ddinfer.parallel.ring import Ring
 from ddinfer.parallel.stages import block_stages
@@ -29,6 +30,20 @@ from ddinfer.request import Result
 
 if TYPE_CHECKING:
     from ddinfer.config import JobConfig
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One rank's part of a denoiser.
+
+    Attributes:
+        first, last: names of its first and last block.
+        share: of the denoiser's weights that the rank holds, what lies outside of blocks included.
+    """
+
+    first: str
+    last: str
+    share: float
 
 
 class RingEngine:
@@ -45,6 +60,7 @@ class RingEngine:
 
     def __init__(self, ring: Ring, *, rank: int = 0, call: Mapping[str, Any] | None = None):
         self.ring, self.rank, self.call = ring, rank, dict(call or {})
+        self._max_batch: dict[str, int] = {}  # what one image learns of the memory holds for all
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Result]:
         """Yield one Result per Request of ``batches``, as the images end.
@@ -70,14 +86,15 @@ class RingEngine:
         """Let ``heartbeat`` hear this rank's stage at work; the first rank's VAE, too."""
         if self.ring.link.is_first:
             heartbeat.listen_to(self.ring.pipe)
-            self.ring.listen(heartbeat.steps)
+            self.ring.listen(heartbeat.steps, awaiting=heartbeat.awaiting)
         else:
             heartbeat.waits()
             self.ring.listen(heartbeat.steps, heartbeat.waits)
 
     def _job(self, batch: Batch) -> Callable[[Any], list[Result]]:
         def make(pipe: Any) -> list[Result]:
-            return list(WholeEngine(pipe, rank=self.rank, call=self.call).run([batch]))
+            engine = WholeEngine(pipe, rank=self.rank, call=self.call, max_batch=self._max_batch)
+            return list(engine.run([batch]))
 
         return make
 
@@ -98,10 +115,8 @@ def load_ring_engine(
         group: the replica's process group, from `Replica.process_group`.
 
     Raises:
-        UsageError: the pipeline cannot be cut, or an option does not go with stages.
+        UsageError: the pipeline cannot be cut.
     """
-    if config.compile:
-        raise UsageError("--compile does not go with a denoiser cut over ranks; leave it out")
     folder = pipeline_folder(
         model,
         variant=config.variant,
@@ -144,21 +159,64 @@ def load_stage(
             if opened.stored and ring_blocks(opened.model):
                 found[name] = _fill_stage(name, opened, num_stages, stage, device)
     if not found:
-        raise UsageError(
-            f"{source.folder}: {source.kind.__name__} has no denoiser made of blocks, so that it "
-            "cannot be cut into stages; run the whole pipeline on each rank"
-        )
+        raise _no_blocks(source)
     return found
+
+
+def plan_stages(source: PipelineSource, num_stages: int) -> dict[str, list[StagePlan]]:
+    """How the denoisers of a pipeline will be cut, by component name; nothing is read but configs.
+
+    Raises:
+        UsageError: the pipeline has no denoiser that can be cut into ``num_stages``.
+    """
+    plans = {}
+    for name in source.model_names():
+        if name in DENOISER_NAMES:
+            model = build_on_meta(source.component_class(name), source.folder / name, None)
+            if blocks := ring_blocks(model):
+                plans[name] = _plan_of(name, model, blocks, num_stages)
+    if not plans:
+        raise _no_blocks(source)
+    return plans
+
+
+def _plan_of(
+    name: str, model: torch.nn.Module, blocks: Sequence[str], num_stages: int
+) -> list[StagePlan]:
+    total = module_bytes(model)
+    stages = _stages_of(name, model, blocks, num_stages)
+    own = [sum(module_bytes(model.get_submodule(blocks[k])) for k in stage) for stage in stages]
+    besides = total - sum(own)
+    return [
+        StagePlan(blocks[stage.start], blocks[stage.stop - 1], (size + besides) / total)
+        for stage, size in zip(stages, own, strict=True)
+    ]
+
+
+def _stages_of(
+    name: str, model: torch.nn.Module, blocks: Sequence[str], num_stages: int
+) -> list[range]:
+    try:
+        return block_stages(model, blocks, num_stages)
+    except PlanError as error:
+        raise UsageError(
+            f"--pipeline_parallel {num_stages}: the {name} cannot be cut: {error}"
+        ) from error
+
+
+def _no_blocks(source: PipelineSource) -> UsageError:
+    return UsageError(
+        f"--pipeline_parallel cuts a denoiser between its blocks; {source.kind.__name__} in "
+        f"{source.folder} has none that is made of blocks. Leave the option out: each rank then "
+        "runs the whole pipeline"
+    )
 
 
 def _fill_stage(
     name: str, opened: OpenModel, num_stages: int, stage: int, device: torch.device
 ) -> torch.nn.Module:
     blocks = ring_blocks(opened.model)
-    try:
-        own = block_stages(opened.model, blocks, num_stages)[stage]
-    except PlanError as error:
-        raise UsageError(f"the {name} cannot be cut: {error}") from error
+    own = _stages_of(name, opened.model, blocks, num_stages)[stage]
     foreign = tuple(f"{block}." for k, block in enumerate(blocks) if k not in own)
     opened.fill(lambda tensor: None if tensor.startswith(foreign) else device)
     for module in opened.model.modules():  # those that no checkpoint holds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddinfer.config import PLACEMENTS, JobConfig
 from ddinfer.distributed.replica import Replica
@@ -13,6 +13,9 @@ from ddinfer.engines.base import Engine
 from ddinfer.engines.whole import load_whole_engine
 from ddinfer.errors import UsageError
 from ddinfer.models.placement import Placement, on_gpu, parse_max_memory
+
+if TYPE_CHECKING:
+    from ddinfer.engines.ring import StagePlan
 
 
 def load_engine(
@@ -57,6 +60,27 @@ def check_placement(config: JobConfig, gpus: Sequence[int] | None = None) -> Non
     if gpus is not None:
         for device in sorted(named):
             on_gpu(device, gpus)
+
+
+def check_stages(model: str, config: JobConfig) -> dict[str, list[StagePlan]]:
+    """How ``--pipeline_parallel`` will cut the model's denoisers; of a hub model only configs are
+    fetched. Nothing where it is not cut.
+
+    Raises:
+        UsageError: it cannot be cut into so many stages.
+    """
+    if config.pipeline_parallel == 1:
+        return {}
+    from ddinfer.engines.ring import plan_stages
+    from ddinfer.models.source import PipelineSource
+
+    source = PipelineSource.to_plan_by(
+        model,
+        revision=config.revision,
+        token=config.token,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return plan_stages(source, config.pipeline_parallel)
 
 
 def chosen_placement(config: JobConfig) -> str | Placement | None:

@@ -47,12 +47,20 @@ class WholeEngine:
         pipe: a diffusers pipeline on its device. It is called and otherwise left alone.
         rank: global rank, for the Results.
         call: arguments of the pipeline's ``__call__`` that hold for every Request, of any type.
+        max_batch: batch key → most images that fitted in memory; shared by engines that share it.
     """
 
-    def __init__(self, pipe: Any, *, rank: int = 0, call: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        rank: int = 0,
+        call: Mapping[str, Any] | None = None,
+        max_batch: dict[str, int] | None = None,
+    ):
         self.pipe, self.rank, self.call = pipe, rank, dict(call or {})
         self._parameters = inspect.signature(pipe.__call__).parameters
-        self._max_batch: dict[str, int] = {}  # batch key → most images that fitted in memory
+        self._max_batch: dict[str, int] = {} if max_batch is None else max_batch
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Result]:
         for batch in batches:

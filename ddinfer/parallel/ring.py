@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,7 @@ class Ring:
         self._record, self._has_ended = record, False
         self._before: Callable[[], object] = lambda: None
         self._after: Callable[[], object] = lambda: None
+        self._awaiting: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._staged: list[StagedModel] = []
         error: Exception | None = None
         try:
@@ -140,10 +142,17 @@ class Ring:
         return self.link.size * (2 if self.overlap else 1)
 
     def listen(
-        self, before: Callable[[], object], after: Callable[[], object] = lambda: None
+        self,
+        before: Callable[[], object],
+        after: Callable[[], object] = lambda: None,
+        awaiting: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """From now on call these around every turn of this rank's stage."""
-        self._before, self._after = before, after
+        """From now on call these around every turn of this rank's stage.
+
+        Args:
+            awaiting: what the first rank waits in for the others.
+        """
+        self._before, self._after, self._awaiting = before, after, awaiting
 
     def close(self) -> None:
         """Gives the denoisers' blocks their own ``forward`` back (weights stay where they are)."""
@@ -188,11 +197,14 @@ class Ring:
                 yield Outcome(image.index, image.value, image.error)
             if queue.ready or queue.in_ring:
                 if self.overlap:  # what was made in the last tick travels while the next is made
-                    self._exchange.begin(message)
+                    with self._awaiting():
+                        self._exchange.begin(message)
                 message = self._enter(queue) if queue.ready else Message()
-                if not self.overlap:
-                    self._exchange.begin(message)
-                self._arrive(queue, self._exchange.finish())
+                with self._awaiting():
+                    if not self.overlap:
+                        self._exchange.begin(message)
+                    received = self._exchange.finish()
+                self._arrive(queue, received)
             elif queue.is_over():
                 return
             else:
