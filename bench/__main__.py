@@ -71,6 +71,8 @@ def run_part(name: str, options: argparse.Namespace) -> bool:
     folder = CACHE / "quick" if options.quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
+    if options.quick:
+        file.unlink(missing_ok=True)
     words = [PYTHON, "-m", "bench", "--only", name, "--into", str(file)]
     words += [f"--{flag}" for flag in ("quick", "full") if getattr(options, flag)]
     words += ["--cells", *options.cells] if options.cells else []

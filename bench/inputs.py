@@ -86,7 +86,7 @@ def make_mid_model(folder: str) -> None:
         latent_channels=4,
         sample_size=256,
     )
-    StableDiffusionPipeline(
+    pipe: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=tiny.text_encoder,
         tokenizer=tiny.tokenizer,
@@ -95,7 +95,8 @@ def make_mid_model(folder: str) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder)
+    )
+    pipe.save_pretrained(folder)
 
 
 #: A pipeline whose call takes no time; whatever a job costs then is ddinfer's.

@@ -89,15 +89,14 @@ def tables(figures: Mapping[str, Any]) -> str:
 def make_model(folder: Path, gigabytes: float) -> int:
     """Saves a Flux-shaped transformer; returns the bytes of its weight files."""
     if not (folder / "config.json").is_file():
-        from typing import Any
-
         import diffusers
 
         layers = max(1, round((gigabytes * 1e9 - 0.3e9) / 57e6))
-        diffusers.FluxTransformer2DModel(
+        model: Any = diffusers.FluxTransformer2DModel(
             num_layers=2, num_single_layers=layers, attention_head_dim=64,
             num_attention_heads=16, axes_dims_rope=(8, 28, 28),
-        ).save_pretrained(folder)  # fmt: skip
+        )  # fmt: skip
+        model.save_pretrained(folder)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

@@ -72,11 +72,11 @@ def in_process(kind: str, model: str, repetitions: int, batch_sizes: list[int]) 
         taken = in_turn(ways, repetitions, f"batch {batch_size}: ")
         images = {name: runs[0][1] for name, runs in taken.items()}
         for name, runs in taken.items():
-            seconds = [s / batch_size for s, _ in runs]
+            per_image = [s / batch_size for s, _ in runs]
             plain = [s / batch_size for s, _ in taken["plain"]]
             found["variants"][name]["batches"][str(batch_size)] = {
-                "seconds_per_image": summary(seconds),
-                "ratio": ratios(seconds, plain),
+                "seconds_per_image": summary(per_image),
+                "ratio": ratios(per_image, plain),
                 **_apart(images[name], images["plain"]),
             }
     return found
@@ -127,11 +127,13 @@ def _draw(pipe: Any, batch_size: int) -> Any:
     import numpy as np
     import torch
 
-    prompts = inputs.parti_prompts()[:batch_size]
-    generators = [torch.Generator("cpu").manual_seed(k) for k in range(batch_size)]
     from ddinfer import tiny
 
-    call = inputs.MID_CALL if hasattr(pipe, "unet") else tiny.call_defaults("shapes-flux")
+    prompts = inputs.parti_prompts()[:batch_size]
+    generators = [torch.Generator("cpu").manual_seed(k) for k in range(batch_size)]
+    call: dict[str, Any] = (
+        inputs.MID_CALL if hasattr(pipe, "unet") else tiny.call_defaults("shapes-flux")
+    )
     if "negative_prompt" in call:
         call["negative_prompt"] = [""] * batch_size
     images = pipe(prompts, generator=generators, **call).images
