@@ -73,8 +73,6 @@ def merge(
     whole = parts[0].folder
     description = _description(whole, target)
     with JobFolder.open(files, target, description, notify=notify) as folder:
-        if folder.fingerprint != whole.fingerprint or len(folder.record.segments) > 1:
-            raise UsageError(f"{target} holds this job with prompts that were added to it since")
         there = folder.read_state()
         _check_same_images(folder, there, state)
         wanted = [r.index for r in folder.requests if not there.is_done(r.index)]
