@@ -2,6 +2,8 @@
 
 import ast
 import contextlib
+import functools
+import gc
 import os
 import signal
 import subprocess
@@ -61,6 +63,30 @@ def test_ranks_see_what_torchrun_would_show_them_and_return_in_order(monkeypatch
             each["environment"]
         )
     assert dict(os.environ) == before
+
+
+def imported_before_fork(file):
+    import colorsys  # nothing else imports it
+
+    with open(file, "a") as log:
+        log.write(f"{os.getpid()} {colorsys.__name__}\n")
+    raise ImportError("what the ranks would meet again")
+
+
+def who_imported(world):
+    return os.getpid(), os.getppid(), "colorsys" in sys.modules, gc.isenabled()
+
+
+def test_what_depends_on_the_job_is_imported_once_where_the_ranks_are_forked(tmp_path):
+    before_fork = functools.partial(imported_before_fork, str(tmp_path / "log"))
+    told = launch(
+        who_imported, nproc_per_node=2, device="cpu", num_threads=1, before_fork=before_fork
+    )
+    (server, _), *more = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert not more
+    assert all(parent == int(server) != pid for pid, parent, _, _ in told)
+    assert all(has_module and collects for _, _, has_module, collects in told)
+    assert not any(imported for _, _, imported, _ in launch(who_imported, device="cpu"))
 
 
 def return_a_lot(world):

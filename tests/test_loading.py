@@ -383,6 +383,34 @@ def test_code_in_a_repository_runs_only_when_trusted(tiny, tmp_path, monkeypatch
     assert pipe("a cat") == "mine"
 
 
+def test_a_models_classes_are_imported_ahead_and_nobody_elses(tmp_path):
+    (tmp_path / "intruder.py").write_text("print('I ran')")
+    index = {
+        "_class_name": "PixArtSigmaPipeline",
+        "tokenizer": ["transformers", "NoSuchTokenizer"],
+        "text_encoder": ["intruder", "Encoder"],
+        "transformer": ["diffusers", "PixArtTransformer2DModel"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    program = (
+        "import sys\nfrom ddinfer.models.classes import import_classes\n"
+        "import_classes(sys.argv[1])\nimport_classes('nobody/has-this')\n"
+        "import_classes('/no/such/folder')\n"
+        "print(*(name in sys.modules for name in sys.argv[2:]))\n"
+    )
+    modules = [
+        "diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma",
+        "diffusers.models.transformers.pixart_transformer_2d",
+        "diffusers.pipelines.flux.pipeline_flux",
+        "intruder",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), *modules],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "True True False False\n"
+
+
 def test_components_can_be_given_or_left_out(tiny):
     import diffusers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ddinfer.cli.process import own_process, quiet_libraries
@@ -64,13 +65,15 @@ def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
 
 def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int:
     """This process is a rank: of torchrun's, or the only one."""
-    from ddinfer.cli.summary import print_summary
     from ddinfer.distributed.parent import leave
+    from ddinfer.distributed.preloading import import_for_good
     from ddinfer.stopping import Stop
 
     speaks = os.environ.get("RANK", "0") == "0"
     with Stop(config.grace_seconds, says_so=speaks).on_signals() as stop:
         # Seconds of imports: a signal is heard from before them.
+        import_for_good(PRELOAD, partial(import_model_classes, config))
+        from ddinfer.cli.summary import print_summary
         from ddinfer.distributed.world import World
         from ddinfer.run import run_job
 
@@ -86,7 +89,6 @@ def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int
 def _run_in_ranks(
     config: JobConfig, num_ranks: int, stdin: bytes | None, retry_failed: bool
 ) -> int:
-    from ddinfer.cli.summary import print_summary
     from ddinfer.distributed.parent import leave
     from ddinfer.recovery import launch_until_done
 
@@ -98,10 +100,22 @@ def _run_in_ranks(
         config=config,
         num_ranks=num_ranks,
         preload=PRELOAD,
+        before_fork=partial(import_model_classes, config),
         notify=lambda text: print(f"ddinfer: {text}", file=sys.stderr, flush=True),
     )
+    # It imports torch, for which the ranks should not have had to wait.
+    from ddinfer.cli.summary import print_summary
+
     print_summary(reports[0], as_json=config.json)
     leave(reports[0].exit_code)
+
+
+def import_model_classes(config: JobConfig) -> None:
+    """Import the classes of the job's model, before its ranks are forked."""
+    from ddinfer.job import resolve_model
+    from ddinfer.models.classes import import_classes
+
+    import_classes(resolve_model(config)[0], config.revision)
 
 
 def run_on_rank(

@@ -37,6 +37,9 @@ TORCHRUN_NAMES = (
     "MASTER_PORT",
 )
 
+#: Forking after large imports is Linux's strength; elsewhere it is not safe.
+_FORKS = sys.platform == "linux"
+
 
 def launch(
     fn: Callable[..., Any],
@@ -46,6 +49,7 @@ def launch(
     gpus_per_rank: int = 1,
     num_threads: int | None = None,
     preload: Sequence[str] = ("torch", "torch.distributed"),
+    before_fork: Callable[[], object] | None = None,
     on_failure: Literal["terminate", "finish"] = "terminate",
     grace_seconds: float = 30.0,
     handle_signals: bool = False,
@@ -68,6 +72,9 @@ def launch(
         nproc_per_node: as on the command line; default: every GPU, else one rank.
         num_threads: CPU threads of each rank; default: ``OMP_NUM_THREADS``, else cores / ranks.
         preload: modules that must not open a GPU when imported.
+        before_fork: called once where ``preload`` was imported, to import more that depends on
+            the job; picklable, and it opens no GPU, no connection and no thread. Where ranks are
+            not forked it is not called, and what it raises is not told: the ranks will meet it.
         on_failure: "terminate" ends the other ranks soon after the first failure; "finish" lets
             them do their own share first.
         grace_seconds: after Ctrl-C or SIGTERM the ranks get the same signal, and this long.
@@ -122,6 +129,7 @@ def launch(
         ]
         start = Start(
             payload,
+            pickle.dumps(before_fork) if before_fork and _FORKS else b"",
             _main_module() if b"__main__" in payload else {},
             sys.argv,
             device,
@@ -176,8 +184,7 @@ def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
 
 
 def _server_command(control: int, preload: Sequence[str]) -> list[str]:
-    # Forking after large imports is Linux's strength; elsewhere it is not safe.
-    names = list(preload) if sys.platform == "linux" else []
+    names = list(preload) if _FORKS else []
     path = [os.path.abspath(p) if p else os.getcwd() for p in sys.path]
     code = BOOTSTRAP.format(path=path, control=control, preload=names)
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]

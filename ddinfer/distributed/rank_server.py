@@ -8,7 +8,6 @@ Ctrl-C in the terminal reaches the launcher alone, which passes it on once.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import pickle
 import selectors
@@ -18,11 +17,13 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import process, spawn
 from multiprocessing.connection import Connection
 from typing import Any
 
 from ddinfer.distributed.parent import end_with_parent, leave
+from ddinfer.distributed.preloading import import_for_good
 from ddinfer.errors import EXIT_BUG, ErrorRecord, RankError, exit_code_of
 
 #: Runs in a bare interpreter whose first import must be ours: nothing from the current folder.
@@ -38,12 +39,14 @@ class Start:
 
     Attributes:
         payload: pickled ``(fn, args)``.
+        before_fork: empty, or a pickled function that imports what only this launch needs.
         main: how the launcher's ``__main__`` is imported again, where ``fn`` comes from it.
         environments: what each rank adds to the environment.
         outcomes: file descriptors, each the writing end of a rank's pipe to the launcher.
     """
 
     payload: bytes
+    before_fork: bytes
     main: Mapping[str, str]
     argv: Sequence[str]
     device: str
@@ -69,18 +72,17 @@ class Outcome:
     blamed: RankError | None = None
 
 
-def main(control: int, preload: Sequence[str]) -> None:
+def main(control: int, modules: Sequence[str]) -> None:
     end_with_parent()
     launcher = Connection(control)
-    for name in preload:
-        # An import that fails here fails again in the ranks, which can say so.
-        with contextlib.suppress(Exception):
-            importlib.import_module(name)
-    _refuse_cuda(preload)
+    import_for_good(modules)
     try:
         start: Start = pickle.loads(launcher.recv_bytes())
     except EOFError:
         os._exit(0)
+    if start.before_fork:
+        import_for_good((), partial(_call, start.before_fork))
+    _refuse_cuda(modules)
     ranks: dict[int, int] = {}
     wake, signalled = _pipe()
     signal.set_wakeup_fd(signalled)
@@ -112,6 +114,10 @@ def main(control: int, preload: Sequence[str]) -> None:
     leave(0)
 
 
+def _call(pickled: bytes) -> None:
+    pickle.loads(pickled)()
+
+
 def _ended() -> list[tuple[int, int]]:
     """(pid, exit code) of children that have ended; negative for a signal."""
     found: list[tuple[int, int]] = []
@@ -132,12 +138,12 @@ def _pipe() -> tuple[int, int]:
     return ends
 
 
-def _refuse_cuda(preload: Sequence[str]) -> None:
+def _refuse_cuda(modules: Sequence[str]) -> None:
     """A forked process cannot use a GPU that its parent has opened."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         sys.stderr.write(
-            f"ddinfer: error: importing {', '.join(preload)} initialises CUDA, so that these "
+            f"ddinfer: error: importing {', '.join(modules)} initialises CUDA, so that these "
             "cannot be imported before the ranks are started; leave them out of preload=\n"
         )
         sys.stderr.flush()
