@@ -205,7 +205,8 @@ class Leader:
         self.pending, self.alone = split_suspects(planned, state)
         together = {k for batch in planned if len(batch) > 1 for k in batch}
         self.suspects = frozenset(together.intersection(batch[0] for batch in self.alone))
-        if config.pipeline_parallel == 1:  # a batch of one is alone anyway
+        if config.pipeline_parallel == 1 and config.placement != "staged":
+            # Batches are made one at a time, so that a batch of one is alone anyway.
             self.pending, self.alone = sorted([*self.pending, *self.alone], key=min), []
         self.wanted = self.folder.pending(state)
         room = estimate_disk(

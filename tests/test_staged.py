@@ -110,7 +110,7 @@ def test_images_are_those_of_the_whole_engine_to_the_last_bit(kind, tiny, decode
 
 
 def test_without_a_negative_prompt_or_guidance_too(tiny):
-    requests = requests_for("flux", ["a cat", "a dog"]) + []
+    requests = requests_for("flux", ["a cat", "a dog"])
     assert pictures(staged(tiny("flux")).run([requests])) == pictures(
         whole(tiny("flux")).run([requests])
     )

@@ -67,12 +67,13 @@ def check_stages(model: str, config: JobConfig) -> dict[str, list[StagePlan]]:
     fetched. Nothing where it is not cut.
 
     Raises:
-        UsageError: it cannot be cut into so many stages.
+        UsageError: it cannot be cut into so many stages, or ``--placement staged`` cannot run it.
     """
-    if config.pipeline_parallel == 1:
+    if config.pipeline_parallel == 1 and config.placement != "staged":
         return {}
     from ddinfer.engines.ring import plan_stages
     from ddinfer.models.source import PipelineSource
+    from ddinfer.models.stages import components_by_stage
 
     source = PipelineSource.to_plan_by(
         model,
@@ -80,6 +81,9 @@ def check_stages(model: str, config: JobConfig) -> dict[str, list[StagePlan]]:
         token=config.token,
         trust_remote_code=config.trust_remote_code,
     )
+    if config.placement == "staged":
+        components_by_stage(source)
+        return {}
     return plan_stages(source, config.pipeline_parallel)
 
 
