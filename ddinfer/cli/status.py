@@ -92,9 +92,11 @@ def _rate(state: JournalState, attempts: Sequence[Attempt]) -> float | None:
 def _state(is_running: bool, num_pending: int, said: Mapping[str, Any]) -> str:
     if is_running:
         return "running"
-    if not num_pending:
-        return "finished"
-    return "stopped" if said.get("state") == "stopped" else "interrupted"
+    if said.get("state") == "stopped":
+        return "stopped"
+    # Who is killed leaves status.json as it was: "running", though nobody is there any more.
+    is_finished = not num_pending and said.get("state", "finished") == "finished"
+    return "finished" if is_finished else "interrupted"
 
 
 def _rank(attempt: Attempt, is_running: bool) -> dict[str, Any]:
@@ -133,6 +135,8 @@ def lines_of(status: Mapping[str, Any]) -> list[str]:
         lines.append(f"  ddinfer retry-failed {status['output']} tries the failed ones again")
     if status["error"]:
         lines.append(f"  it ended with: {status['error'].splitlines()[0]}")
+    if status["state"] == "interrupted":
+        lines.append("  no process holds the folder: the job was killed, or its machine went down")
     if status["state"] in ("stopped", "interrupted"):
         lines.append("  the same command again goes on from here")
     return lines

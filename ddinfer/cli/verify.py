@@ -16,7 +16,7 @@ from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
 from ddinfer.storage.job_folder import JobFolder
 from ddinfer.storage.lease import Lease
-from ddinfer.storage.verify import VerifyReport, rebuild_metadata, verify
+from ddinfer.storage.verify import VerifyReport, rebuild_metadata, remove_torn, verify
 
 #: How many of a long list are named.
 SHOWN = 10
@@ -30,6 +30,8 @@ class VerifyOptions:
     """Output folder of a job."""
     rebuild: bool = False
     """Write metadata.jsonl and failures.jsonl anew from the journals first."""
+    repair: bool = False
+    """Delete images whose bytes have changed; the job's own command then makes them again."""
     json: bool = False
     """Print the report as JSON."""
 
@@ -37,14 +39,23 @@ class VerifyOptions:
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(VerifyOptions, prog="ddinfer verify", args=list(argv), use_underscores=True)
     files, path = Files(), os.path.abspath(options.output)
-    if options.rebuild:
-        JobFolder.look(files, path)  # before a lock is written where no job is
-        with Lease.acquire(files, path):
-            rebuild_metadata(files, path)
-    report = verify(files, path)
+    changes = options.rebuild or options.repair
+    report = _changed(files, path, options) if changes else verify(files, path)
     print(json.dumps(report.to_dict()) if options.json else "\n".join(lines_of(report, path)))
     sys.stdout.flush()
     return exit_code(report)
+
+
+def _changed(files: Files, path: str, options: VerifyOptions) -> VerifyReport:
+    """Rebuild and repair, while no job writes there → what `verify` says then."""
+    JobFolder.look(files, path)  # before a lock is written where no job is
+    with Lease.acquire(files, path):
+        if options.rebuild:
+            rebuild_metadata(files, path)
+        report = verify(files, path)
+        if options.repair:
+            remove_torn(files, path, report)
+    return report
 
 
 def exit_code(report: VerifyReport) -> int:
@@ -68,7 +79,9 @@ def lines_of(report: VerifyReport, path: str) -> list[str]:
         lines.append(f"missing: {_some(names)}; {again}")
     if report.torn:
         names = [f"{image_path(k)} ({why})" for k, why in report.torn.items()]
-        lines.append(f"torn: {_some(names)}; delete these files, then {again}")
+        lines.append(
+            f"torn: {_some(names)}; ddinfer verify {path} --repair deletes them, then {again}"
+        )
     if report.extra:
         lines.append(f"extra: {_some(report.extra)}; no journal speaks of them")
     if report.stale and not report.pending:

@@ -100,9 +100,25 @@ def read_job(files: Files, path: str) -> JobRecord | None:
     try:
         if data.get("shard") is not None:
             data["shard"] = Shard(**data["shard"])
-        return JobRecord(**data)
-    except TypeError as error:
-        raise StorageError(f"{name} is damaged: {error}") from None
+        record = JobRecord(**data)
+        is_sound = _is_sound(record)
+    except (TypeError, AttributeError, IndexError) as error:
+        raise StorageError(f"{name} is damaged: {error}; {_NO_RECORD}") from None
+    if not is_sound:
+        raise StorageError(f"{name} is damaged: its fingerprint is not its own; {_NO_RECORD}")
+    return record
+
+
+#: The way out where ``job.json`` is lost.
+_NO_RECORD = "put back a copy of it, or start the job again with --overwrite"
+
+
+def _is_sound(record: JobRecord) -> bool:
+    """Whether it agrees with itself: by its segments batches are cut, by its counts a job ends."""
+    own = _fingerprint(record.requests_sha256, record.identity, record.versions)
+    is_own = record.fingerprint == own == record.fingerprints[-1]
+    ends = record.segments
+    return is_own and ends == sorted(set(ends)) and ends[-1] == record.num_requests
 
 
 def requests_sha256(requests: Sequence[Request]) -> str:

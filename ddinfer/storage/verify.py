@@ -90,6 +90,20 @@ def rebuild_metadata(files: Files, path: str) -> None:
     JobFolder.look(files, path).finish()
 
 
+def remove_torn(files: Files, path: str, report: VerifyReport) -> None:
+    """Delete the torn images that ``report`` names, so that the same command makes them again.
+
+    The caller holds the folder's lease. In ``report`` they are missing afterwards.
+    """
+    names = [os.path.join(path, image_path(index)) for index in report.torn]
+    for name in names:
+        files.remove(name)
+    for folder in sorted({os.path.dirname(name) for name in names}):
+        files.sync_folder(folder)
+    report.missing = sorted([*report.missing, *report.torn])
+    report.torn = {}
+
+
 def _check_image(
     files: Files, path: str, index: int, state: JournalState, report: VerifyReport
 ) -> None:

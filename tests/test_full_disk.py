@@ -1,0 +1,155 @@
+"""Whole jobs that meet a full disk or a limit: 74 with path and cause, and nothing lost.
+
+What every single file operation does then is tested in test_storage_crashes.py.
+"""
+
+import os
+import resource
+import shutil
+import subprocess
+
+import pytest
+
+from ddinfer.storage.files import Files
+from ddinfer.storage.verify import verify
+from tests.jobs import STARTS, end, is_whole, job, made, wait_until
+from tests.kill_matrix import ranks_of
+from tests.moody_pipeline import moody_pipeline
+from tests.test_cli import images, run, start
+
+NUM_PROMPTS = 30
+
+
+@pytest.fixture(scope="module")
+def moody(tmp_path_factory):
+    return str(moody_pipeline(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(moody, tmp_path_factory):
+    """Images of the job that always had room."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run([*STARTS["one process"], *many(moody, folder)])
+    assert done.returncode == 0, done.stderr
+    return images(folder / "out")
+
+
+def many(model, folder, *more):
+    """A job whose files all become larger than a kilobyte, but for the images."""
+    prompts = [f"a picture of {k}" for k in range(NUM_PROMPTS)]
+    return job(model, folder, prompts, "--width=8", "--height=8", *more)
+
+
+def check_a_whole_part(folder):
+    """Every image that a journal speaks of is there; others may lie beside them, unspoken of."""
+    report = verify(Files(), str(folder / "out"))
+    assert (report.missing, report.torn) == ([], {})
+
+
+# --- a file system without room ----------------------------------------------------------------
+
+#: Mounts a small disk where nobody else sees it, runs the job, gives it room, runs it again.
+SMALL_DISK = """
+set -u
+disk=$1 size=$2; shift 2
+mount -t tmpfs -o size=$size tmpfs "$disk" || exit 99
+"$@"; echo "first: $?" >&2
+cp -a "$disk/out" "$disk-first"
+mount -o remount,size=100m "$disk" || exit 99
+"$@"; echo "second: $?" >&2
+cp -a "$disk/out" "$disk-second"
+"""
+
+
+def can_mount(folder):
+    """Whether an ordinary user may mount in a namespace of his own here."""
+    (folder / "try").mkdir()
+    words = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", folder / "try"]
+    try:
+        return subprocess.run(words, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("two ranks", "100k"),
+        pytest.param("one process", "24k", marks=pytest.mark.nightly),
+        pytest.param("one process", "60k", marks=pytest.mark.nightly),
+        pytest.param("two ranks", "150k", marks=pytest.mark.nightly),
+        pytest.param("torchrun", "120k", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_job_on_a_full_disk_ends_with_74_and_goes_on_once_there_is_room(
+    moody, tmp_path, undisturbed, name, size
+):
+    if not can_mount(tmp_path):
+        pytest.skip("a file system of its own cannot be mounted here (unshare -rm mount)")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = many(moody, tmp_path)
+    words[words.index(tmp_path / "out")] = disk / "out"
+    script = ["unshare", "-rm", "bash", "-c", SMALL_DISK, "_", disk, size]
+    done = run([*script, *STARTS[name], *words])
+    assert done.returncode != 99, done.stderr
+    first, _, second = done.stderr.partition("first: ")
+    assert f"{disk}/out/" in first
+    assert "No space left on device (ENOSPC); free some space" in first
+    if name != "torchrun":
+        assert second.startswith("74\n"), done.stderr
+    for when in ("first", "second"):
+        (tmp_path / when).mkdir()
+        shutil.move(tmp_path / f"disk-{when}", tmp_path / when / "out")
+    if (tmp_path / "first/out/job.json").exists():
+        check_a_whole_part(tmp_path / "first")
+    assert second.rstrip().endswith("second: 0"), done.stderr
+    assert is_whole(tmp_path / "second")
+    assert images(tmp_path / "second/out") == undisturbed
+
+
+# --- limits of a process -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kilobytes", "part"),
+    [
+        ("one process", 3, "/journal/000000-00000.jsonl"),
+        pytest.param("two ranks", 2, "/journal/", marks=pytest.mark.nightly),
+        pytest.param("one process", 1, "/job.json", marks=pytest.mark.nightly),
+        pytest.param("one process", 8, "/metadata.jsonl", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_file_that_may_not_grow_ends_the_job_with_74_and_it_goes_on_later(
+    moody, tmp_path, undisturbed, name, kilobytes, part
+):
+    command = [*STARTS[name], *many(moody, tmp_path)]
+    done = run(["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "_", *command])
+    assert done.returncode == 74, done.stderr
+    assert f"cannot write {tmp_path}/out{part}" in done.stderr
+    assert "File too large (EFBIG)" in done.stderr
+    assert run(command).returncode == 0
+    assert is_whole(tmp_path)
+    assert images(tmp_path / "out") == undisturbed
+
+
+def test_a_rank_that_may_open_no_more_files_ends_the_job_with_74(moody, tmp_path):
+    words = job(moody, tmp_path, [f"wait {tmp_path / 'gate'}", "a", "b", "c"])
+    command = [*STARTS["two ranks"], *words]
+    process = start(command)
+    wait_until(process, (tmp_path / "gate.waiting").exists)
+    (tmp_path / "gate.waiting").unlink()
+    rank = min(ranks_of(process.pid))
+    used = {int(name) for name in os.listdir(f"/proc/{rank}/fd")}
+    lowest_free = min(set(range(len(used) + 1)) - used)
+    resource.prlimit(rank, resource.RLIMIT_NOFILE, (lowest_free, 4096))
+    (tmp_path / "gate").touch()
+    code, err = end(process)
+    assert code == 74, err
+    assert "Too many open files (EMFILE); raise the limit" in err
+    assert f"{tmp_path}/out/" in err
+    check_a_whole_part(tmp_path)
+    assert 0 not in made(tmp_path)
+    assert run(command).returncode == 0
+    assert is_whole(tmp_path)
+    assert made(tmp_path) == [0, 1, 2, 3]
