@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch
 from ddinfer.engines.select import check_placement, check_stages
 from ddinfer.engines.whole import check_call, gpu_numbers
-from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, exit_code_of
+from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, StorageError, exit_code_of
 from ddinfer.job import (
     job_identity,
     job_of_folder,
@@ -189,6 +190,16 @@ class Leader:
             run_id=world.run_id if world.is_launched else "",
             notify=log.info,
         )
+        try:
+            self._plan(retry_failed)
+        except BaseException:
+            with suppress(StorageError):  # this is the error to tell
+                self.folder.close()
+            raise
+
+    def _plan(self, retry_failed: bool) -> None:
+        """Find out what is to be made, by the journals, and whether there is room for it."""
+        config, world = self.config, self.world
         if world.restart_count and world.max_restarts:  # torchrun tells nobody who died of what
             before = attempt_id(world.run_id, world.restart_count - 1)
             record_deaths(self.files, config.output, before)
@@ -325,8 +336,10 @@ class Leader:
 
     def stopped(self, error: BaseException) -> None:
         """Say why the job ended early, for whoever cannot see our exit code; close the folder."""
-        self._write_status("stopped", {"exit_code": exit_code_of(error), "error": str(error)})
-        self.folder.close()
+        with suppress(StorageError):  # on a full disk there is no room to say so
+            self._write_status("stopped", {"exit_code": exit_code_of(error), "error": str(error)})
+        with suppress(StorageError):
+            self.folder.close()
 
     def _write_status(self, state: str, more: Mapping[str, Any]) -> None:
         status = {"state": state, "world_size": self.world.world_size, **more}

@@ -128,7 +128,7 @@ def test_a_flipped_byte_in_a_journal_is_mended_or_named(moody, tmp_path, finishe
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         journal.write_bytes(data)
         refusals += check_that_it_is_mended(moody, folder, finished, journal)
-    assert 0 < refusals < count
+    assert refusals, "none was in a line that another follows"
 
 
 def test_a_flipped_byte_in_the_prompts_is_another_job_and_says_which_prompt(
