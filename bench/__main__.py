@@ -1,6 +1,6 @@
 """`launch/bench`: runs the parts, prints their tables, writes the figures and the page.
 
-python -m bench [--list] [--only PART …] [--quick | --full] [--repetitions N] [--cells CELL …]
+python -m bench [--list] [--only PART …] [--quick | --full] [--repetitions N]
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
+from bench import jobs
 from bench.measure import CACHE, PYTHON, RESULTS, ROOT, Machine, Size, versions
 from bench.report import PAGE, page_with_figures
 
 #: In the order of the page, and of running.
 PARTS = (
-    "jobs", "startup", "scaling", "overhead", "memory", "options", "instant",
+    *jobs.PARTS, "startup", "scaling", "overhead", "memory", "options", "instant",
     "launch", "loading", "journal", "png", "schedule", "ring", "gpu",
 )  # fmt: skip
 
 
-def part(name: str) -> ModuleType:
-    return importlib.import_module(f"bench.{name}")
+def part(name: str) -> Any:
+    """What measures it: a module of this package, or one kind of jobs."""
+    return jobs.PARTS[name] if name in jobs.PARTS else importlib.import_module(f"bench.{name}")
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +57,6 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="launch/bench", description=__doc__.splitlines()[0])
     made.add_argument("--list", action="store_true", help="the parts and how long they take")
     made.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="these parts")
-    made.add_argument("--cells", nargs="+", default=[], metavar="CELL", help="of the part jobs")
     size = made.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="little of everything; writes nothing")
     size.add_argument("--full", action="store_true", help="more repetitions, all jobs")
@@ -75,7 +76,6 @@ def run_part(name: str, options: argparse.Namespace) -> bool:
         file.unlink(missing_ok=True)
     words = [PYTHON, "-m", "bench", "--only", name, "--into", str(file)]
     words += [f"--{flag}" for flag in ("quick", "full") if getattr(options, flag)]
-    words += ["--cells", *options.cells] if options.cells else []
     words += ["--repetitions", str(options.repetitions)] if options.repetitions else []
     if subprocess.run(words, cwd=ROOT).returncode:
         return False
@@ -92,8 +92,7 @@ def measure_part(name: str, options: argparse.Namespace) -> None:
     """
     size = "quick" if options.quick else "full" if options.full else "default"
     module, machine, started = part(name), Machine.here(), time.monotonic()
-    asked = Size(size, options.repetitions)
-    figures = module.measure(asked, options.cells) if name == "jobs" else module.measure(asked)
+    figures = module.measure(Size(size, options.repetitions))
     if figures is None:
         print(f"{name}: not on this machine; nothing written")
         return

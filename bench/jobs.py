@@ -16,7 +16,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,6 @@ from bench.measure import (
 )
 from bench.report import spread, verdict
 
-ABOUT = "whole jobs beside plain diffusers, mp.spawn and Accelerate; time to the first step"
-EXPECTED_SECONDS = 1000
 SCRIPTS = ROOT / "bench" / "competitors"
 COMPETITORS = ("plain", "spawn", "accelerate")
 
@@ -78,29 +76,74 @@ class Cell:
         )
 
 
-CELLS = (
-    Cell("short-8", "tiny", 8, (1, 5, 9), goal=0.80),
-    Cell("one-rank-8", "tiny", 8, (0, 3, 5), ranks=1, goal=0.80, ways=("ddinfer", "plain")),
-    Cell("tiny-64", "tiny", 64, (0, 3, 5)),
-    Cell("tiny-64-batch-8", "tiny", 64, (0, 2, 5), batch_size=8),
-    Cell("one-step-256", "tiny", 256, (0, 2, 5), steps=1),
-    Cell("mixed-64", "tiny", 64, (0, 2, 5), mixed=True,
-         ways=("ddinfer", "ddinfer --schedule dynamic", *COMPETITORS)),
-    Cell("parti-1632", "tiny", 1632, (0, 1, 3), steps=1),
-    Cell("mid-8", "mid", 8, (0, 3, 5)),
-    Cell("mid-64", "mid", 64, (0, 1, 3)),
-    Cell("mid-64-batch-8", "mid", 64, (0, 0, 2), batch_size=8),
-)  # fmt: skip
+@dataclass(frozen=True)
+class Jobs:
+    """Cells that are run together: one part of `launch/bench`."""
+
+    ABOUT: str
+    EXPECTED_SECONDS: int
+    cells: Sequence[Cell]
+
+    def measure(self, size: Size) -> dict[str, Any]:
+        """→ cell name → its figures."""
+        found: dict[str, Any] = {"competitors": competitors_versions(), "cells": {}}
+        for cell in self.cells:
+            if size.pick(*cell.repetitions) == 0:
+                continue
+            if size.is_quick:
+                cell = replace(cell, num_prompts=min(cell.num_prompts, 2 * 8))
+            found["cells"][cell.name] = measure_cell(cell, size.times(*cell.repetitions))
+        return found
+
+    def tables(self, figures: Mapping[str, Any]) -> str:
+        return tables(figures)
+
+    def problems(self, figures: Mapping[str, Any]) -> list[str]:
+        return problems(figures)
 
 
-def measure(size: Size, only: Sequence[str] = ()) -> dict[str, Any]:
-    """→ cell name → its figures."""
-    found: dict[str, Any] = {"competitors": competitors_versions(), "cells": {}}
-    for cell in CELLS:
-        repetitions = size.times(*cell.repetitions) if size.pick(*cell.repetitions) else 0
-        if (not only and repetitions) or cell.name in only:
-            found["cells"][cell.name] = measure_cell(cell, max(1, repetitions))
-    return found
+PARTS = {
+    "jobs_short": Jobs(
+        "short jobs beside plain diffusers, mp.spawn and Accelerate; time to the first step",
+        150,
+        [
+            Cell("short-8", "tiny", 8, (1, 5, 9), goal=0.80),
+            Cell("one-rank-8", "tiny", 8, (0, 3, 5), ranks=1, goal=0.80,
+                 ways=("ddinfer", "plain")),
+        ],
+    ),
+    "jobs_64": Jobs(
+        "64 prompts beside the same, batch 1 and 8",
+        150,
+        [
+            Cell("tiny-64", "tiny", 64, (0, 3, 5)),
+            Cell("tiny-64-batch-8", "tiny", 64, (1, 1, 5), batch_size=8),
+        ],
+    ),
+    "jobs_steps": Jobs(
+        "very short images, and mixed steps, beside the same",
+        115,
+        [
+            Cell("one-step-256", "tiny", 256, (0, 2, 5), steps=1),
+            Cell("mixed-64", "tiny", 64, (1, 1, 5), mixed=True,
+                 ways=("ddinfer", "ddinfer --schedule dynamic", *COMPETITORS)),
+        ],
+    ),
+    "jobs_parti": Jobs(
+        "all of PartiPrompts, one step, beside the same",
+        130,
+        [Cell("parti-1632", "tiny", 1632, (1, 1, 3), steps=1)],
+    ),
+    "jobs_mid": Jobs(
+        "about a second an image, beside the same",
+        215,
+        [
+            Cell("mid-8", "mid", 8, (1, 1, 5)),
+            Cell("mid-64", "mid", 64, (0, 1, 3)),
+            Cell("mid-64-batch-8", "mid", 64, (0, 0, 2), batch_size=8),
+        ],
+    ),
+}  # fmt: skip
 
 
 def measure_cell(cell: Cell, repetitions: int) -> dict[str, Any]:

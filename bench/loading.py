@@ -22,7 +22,7 @@ from bench.measure import CACHE, ROOT, Size, progress, proportional_bytes
 from bench.report import table
 
 ABOUT = "host memory and seconds of loading weights alone, beside from_pretrained"
-EXPECTED_SECONDS = 150
+EXPECTED_SECONDS = 95
 
 #: How a process loads; each is run with the folder as its last argument.
 WAYS = {
@@ -63,7 +63,7 @@ def measure(size: Size) -> dict[str, Any]:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as name:
         folder = Path(name)
-        num_bytes = make_model(folder, size.pick(0.4, 0.8, 1.2))
+        num_bytes = make_model(folder, size.pick(0.4, 0.6, 1.2))
         found: dict[str, Any] = {"bytes": num_bytes, "ranks": {}}
         for ranks in size.pick((1,), (1, 2, 4), (1, 2, 4)):
             _, empty = load_in_ranks("no model", folder, ranks)

@@ -18,7 +18,7 @@ from bench.measure import CACHE, Size, progress, run
 from bench.report import table
 
 ABOUT = "host memory of whole jobs over 1, 2 and 4 ranks"
-EXPECTED_SECONDS = 120
+EXPECTED_SECONDS = 100
 WAYS = ("ddinfer", "spawn", "accelerate")
 #: Few cheap images: the peak is in loading and in the first call.
 CELL = Cell("memory", "mid", 4, (1, 1, 1), steps=1)

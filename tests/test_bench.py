@@ -59,8 +59,8 @@ def test_list_names_every_script():
     command = [sys.executable, "-m", "bench", "--list"]
     told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     named = {line.split()[0] for line in told.splitlines()}
-    scripts = {file.stem for file in (ROOT / "bench").glob("*.py")} - SHARED
-    assert named == scripts == set(PARTS)
+    scripts = {file.stem for file in (ROOT / "bench").glob("*.py")} - SHARED - {"jobs"}
+    assert named == scripts | set(jobs.PARTS) == set(PARTS)
 
 
 def test_a_command_is_accounted_for_with_all_its_processes():
@@ -132,3 +132,27 @@ def test_the_hook_notes_the_first_denoiser_call_and_then_steps_aside(tmp_path):
 
 def test_competitors_are_not_in_our_environment():
     assert importlib.util.find_spec("accelerate") is None
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(
+    not Path(measure.COMPETITORS_PYTHON).exists(), reason="launch/bench makes .venv-bench"
+)
+def test_every_way_makes_the_same_pictures_as_ddinfer(tmp_path):
+    # As many for each rank as fill batches: those that slice first would cut others from five.
+    cell = jobs.Cell("small", "tiny", 4, (1, 1, 1), steps=2, batch_size=2)
+    # In a process of its own: the harness adopts and reaps whatever is left over.
+    code = (
+        "import json; from bench import jobs; "
+        f"print(json.dumps(jobs.measure_cell(jobs.{cell!r}, 1)))"
+    )
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    figures = json.loads(told)
+    assert set(figures["ways"]) == {"ddinfer", *jobs.COMPETITORS}
+    for way in ("ddinfer", "spawn", "accelerate"):
+        assert figures["ways"][way]["different_images"] == 0, way
+    assert jobs.problems({"cells": {"small": figures}}) == []
+    for told in figures["ways"].values():
+        assert 0 < told["first_step"]["median"] < told["last_image"]["median"]
+        assert told["last_image"]["median"] <= told["seconds"]["median"]
