@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import ErrorRecord, InputError
@@ -28,7 +29,7 @@ GIVEN_BY_DDINFER = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One row of a prompt file, before the job's defaults are applied.
 
@@ -42,9 +43,11 @@ class Prompt:
     where: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """One image to be made. The image is a function of this value alone.
+
+    There may be millions of them, so each is small.
 
     Attributes:
         index: place in the job, 0-based, over all ranks.
@@ -70,12 +73,20 @@ class Request:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; fields at their defaults are left out."""
-        out: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is None or (isinstance(value, Mapping) and not value):
-                continue
-            out[f.name] = dict(value) if isinstance(value, Mapping) else value
+        out: dict[str, Any] = {
+            "index": self.index,
+            "id": self.id,
+            "prompt": self.prompt,
+            "seed": self.seed,
+        }
+        for name in _OPTIONAL_FIELDS:
+            value = getattr(self, name)
+            if value is not None:
+                out[name] = value
+        if self.kwargs:
+            out["kwargs"] = dict(self.kwargs)
+        if self.input_hashes:
+            out["input_hashes"] = dict(self.input_hashes)
         return out
 
     @classmethod
@@ -89,6 +100,9 @@ class Request:
 
     def batch_key(self) -> str:
         """Two neighbours share a batch only where this is equal."""
+        named = tuple(getattr(self, name) for name in CALL_FIELDS)
+        if not self.kwargs and not self.input_hashes:
+            return _plain_batch_key(named, *map(type, named), self.negative_prompt is None)
         shared = [self.parameters(), dict(self.input_hashes), self.negative_prompt is None]
         return canonical_json(shared)
 
@@ -101,6 +115,17 @@ class Request:
         if self.input_hashes:
             data["kwargs"] = {k: v for k, v in self.kwargs.items() if k not in self.input_hashes}
         return hashlib.sha256(canonical_json(data).encode()).hexdigest()
+
+
+#: Fields of a Request that may be left out, in its order.
+_OPTIONAL_FIELDS = ("negative_prompt", *CALL_FIELDS)
+
+
+@lru_cache(maxsize=1024)
+def _plain_batch_key(named: tuple[Any, ...], *types_and_negative: Any) -> str:
+    """`Request.batch_key` where nothing beyond the `CALL_FIELDS` is set; 1 and 1.0 are two keys."""
+    parameters = {n: v for n, v in zip(CALL_FIELDS, named, strict=True) if v is not None}
+    return canonical_json([parameters, {}, types_and_negative[-1]])
 
 
 @dataclass(frozen=True)
@@ -151,11 +176,14 @@ class Result:
         return replace(self, image=None, frames=None)
 
 
+_canonical = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+).encode
+
+
 def canonical_json(value: Any) -> str:
     """One text for one value: sorted keys, no spaces, finite numbers only."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
+    return _canonical(value)
 
 
 def resolve_requests(
@@ -178,13 +206,16 @@ def resolve_requests(
     """
     requests: list[Request] = []
     seen: dict[str, str] = {}
+    has_ids = any("id" in prompt.fields for prompt in prompts)
+    nothing: dict[str, Any] = {}  # one for all
     for prompt in prompts:
         row = {**(defaults or {}), **prompt.fields}
         count = row.pop("num_images", num_images)
         given_id, given_seed = row.pop("id", None), row.pop("seed", None)
-        hashes = row.pop("input_hashes", {})
+        hashes = row.pop("input_hashes", nothing)
         text, negative = row.pop("prompt"), row.pop("negative_prompt", None)
         named = {name: row.pop(name, None) for name in CALL_FIELDS}
+        kwargs = row or nothing
         for k in range(count):
             index = len(requests)
             seed = base_seed + index if given_seed is None else given_seed + k
@@ -193,13 +224,16 @@ def resolve_requests(
             name = f"{index:08d}" if given_id is None else given_id
             if given_id is not None and count > 1:
                 name = f"{given_id}-{k}"
-            where = prompt.where or f"prompt {index}"
-            if name in seen:
-                raise InputError(
-                    f"{where}: id {name!r} is already used by {seen[name]}; ids must be unique"
-                )
-            seen[name] = where
+            if has_ids:  # the default ones differ by themselves
+                where = prompt.where or f"prompt {index}"
+                if name in seen:
+                    raise InputError(
+                        f"{where}: id {name!r} is already used by {seen[name]}; ids must be unique"
+                    )
+                seen[name] = where
             requests.append(
-                Request(index, name, text, seed, negative, **named, kwargs=row, input_hashes=hashes)
+                Request(
+                    index, name, text, seed, negative, **named, kwargs=kwargs, input_hashes=hashes
+                )
             )
     return requests

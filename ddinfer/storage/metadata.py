@@ -72,13 +72,15 @@ def read_requests(files: Files, folder: str, limit: int | None = None) -> list[R
     """The job's Requests as they were resolved (the first ``limit`` of them)."""
     path = os.path.join(folder, REQUESTS_FILE)
     requests: list[Request] = []
+    nothing: dict[str, Any] = {}  # one for all: there may be millions
     number = 0
     try:
         with files.reading(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
             for number, line in enumerate(unpacked, 1):  # noqa: B007  the message needs it
                 if len(requests) == limit:
                     break
-                requests.append(Request.from_dict(json.loads(line)))
+                data = {"kwargs": nothing, "input_hashes": nothing, **json.loads(line)}
+                requests.append(Request.from_dict(data))
     except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, TypeError) as error:
         raise StorageError(
             f"{path}:{number + 1}: damaged ({error}); run the job's own command again: it is "

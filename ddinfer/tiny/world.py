@@ -63,6 +63,7 @@ _GLUE = (
 
 VOCABULARY = tuple(sorted({*COLOURS, *SHAPES, *SIZES, *RELATIONS, *SYNONYMS, *_GLUE}))
 """Every word the text encoders know, in lower case."""
+_KNOWN = frozenset(VOCABULARY)
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,7 @@ def words(prompt: str) -> list[str]:
 
 def unknown_words(prompt: str) -> list[str]:
     """The words of a prompt that the embedded models were never taught, in order, once each."""
-    known = set(VOCABULARY)
-    return list(dict.fromkeys(word for word in words(prompt) if word not in known))
+    return list(dict.fromkeys(word for word in words(prompt) if word not in _KNOWN))
 
 
 def parse(prompt: str) -> Scene | None:
