@@ -12,6 +12,7 @@ from ddinfer.errors import ENDS_THE_JOB, EXIT_CTRL_C, EXIT_OK, DdinferError, Ran
 #: Command → what it does, in one line. Each is a module of this package with a ``main(argv)``.
 COMMANDS = {
     "run": "make the images of a prompt file (the default command)",
+    "plan": "what a model needs and where it would lie, before a weight is read",
     "status": "how a job stands, while it runs and after",
     "verify": "is every image there, with the bytes that were written?",
     "retry-failed": "make a job's failed prompts again, from its folder alone",

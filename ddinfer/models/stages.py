@@ -20,7 +20,7 @@ from ddinfer.models.building import NeedsConversion, build_on_meta
 from ddinfer.models.checkpoint import weight_files
 from ddinfer.models.dispatch import dispatch_pipeline
 from ddinfer.models.opening import OpenModel
-from ddinfer.models.placement import CPU, DISK, Placement, PlacementError, Strategy
+from ddinfer.models.placement import CPU, DISK, HEADROOM, Placement, PlacementError
 from ddinfer.models.planner import plan
 from ddinfer.models.sizes import tree_of
 from ddinfer.models.source import DENOISER_NAMES, PipelineSource
@@ -89,9 +89,9 @@ def plan_stages(
     root: Node,
     components: Mapping[Stage, tuple[str, ...]],
     budgets: Mapping[str, int],
-    strategy: Strategy = "balanced",
 ) -> dict[Stage, Placement]:
-    """Where the weights of each stage lie while it is its turn.
+    """Where the weights of each stage lie while it is its turn: on the first GPU where they fit
+    there, else evenly over all.
 
     Args:
         root: the whole pipeline's sizes.
@@ -100,10 +100,13 @@ def plan_stages(
         PlacementError: a stage does not fit; it is named.
     """
     placements: dict[Stage, Placement] = {}
+    first = next(iter(budgets.values()), 0)
     for stage, names in components.items():
         parts = tuple(child for child in root.children if child.name in names)
+        tree = Node("", (), parts, pipeline=True)
+        fits = tree.num_bytes() <= first - int(first * HEADROOM)
         try:
-            placements[stage] = plan(Node("", (), parts, pipeline=True), budgets, strategy)
+            placements[stage] = plan(tree, budgets, "auto" if fits else "balanced")
         except PlacementError as error:
             raise PlacementError(f"the {stage} stage ({', '.join(names)}): {error}") from error
     return placements
