@@ -97,6 +97,8 @@ def _ready(model: str, variant: str) -> tuple[Any, float]:
         pipe.vae.to(memory_format=torch.channels_last)
     elif name == "fuse_qkv_projections":
         pipe.unet.fuse_qkv_projections()
+    # diffusers keeps the last backend that was set for all models of the process that have none.
+    backend = backend or ("" if hasattr(pipe, "unet") else "native")
     config = JobConfig(compile=name == "compile", attention_backend=backend or None)
     apply_to_pipeline(pipe, config)
     apply_to_denoiser(*find_denoiser(pipe), config)
