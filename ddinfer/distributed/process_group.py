@@ -313,7 +313,10 @@ def _own_store(world: World, join_seconds: float) -> Store:
             f"no store answered within {join_seconds:g} s: {_first_line(error)}",
             "Check MASTER_ADDR and MASTER_PORT, and that rank 0 or torchrun runs there",
         ) from error
-    return dist.PrefixStore(f"ddinfer/{world.run_id}/{world.restart_count}", store)
+    # A store that the launcher keeps has seen the attempts before. One that rank 0 hosts is new,
+    # and machines need not agree on how often they restarted: one that came back begins at 0.
+    attempt = world.restart_count if world.launcher_hosts_store else 0
+    return dist.PrefixStore(f"ddinfer/{world.run_id}/{attempt}", store)
 
 
 def _backend(world: World) -> str:
