@@ -15,7 +15,8 @@ from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.parallel.blocks import check_names
 from ddinfer.parallel.link import ConnectionLost, Link, Sending
 from ddinfer.parallel.rows import Inputs
-from ddinfer.parallel.stages import Cut, cut_model, settle_inputs
+from ddinfer.parallel.samples import settle_inputs
+from ddinfer.parallel.stages import Cut, cut_model
 from ddinfer.parallel.wire import Layout, layout_of
 
 
@@ -40,7 +41,8 @@ def prepare_pipeline(
         model: in eval mode. With ``checkpoint`` its parameters may be on the meta device.
         example_args, example_kwargs: a whole batch as calls will give it; they fix every dim but
             the batch, which is the first dim of the first tensor, and every argument that is no
-            tensor. Tensors with another first dim go whole to every microbatch.
+            tensor. Tensors with another first dim, or that may have one, go whole to every
+            microbatch.
         split_points: names of the modules that begin the stages after the first; ``"auto"`` cuts
             between blocks so that stages are balanced by bytes.
         num_chunks: microbatches that the example batch is cut into (default: number of ranks).
@@ -71,7 +73,7 @@ def prepare_pipeline(
         example = pytree.tree_leaves(_bound(inputs, example_args, kwargs))
         inputs, outputs = settle_inputs(model, inputs, link.device)
         cut = cut_model(model, inputs, outputs, example, points, checkpoint, link)
-        prepared = PipelinedModel(model, inputs, cut, link, gather_output)
+        prepared = PipelinedModel(model, cut, link, gather_output)
     except Exception as failure:  # noqa: BLE001 - raised again, on every rank
         error = failure
     link.agree(error, "preparing a pipeline")
@@ -92,11 +94,11 @@ class PipelinedModel:
         config: the model's, where it has one.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, cut: Cut, link: Link, gather_output: bool):
-        self.inputs, self.gather_output = inputs, gather_output
+    def __init__(self, model: nn.Module, cut: Cut, link: Link, gather_output: bool):
+        self.inputs, self.gather_output = cut.inputs, gather_output
         self.config = getattr(model, "config", None)
-        self.__signature__ = inputs.signature
-        self.rows, self.how, self.cuts = inputs.rows, cut.how, cut.cuts
+        self.__signature__ = cut.inputs.signature
+        self.rows, self.how, self.cuts = cut.inputs.rows, cut.how, cut.cuts
         self.stage, self.stage_index, self.num_stages = cut.module, link.group_rank, link.size
         self._cut, self._link, self._name = cut, link, type(model).__name__
 

@@ -149,13 +149,20 @@ class Inputs:
                 cut[k] = whole.index_select(0, index)
         return cut
 
-    def sample(self, rows: int, make: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` like the example's with this many rows; ``make(shape, dtype)``."""
+    def sample(
+        self, rows: int, make: Any, others: Mapping[int, int] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` like the example's with this many rows; ``make(shape, dtype)``.
+
+        Args:
+            others: leaf number → rows, for leaves that are not cut.
+        """
         leaves = list(self.leaves)
+        sizes = {**dict.fromkeys(self.batched, rows), **(others or {})}
         for k in self.tensors:
             shape = tuple(leaves[k].shape)
-            if k in self.batched:
-                shape = (rows, *shape[1:])
+            if k in sizes:
+                shape = (sizes[k], *shape[1:])
             leaves[k] = make(shape, leaves[k].dtype)
         return pytree.tree_unflatten(leaves, self.spec)
 
@@ -175,8 +182,13 @@ class Outputs:
     dims: dict[int, int]
 
     @classmethod
-    def of(cls, fewer: Any, more: Any, rows: int, name: str) -> Outputs:
-        """Learns from the outputs for ``rows`` and for ``rows + 1`` rows which dims are batches.
+    def of(
+        cls, fewer: Any, more: Any, rows: int, name: str, more_rows: int | None = None
+    ) -> Outputs:
+        """Learns from the outputs for two numbers of rows which dims are batches.
+
+        Args:
+            more_rows: default: ``rows + 1``.
 
         Raises:
             UsageError: something in the output does not fall into rows.
@@ -189,7 +201,7 @@ class Outputs:
         kept = []
         for k, (leaf, other) in enumerate(zip(leaves, others, strict=True)):
             if isinstance(leaf, torch.Tensor):
-                dims[k] = _batch_dim(k, leaf, other, rows, name)
+                dims[k] = _batch_dim(k, leaf, other, (rows, more_rows or rows + 1), name)
                 leaf = torch.empty_strided(
                     leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta"
                 )
@@ -226,15 +238,16 @@ class Outputs:
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-def _batch_dim(k: int, fewer: torch.Tensor, more: torch.Tensor, rows: int, name: str) -> int:
-    grown = [
-        d for d, (a, b) in enumerate(zip(fewer.shape, more.shape, strict=True)) if (a, b) != (b, a)
-    ]
-    if len(grown) == 1 and (fewer.shape[grown[0]], more.shape[grown[0]]) == (rows, rows + 1):
+def _batch_dim(
+    k: int, fewer: torch.Tensor, more: torch.Tensor, rows: tuple[int, int], name: str
+) -> int:
+    sizes = list(zip(fewer.shape, more.shape, strict=False))
+    grown = [d for d, (a, b) in enumerate(sizes) if a != b]
+    if fewer.dim() == more.dim() and len(grown) == 1 and sizes[grown[0]] == rows:
         return grown[0]
     raise UsageError(
         f"output {k} of {name} does not fall into rows: its shape is {tuple(fewer.shape)} for "
-        f"{rows} rows and {tuple(more.shape)} for {rows + 1}; expected one dim that is the batch "
+        f"{rows[0]} rows and {tuple(more.shape)} for {rows[1]}; expected one dim that is the batch "
         "(a loss is a mean over the batch: compute it from the gathered output)"
     )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,13 +17,18 @@ from ddinfer.parallel.blocks import find_blocks, module_bytes, ring_blocks
 from ddinfer.parallel.cut import balance
 from ddinfer.parallel.flow import Plan, PlanError, StagedModel, call_key
 from ddinfer.parallel.link import Link
+from ddinfer.parallel.mixing import CannotRun
 from ddinfer.parallel.rows import Inputs, Outputs
-from ddinfer.parallel.trace import TracedCut, TraceFailed, faked, give_weights, quiet, trace
+from ddinfer.parallel.samples import (
+    fake_mode,
+    fake_sample,
+    rebuild,
+    settle_for_real,
+    with_rows,
+)
+from ddinfer.parallel.trace import TracedCut, TraceFailed, faked, give_weights, trace
 from ddinfer.parallel.weights import Weights
 from ddinfer.parallel.wire import Layout
-
-#: Ways to tell batches from tensors that have as many rows by chance.
-MAX_TRIES = 24
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ class Cut(Protocol):
     how: str
     cuts: tuple[str, ...]
     module: nn.Module
+    inputs: Inputs
     outputs: Outputs
 
     def inputs_of(self, leaves: Sequence[Any]) -> dict[Any, Any]:
@@ -67,36 +72,6 @@ class Cut(Protocol):
     def output_leaves(self, values: dict[Any, Any]) -> dict[int, torch.Tensor]:
         """On the last rank: the tensors of the model's output by leaf number."""
         ...
-
-
-def settle_inputs(
-    model: nn.Module, inputs: Inputs, device: torch.device
-) -> tuple[Inputs, Outputs | TraceFailed]:
-    """Which tensors fall into rows, and how the output does, found without computing anything.
-
-    A tensor may have as many rows as the batch by chance (position ids of as many tokens). Where
-    the model does not run with all of them cut, it is tried with one or two left whole.
-
-    Returns:
-        the inputs, and the outputs or why the model cannot be followed.
-
-    Raises:
-        UsageError: the output does not fall into rows.
-    """
-    doubtful = sorted(inputs.batched - {min(inputs.batched)})
-    tries = [frozenset[int]()]
-    tries += [frozenset(left) for n in (1, 2) for left in itertools.combinations(doubtful, n)]
-    first: TraceFailed | None = None
-    for whole in tries[:MAX_TRIES]:
-        attempt = replace(inputs, batched=inputs.batched - whole)
-        try:
-            return attempt, _probe(model, attempt, device)
-        except TraceFailed as failed:
-            first = first or failed
-            if "DataDependent" in str(failed):  # no choice of rows helps
-                break
-    assert first is not None  # the first try failed
-    return inputs, first
 
 
 def cut_model(
@@ -149,18 +124,24 @@ class _Whole:
         weights: Weights,
         link: Link,
     ):
-        self.module, self._inputs = model, inputs
+        self.module, self.inputs = model, inputs
         tensors = weights.read(_tensor_names(model), link.device)
         weights.keep_only(tensors)
         if isinstance(outputs, Outputs):
             self.outputs = outputs
-        else:  # data decides its flow, so it is run for real
-            made = []
-            for rows in (inputs.rows, inputs.rows + 1):
-                args, kwargs = _rebuild(inputs, _with_rows(inputs, example, rows, link.device))
+            return
+
+        def run(attempt: Inputs, rows: int, others: Mapping[int, int]) -> Any:
+            leaves = with_rows(attempt, example, rows, link.device, others)
+            args, kwargs = rebuild(attempt, leaves)
+            try:
                 with torch.no_grad():
-                    made.append(model(*args, **kwargs))
-            self.outputs = Outputs.of(made[0], made[1], inputs.rows, type(model).__name__)
+                    return model(*args, **kwargs)
+            except Exception as error:
+                raise CannotRun(f"{type(error).__name__}: {error}") from error
+
+        # Data decides its flow, so it is run for real.
+        self.inputs, self.outputs = settle_for_real(model, inputs, run)
 
     def inputs_of(self, leaves: Sequence[Any]) -> dict[Any, Any]:
         return dict(enumerate(leaves))
@@ -176,7 +157,7 @@ class _Whole:
         raise AssertionError("one stage has no edges")
 
     def run(self, kind: int, values: dict[Any, Any]) -> dict[Any, Any]:
-        args, kwargs = _rebuild(self._inputs, list(values.values()))
+        args, kwargs = rebuild(self.inputs, list(values.values()))
         return dict(enumerate(pytree.tree_leaves(self.module(*args, **kwargs))))
 
     def output_leaves(self, values: dict[Any, Any]) -> dict[int, torch.Tensor]:
@@ -197,9 +178,9 @@ class _Traced:
         weights: Weights,
         link: Link,
     ):
-        self.outputs, mode = outputs, _fake_mode()
+        self.inputs, self.outputs, mode = inputs, outputs, fake_mode()
         with faked(model, mode, link.device):
-            args, kwargs = _fake_sample(inputs, inputs.rows, mode, link.device)
+            args, kwargs = fake_sample(inputs, inputs.rows, mode, link.device)
             cut = trace(model, mode, args, kwargs, link.size, split_points)
         if len(cut.outputs) != len(self.outputs.leaves):
             raise TraceFailed(f"{len(self.outputs.leaves)} outputs became {len(cut.outputs)}")
@@ -258,7 +239,7 @@ class _Blocks:
         weights: Weights,
         link: Link,
     ):
-        self._inputs, self.module, self._link = inputs, model, link
+        self.inputs, self.module, self._link = inputs, model, link
         blocks = ring_blocks(model) or find_blocks(model)
         stages = block_stages(model, blocks, link.size, split_points)
         self.cuts = tuple(blocks[stage.start] for stage in stages[1:])
@@ -271,24 +252,26 @@ class _Blocks:
         self._inspected: frozenset[int] = frozenset()
         self._kinds: list[int] = []
         self._fresh: list[Plan] = []
-        made = []
-        for rows in (inputs.rows, inputs.rows + 1):
+
+        def run(attempt: Inputs, rows: int, others: Mapping[int, int]) -> Any:
+            leaves = with_rows(attempt, example, rows, link.device, others)
             try:
-                plan = self._learn(_with_rows(inputs, example, rows, link.device))
-            except (PlanError, UsageError):
-                raise
+                plan = self._learn(leaves)
             except Exception as error:
-                raise PlanError(
+                if isinstance(error, PlanError) and not others:
+                    raise
+                raise CannotRun(
                     f"it fails for {rows} rows of the example ({type(error).__name__}: {error}). "
                     "Tensors whose first dim equals the first tensor's are taken for batches; use "
                     "an example batch that no other dim equals"
                 ) from error
-            made.append(plan.output.fill(plan.output.empty))
-        self.outputs = Outputs.of(made[0], made[1], inputs.rows, type(model).__name__)
+            return plan.output.fill(plan.output.empty)
+
+        self.inputs, self.outputs = settle_for_real(model, inputs, run)
         self._fresh = []  # every rank has found these by itself
 
     def _learn(self, leaves: Sequence[Any]) -> Plan:
-        args, kwargs = _rebuild(self._inputs, leaves)
+        args, kwargs = rebuild(self.inputs, leaves)
         key = call_key(args, kwargs, self._inspected)
         if key not in self._numbers:
             plan, inspected = self._staged.plan(args, kwargs)
@@ -370,54 +353,3 @@ def _tensor_names(module: nn.Module) -> list[str]:
 
 def _inside(name: str, blocks: set[str]) -> bool:
     return any(name.startswith(f"{block}.") for block in blocks)
-
-
-def _fake_mode() -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def _fake_sample(
-    inputs: Inputs, rows: int, mode: Any, device: torch.device
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    with mode:
-        return inputs.sample(rows, lambda shape, dtype: torch.zeros(shape, dtype=dtype).to(device))
-
-
-def _probe(model: nn.Module, inputs: Inputs, device: torch.device) -> Outputs:
-    mode = _fake_mode()
-    with faked(model, mode, device):
-        return _run_fake(model, inputs, mode, device)
-
-
-def _run_fake(model: nn.Module, inputs: Inputs, mode: Any, device: torch.device) -> Outputs:
-    """The output's structure and batch dims, found without computing anything."""
-    made = []
-    for rows in (inputs.rows, inputs.rows + 1):
-        args, kwargs = _fake_sample(inputs, rows, mode, device)
-        try:
-            with quiet(), mode, torch.no_grad():
-                made.append(model(*args, **kwargs))
-        except Exception as error:
-            raise TraceFailed(f"{type(error).__name__}: {str(error).splitlines()[:1]}") from error
-    return Outputs.of(made[0], made[1], inputs.rows, type(model).__name__)
-
-
-def _with_rows(
-    inputs: Inputs, example: Sequence[Any], rows: int, device: torch.device
-) -> list[Any]:
-    """The example's leaves with this many rows, taken from its own as often as needed."""
-    found = []
-    for k, leaf in enumerate(example):
-        if isinstance(leaf, torch.Tensor):
-            leaf = leaf.to(device)
-            if k in inputs.batched:
-                index = torch.arange(rows, device=device) % inputs.example_rows
-                leaf = leaf.index_select(0, index)
-        found.append(leaf)
-    return found
-
-
-def _rebuild(inputs: Inputs, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return pytree.tree_unflatten(list(leaves), inputs.spec)

@@ -1,0 +1,136 @@
+"""Which arguments of a model fall into rows, and models whose rows do not stay apart."""
+
+import pytest
+import torch
+from torch import nn
+
+from ddinfer.errors import UsageError
+from ddinfer.parallel.prepare import prepare_pipeline
+from tests.ranks import run_ranks
+
+
+class Model(nn.Module):
+    """Four layers, then what a test wants of their output ``x`` and the argument ``t``."""
+
+    def __init__(self, use, width=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
+        self.use = use
+
+    def forward(self, x, t, u=None):
+        return self.use(self.layers(x), t, u)
+
+
+def sum_of_table(x, t, u):
+    return x + t.sum(0)
+
+
+def times_table(x, t, u):
+    return torch.softmax(x @ t.T, -1) @ t
+
+
+def times_two_tables(x, t, u):
+    return torch.softmax(x @ t.T, -1) @ u
+
+
+def row_by_row(x, t, u):
+    return x * t
+
+
+def row_by_row_of_two(x, t, u):
+    return {"x": x * t[:, :1], "u": u * 2, "t": t + u}
+
+
+def apart(x, t, u):
+    return x, t * 2
+
+
+# What runs with t whole, or cut, is told by what it means: the uncut model.
+SOUND = [sum_of_table, times_table, times_two_tables, row_by_row, row_by_row_of_two, apart]
+
+
+def sound_on_ranks(group):
+    wrong = []
+    for use in SOUND:
+        for batch in (8, 6):  # 8: as many rows as any tensor has columns
+            x, t, u = (torch.randn(batch, 8, generator=g(k)) for k in range(3))
+            uncut = Model(use).eval()
+            expected = uncut(x, t, u)
+            pipe = prepare_pipeline(Model(use).eval(), (x, t, u), num_chunks=3, gather_output=True)
+            made = pipe(x, t, u)
+            same = torch.utils._pytree.tree_map(close, made, expected)
+            if not all(torch.utils._pytree.tree_leaves(same)):
+                wrong.append((use.__name__, batch))
+    return wrong
+
+
+def g(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def close(a, b):
+    return torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_tensor_with_as_many_rows_by_chance_is_told_from_a_batch(num_ranks):
+    assert run_ranks(sound_on_ranks, num_ranks) == [[]] * num_ranks
+
+
+def minus_mean(x, t, u):
+    return x - x.mean(0)
+
+
+def across_softmax(x, t, u):
+    return torch.softmax(x, 0)
+
+
+def with_each_other(x, t, u):
+    return x @ x.T @ x
+
+
+def first_row(x, t, u):
+    return x + x[0]
+
+
+def backwards(x, t, u):
+    return x + torch.flip(x, [0])
+
+
+def running(x, t, u):
+    return torch.cumsum(x, dim=0)
+
+
+def shuffled(x, t, u):
+    return x[t[:, 0].argsort()]
+
+
+MIXING = [minus_mean, across_softmax, with_each_other, first_row, backwards, running, shuffled]
+
+
+@pytest.mark.parametrize("use", MIXING)
+def test_rows_that_depend_on_one_another_are_refused(use):
+    x, t = torch.randn(6, 8, generator=g(0)), torch.rand(6, 8, generator=g(1))
+    with pytest.raises(UsageError, match=r"Model looks at several rows of the batch at once"):
+        prepare_pipeline(Model(use).eval(), (x, t), num_chunks=2)
+
+
+def unused_mean(x, t, u):
+    x.mean(0)
+    return x * t
+
+
+def each_token(x, t, u):
+    """What looks across tokens, never across rows."""
+    y = x.reshape(-1, 2, 4)
+    y = torch.softmax(y @ y.transpose(1, 2), -1) @ y - y.mean(1, keepdim=True)
+    return torch.cumsum(y, 1).flatten(1)[torch.arange(len(t)), :] + t.amax(1, keepdim=True)
+
+
+@pytest.mark.parametrize("use", [unused_mean, each_token])
+def test_what_looks_along_other_dims_is_not_refused(use):
+    x, t = torch.randn(6, 8, generator=g(0)), torch.rand(6, 8, generator=g(1))
+    pipe = prepare_pipeline(Model(use).eval(), (x, t), num_chunks=4)
+    assert close(pipe(x, t), Model(use).eval()(x, t))
+    assert not close(pipe(x, t), Model(use).eval()(x, t.flip(0)))
