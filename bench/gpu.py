@@ -5,7 +5,8 @@ a ddinfer job's working time on the same GPU, goal ≥ 0.97; of the same loop th
 in kernels, by the profiler, goal ≥ 0.97; and how much of encoding and saving is hidden behind the
 next batch. Loading: GB a second onto the device, against the disk's and the bus's.
 
-Needs a CUDA device; the model by default is the mid-size one, any other by `BENCH_GPU_MODEL`.
+Needs a CUDA device. The model is the mid-size one in float32; another one is named in the
+environment, `BENCH_GPU_MODEL=FOLDER BENCH_GPU_DTYPE=float16`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bench.report import spread, table, verdict
 ABOUT = "on a CUDA GPU: share of time in kernels, saving beside computing, GB/s of loading"
 EXPECTED_SECONDS = 300
 GOAL = 0.97
+DTYPE = os.environ.get("BENCH_GPU_DTYPE", "float32")
 BATCH_SIZES = (1, 8)
 
 
@@ -36,7 +38,8 @@ def measure(size: Size) -> dict[str, Any] | None:
         return None
     model = Path(os.environ.get("BENCH_GPU_MODEL") or inputs.mid_model())
     call = {} if "BENCH_GPU_MODEL" in os.environ else dict(inputs.MID_CALL)
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name(0), "model": model.name}
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(0), "dtype": DTYPE}
+    found["model"] = model.name
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as name:
         folder = Path(name)
@@ -68,7 +71,8 @@ def job(
     """A whole job on one GPU; its rank's clocks. ``outside``: share not inside pipeline calls."""
     words = ["--model", str(model), "--prompts", str(prompts), "--output", str(folder / "out")]
     words += ["--overwrite", "--json", "--device=cuda", "--nproc_per_node=1"]
-    words += [f"--batch_size={batch_size}", *(f"--{name}={value}" for name, value in call.items())]
+    words += [f"--dtype={DTYPE}", f"--batch_size={batch_size}"]
+    words += [*(f"--{name}={value}" for name, value in call.items())]
     (rank,) = json.loads(run([PYTHON, "-m", "ddinfer", *words]).stdout)["ranks"]
     return {"working": rank["working"], "outside": 1 - rank["pipeline"] / rank["working"]}
 
@@ -89,7 +93,7 @@ def loop_here(
     import torch
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(model).to("cuda")
+    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, DTYPE)).to("cuda")
     pipe.set_progress_bar_config(disable=True)
     prompts = inputs.parti_prompts()[:num_images]
 
@@ -111,6 +115,7 @@ def loop_here(
 def _share_in_kernels(draw: Any) -> float:
     """Of the wall time of one call; kernels that overlap count once."""
     import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -122,7 +127,7 @@ def _share_in_kernels(draw: Any) -> float:
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA
     )
     busy, reached = 0.0, float("-inf")
     for begin, end in spans:
@@ -168,7 +173,8 @@ def tables(figures: Mapping[str, Any]) -> str:
              f"{spread(told['kernels'])} {verdict(kernels >= GOAL)}",
              f"{spread(told['outside'], 100)} %"]
         )  # fmt: skip
-    what = f"{figures['device']}, {figures['model']}, {figures['num_images']} images"
+    what = f"{figures['device']}, {figures['model']}, {figures['dtype']}"
+    what += f", {figures['num_images']} images"
     header = [what, "images/s", "of the bare loop, ≥ 0.97", "in kernels, ≥ 0.97"]
     load = figures["loading"]
     return table([*header, "outside the calls"], rows) + (

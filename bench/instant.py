@@ -69,7 +69,7 @@ def command(model: Path, prompts: Path, output: Path, *more: str) -> list[str]:
 def through(folder: Path, model: Path, num_prompts: int) -> dict[str, Any]:
     progress(f"{num_prompts:,} prompts through the whole path")
     prompts = write_prompts(folder, num_prompts)
-    done = run(command(model, prompts, folder / "out", "--json"), watch_memory=True)
+    done = run(command(model, prompts, folder / "out", "--json"), memory_every_seconds=2)
     report = json.loads(done.stdout)
     working = max(rank["working"] for rank in report["ranks"])
     pipeline = sum(rank["pipeline"] for rank in report["ranks"])
@@ -101,7 +101,7 @@ def _memory(done: Run, working: float) -> dict[str, float]:
 def planning(folder: Path, model: Path, prompts: Path, num_prompts: int) -> dict[str, Any]:
     """``--dry_run``: the prompts read and checked, batches and slices decided, nothing loaded."""
     progress(f"planning {num_prompts:,} prompts")
-    done = run(command(model, prompts, folder / "plan", "--dry_run"), watch_memory=True)
+    done = run(command(model, prompts, folder / "plan", "--dry_run"), memory_every_seconds=0.5)
     return {
         "num_prompts": num_prompts,
         "seconds": round(done.seconds, 2),
@@ -116,7 +116,7 @@ def resuming(folder: Path, model: Path, prompts: Path, num_prompts: int) -> dict
     progress(f"pretending that {num_prompts - NUM_LEFT:,} images are there")
     pretend_done(output, num_prompts - NUM_LEFT)
     progress("resuming")
-    done = run(command(model, prompts, output, "--json"), watch_memory=True)
+    done = run(command(model, prompts, output, "--json"), memory_every_seconds=0.5)
     report = json.loads(done.stdout)
     if report["num_new"] != NUM_LEFT or report["num_made"] != num_prompts:
         raise RuntimeError(f"resumed {report['num_new']} images instead of {NUM_LEFT}")

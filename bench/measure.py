@@ -120,11 +120,15 @@ def run(
     environ: Mapping[str, str] | None = None,
     *,
     cwd: Path = ROOT,
-    watch_memory: bool = False,
+    memory_every_seconds: float | None = None,
     expected: Sequence[int] = (0,),
     timeout_seconds: float = 1800,
 ) -> Run:
     """Run a command and account for everything that it started.
+
+    Args:
+        memory_every_seconds: how often to look at the memory of all its processes. A look costs
+            milliseconds for each, so it is not for runs whose time counts.
 
     Raises:
         CommandFailed: another exit code than ``expected``.
@@ -141,7 +145,7 @@ def run(
             stderr=subprocess.PIPE,
             text=True,
         ) as job,
-        watching_memory(job.pid, watch_memory) as samples,
+        watching_memory(job.pid, memory_every_seconds) as samples,
     ):
         try:
             out, err = job.communicate(timeout=timeout_seconds)
@@ -210,12 +214,10 @@ def descendants(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def watching_memory(
-    pid: int, enabled: bool = True, every_seconds: float = 0.2
-) -> Iterator[list[tuple[float, int]]]:
+def watching_memory(pid: int, every_seconds: float | None) -> Iterator[list[tuple[float, int]]]:
     """Yields (monotonic seconds, bytes of the tree below ``pid``), growing until the block ends."""
     samples: list[tuple[float, int]] = []
-    if not enabled:
+    if every_seconds is None:
         yield samples
         return
     over = threading.Event()
