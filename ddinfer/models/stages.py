@@ -19,6 +19,7 @@ from ddinfer.errors import UsageError
 from ddinfer.models.building import NeedsConversion, build_on_meta
 from ddinfer.models.checkpoint import weight_files
 from ddinfer.models.dispatch import dispatch_pipeline
+from ddinfer.models.memory import trim_heap
 from ddinfer.models.opening import OpenModel
 from ddinfer.models.placement import CPU, DISK, HEADROOM, Placement, PlacementError
 from ddinfer.models.planner import plan
@@ -213,5 +214,6 @@ def release(pipe: Any) -> None:
             if not is_parked(tensor) and not tensor.is_meta:
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     gc.collect()
+    trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
