@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import jobs
-from bench.measure import CACHE, PYTHON, RESULTS, ROOT, Machine, Size, versions
+from bench.measure import CACHE, PYTHON, RESULTS, ROOT, Machine, Others, Size, versions
 from bench.report import PAGE, page_with_figures
 
 #: In the order of the page, and of running.
@@ -91,7 +91,7 @@ def measure_part(name: str, options: argparse.Namespace) -> None:
         SystemExit: what was compared was not the same work.
     """
     size = "quick" if options.quick else "full" if options.full else "default"
-    module, machine, started = part(name), Machine.here(), time.monotonic()
+    module, others, started = part(name), Others(), time.monotonic()
     figures = module.measure(Size(size, options.repetitions))
     if figures is None:
         print(f"{name}: not on this machine; nothing written")
@@ -101,7 +101,8 @@ def measure_part(name: str, options: argparse.Namespace) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "size": size,
         "seconds": round(time.monotonic() - started, 1),
-        "machine": machine.to_dict(),
+        "machine": Machine.here().to_dict(),
+        "other_cores": others.cores(),
         "versions": versions(),
         "figures": figures,
     }

@@ -240,13 +240,12 @@ def watching_memory(pid: int, every_seconds: float | None) -> Iterator[list[tupl
 
 @dataclass(frozen=True)
 class Machine:
-    """What the figures were taken on; ``load``: the number of busy tasks before a part began."""
+    """What the figures were taken on."""
 
     processor: str
     cores: int
     memory_gb: float
     system: str
-    load: float
 
     @classmethod
     def here(cls) -> Machine:
@@ -256,11 +255,34 @@ class Machine:
             len(os.sched_getaffinity(0)),
             round(memory / 1e9, 1),
             platform.system(),
-            round(os.getloadavg()[0], 2),
         )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Others:
+    """How many cores programs of others keep busy, from the making of this to `cores`."""
+
+    def __init__(self) -> None:
+        self.started, self.busy, self.ours = time.monotonic(), _busy_seconds(), _our_cpu_seconds()
+
+    def cores(self) -> float:
+        seconds = time.monotonic() - self.started
+        used = _busy_seconds() - self.busy - (_our_cpu_seconds() - self.ours)
+        return round(max(0.0, used / seconds), 2)
+
+
+def _busy_seconds() -> float:
+    """CPU seconds of all programs since the machine started."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    user, nice, system, _idle, _waiting, irq, softirq = map(int, fields[:7])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def _our_cpu_seconds() -> float:
+    mine = resource.getrusage(resource.RUSAGE_SELF)
+    return mine.ru_utime + mine.ru_stime + _children_cpu_seconds()
 
 
 def _processor() -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 from bench.measure import RESULTS, ROOT
 
+#: Part of a machine that others may use before its figures are marked.
+BUSY = 0.05
 PAGE = ROOT / "docs" / "benchmarks.md"
 SECTION = re.compile(r"<!-- bench: (\w+) -->\n.*?<!-- end of (\w+) -->\n", re.DOTALL)
 
@@ -44,11 +46,10 @@ def section(name: str, tables: Any) -> str:
 
 def conditions(name: str, result: Mapping[str, Any]) -> str:
     """One line: the command, the machine and whether it was free, the versions."""
-    machine, made = result["machine"], result["versions"]
-    busy = machine["load"] > 0.5
-    load = f"load {machine['load']} before it began" + (
-        ": **other programs used the cores, absolute times are too long**" if busy else ""
-    )
+    machine, made, others = result["machine"], result["versions"], result["other_cores"]
+    load = f"{others} of the cores used by other programs meanwhile"
+    if others > BUSY * machine["cores"]:
+        load = f"**{load}: absolute times are too long**"
     flag = {"default": "", "quick": " --quick", "full": " --full"}[result["size"]]
     return (
         f"<sub>`launch/bench{flag} --only {name}`, {result['seconds']:.0f} s, {result['date']}: "

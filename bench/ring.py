@@ -2,6 +2,7 @@
 
     launch/bench --only ring
     python -m bench.ring [--stages 2] [--in_flight M] [--images N] [--steps 8] [--svg FILE]
+    python -m bench.ring --write     makes figures and timeline of docs/pipeline-parallel.md anew
 
 Starts one gloo rank of one thread per stage, with a random SD3-shaped pipeline whose denoiser
 dwarfs the rest. Utilisation is the time that stages worked on calls / (wall × stages), from the
@@ -15,11 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import statistics
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from bench.measure import PYTHON, Size, run
+from bench.measure import PYTHON, ROOT, Machine, Others, Size, run, versions
 from bench.report import table
 
 ABOUT = "how busy the ring keeps its stages, against the ideal and a flushed schedule"
@@ -30,6 +34,59 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
+
+
+#: What stands on the page: its cases (stages, in flight, images, steps), and how often each ran.
+PAGE, TIMELINE = ROOT / "docs" / "pipeline-parallel.md", ROOT / "docs/images/ring-timeline.svg"
+CASES, REPETITIONS = ((2, 2, 4, 4), (2, 2, 4, 8), (2, 4, 8, 8)), 3
+FIGURES = re.compile(r"(<!-- figures of bench.ring -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
+
+
+def write_page() -> None:
+    """Measure all cases and put table and timeline into the page."""
+    others, began, rows = Others(), time.monotonic(), []
+    for number, (stages, in_flight, images, steps) in enumerate(CASES):
+        words = ["--stages", stages, "--in_flight", in_flight, "--images", images]
+        words += ["--steps", steps, "--json", *(["--svg", TIMELINE] if number == 0 else [])]
+        command = [PYTHON, "-m", "bench.ring", *map(str, words)]
+        runs = [json.loads(run(command).stdout)["schedules"] for _ in range(REPETITIONS)]
+        for name in ("ring", "flushed"):
+            told = [schedules[name] for schedules in runs]
+            how = "ring, transfers beside computing" if in_flight >= 2 * stages else "ring"
+            rows.append(
+                [
+                    str(stages),
+                    str(in_flight),
+                    f"{images} × {steps}",
+                    how if name == "ring" else name,
+                    *(_middle([t[k] for t in told], 3) for k in ("utilisation", "ideal", "share")),
+                    _middle([t["denoising_seconds"] for t in told], 2),
+                ]
+            )
+            print(" ".join(rows[-1]), flush=True)
+    header = ["stages", "in flight", "images × steps", "schedule", "utilisation", "ideal"]
+    header += ["share of ideal", "seconds of denoising"]
+    made, machine, taken = versions(), Machine.here(), others.cores()
+    busy = "" if taken <= 0.1 else f"; **other programs used {taken} of them**"
+    under = (
+        f"<sub>`python -m bench.ring --write`, {time.monotonic() - began:.0f} s: "
+        f"{machine.processor}, {machine.cores} cores{busy}. "
+        f"torch {made['torch']}, diffusers {made['diffusers']}. Median of {REPETITIONS} runs "
+        "(lowest … highest).</sub>"
+    )
+    text = PAGE.read_text(encoding="utf-8")
+    body = f"\n{table(header, rows)}\n\n{under}\n\n"
+    made_page, count = FIGURES.subn(lambda match: match[1] + body + match[2], text)
+    if count != 1:
+        sys.exit(f"{PAGE} has {count} sections for these figures; expected one")
+    PAGE.write_text(made_page, encoding="utf-8")
+
+
+def _middle(values: list[float], digits: int) -> str:
+    middle, low, high = statistics.median(values), min(values), max(values)
+    if low == high:
+        return f"{middle:.{digits}f}"
+    return f"{middle:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
 
 
 def measure(size: Size) -> dict[str, Any]:
@@ -62,7 +119,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--svg", default=None, help="draw the timeline of both schedules")
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
+    parser.add_argument("--write", action="store_true", help="make the page's figures anew")
     asked = parser.parse_args()
+    if asked.write:
+        write_page()
+        return
     from ddinfer.distributed.launch import launch
 
     in_flight = asked.in_flight or asked.stages

@@ -27,9 +27,9 @@ def test_the_page_says_what_the_figures_say():
 
 def test_a_figure_that_changes_changes_the_page(tmp_path, monkeypatch):
     told = {"a flat picture": {"ours": {"cpu_ms": 1.5, "kilobytes": 3}}}
-    machine = measure.Machine.here().to_dict() | {"load": 0.1}
-    result = {"size": "default", "seconds": 3, "date": "2026-01-01", "machine": machine}
-    result |= {"versions": measure.versions(), "figures": told}
+    result = {"size": "default", "seconds": 3, "date": "2026-01-01", "other_cores": 0.0}
+    result |= {"machine": measure.Machine.here().to_dict(), "versions": measure.versions()}
+    result["figures"] = told
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     page = "<!-- bench: png -->\n<!-- end of png -->\n"
 
@@ -46,12 +46,13 @@ def test_a_figure_that_changes_changes_the_page(tmp_path, monkeypatch):
 
 
 def test_figures_of_a_busy_machine_are_marked():
-    machine = measure.Machine.here().to_dict()
     result = {"size": "full", "seconds": 3, "date": "2026-01-01", "versions": measure.versions()}
-    busy = report.conditions("png", result | {"machine": machine | {"load": 2.4}})
-    idle = report.conditions("png", result | {"machine": machine | {"load": 0.1}})
-    assert "other programs used the cores" in busy
-    assert "other programs used the cores" not in idle
+    result["machine"] = measure.Machine.here().to_dict()
+    cores = result["machine"]["cores"]
+    busy = report.conditions("png", result | {"other_cores": cores * 0.5})
+    idle = report.conditions("png", result | {"other_cores": cores * 0.01})
+    assert "absolute times are too long" in busy
+    assert "absolute times are too long" not in idle
     assert "launch/bench --full --only png" in idle
 
 
@@ -75,6 +76,16 @@ def test_a_command_is_accounted_for_with_all_its_processes():
     command = [sys.executable, "-c", harness, *program]
     told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert float(told) > 0.3  # the grandchild's, though its parent had ended long before
+
+
+def test_what_others_use_leaves_out_what_we_do():
+    others = measure.Others()
+    others.busy -= 50  # as if others had been busy for so long
+    others.started -= 100
+    assert others.cores() >= 0.49
+    ours = measure.Others()
+    ours.ours -= 1e9  # and as if we had used more than all
+    assert ours.cores() == 0
 
 
 def test_ways_are_measured_in_turn():
