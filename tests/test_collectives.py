@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ddinfer.distributed.collectives import gather_records, place_by_index, require_equal
+from ddinfer.distributed.collectives import place_by_index, require_equal
 from ddinfer.distributed.partition import contiguous_slice
 from ddinfer.errors import DdinferError, UsageError
 from tests.ranks import run_ranks
@@ -43,7 +43,7 @@ def test_what_is_missing_double_or_foreign_is_named(parts, problem):
 
 def gather_my_slice(group, num_items):
     mine = contiguous_slice(num_items, group.group_size, group.group_rank)
-    return place_by_index(gather_records(group, mine), num_items, identity)
+    return place_by_index(group.all_gather_object(list(mine)), num_items, identity)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])

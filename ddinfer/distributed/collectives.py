@@ -13,11 +13,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def gather_records(group: Group, records: Iterable[T]) -> list[list[T]]:
-    """Every rank's records, in rank order, on every rank. Small picklable values on the CPU."""
-    return group.all_gather_object(list(records))
-
-
 def place_by_index(
     gathered: Iterable[Iterable[T]], expected: int | Iterable[int], index_of: Callable[[T], int]
 ) -> list[T]:
