@@ -46,7 +46,8 @@ class MoodyBlocks(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, num_layers: int = 4):
         super().__init__()
-        self.blocks = torch.nn.ModuleList(MoodyBlock(k == num_layers - 1) for k in range(num_layers))
+        blocks = [MoodyBlock(is_last=k == num_layers - 1) for k in range(num_layers)]
+        self.blocks = torch.nn.ModuleList(blocks)
 
     def forward(self, x, note):
         for block in self.blocks:

@@ -96,10 +96,16 @@ class Studio:
                 if callable(decode):
                     patched.append((component, "decode", component.__dict__.get("decode")))
                     component.decode = _Decode(self, decode)  # type: ignore[assignment]
+        waits = True
         try:
             yield
+        except (Exception, GeneratorExit):
+            raise
+        except BaseException:  # whoever ends a program does not wait for what hangs
+            waits = False
+            raise
         finally:
-            self._cancel()
+            self._cancel(waits)
             for owner, name, before in patched:
                 owner.__dict__.pop(name, None)
                 if before is not None:
@@ -195,12 +201,12 @@ class Studio:
         self._beside.acquire()
         image._beside = True
 
-    def _cancel(self) -> None:
+    def _cancel(self, waits: bool) -> None:
         for image in list(self._images):
             if image.call is not None:
                 self.answer(image, error=Cancelled())
         for image in list(self._images):
-            if image.thread is not None:
+            if image.thread is not None and waits:
                 self._drain(image)
 
     def _drain(self, image: Image) -> None:
