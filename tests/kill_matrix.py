@@ -122,10 +122,11 @@ def _kill_one(rng, process, output, ranks):
 
 def ranks_of(launcher):
     """Process ids of the ranks: children of the launcher's only child."""
-    return [rank for server in _children(launcher) for rank in _children(server)]
+    return [rank for server in children(launcher) for rank in children(server)]
 
 
-def _children(pid):
+def children(pid):
+    """Process ids of the children of a process; none where it has ended."""
     try:
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     except OSError:

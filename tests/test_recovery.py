@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
 import signal
+import time
 
 import pytest
 
+from ddinfer.cli.status import lines_of, status_of
+from ddinfer.heartbeat import BEAT_SECONDS, WARN_SECONDS
 from ddinfer.storage.files import Files
+from ddinfer.storage.lease import read_holder
 from ddinfer.storage.verify import verify
-from tests.jobs import STARTS, end, job, made, wait_for_words, wait_until
+from tests.jobs import STARTS, end, is_whole, job, made, wait_for_words, wait_until
 from tests.kill_matrix import ranks_of
 from tests.moody_pipeline import moody_pipeline
 from tests.test_cli import MAIN, TORCHRUN, run, start, status
@@ -48,6 +53,23 @@ def test_without_restarts_the_living_finish_their_slices(moody, tmp_path):
     assert made(tmp_path) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_rank_that_leaves_with_exit_status_0_is_no_end_of_a_job(moody, tmp_path, restarts):
+    prompts = ["a", "b", "c", "d", f"leave {tmp_path / 'left'}", "e"]
+    command = [*MAIN, *job(moody, tmp_path, prompts, "--nproc_per_node=2")]
+    done = run([*command, f"--max_restarts={restarts}"])
+    assert "rank 1 ended with exit status 0 before its work was done" in done.stderr
+    if not restarts:
+        assert done.returncode == 70, done.stderr
+        assert set(made(tmp_path)) in ({0, 1, 2}, {0, 1, 2, 3}), "what it had written, and no more"
+        assert status(tmp_path / "out")["state"] != "finished"
+        assert not is_whole(tmp_path)
+        done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert made(tmp_path) == [0, 1, 2, 3, 4, 5]
+    assert is_whole(tmp_path)
+
+
 def test_a_prompt_that_always_kills_is_failed_and_the_rest_is_made(moody, tmp_path):
     prompts = ["a", "b", "kill", "c", "d", "e"]
     more = ["--batch_size=3", "--nproc_per_node=2", "--max_restarts=6"]
@@ -78,6 +100,27 @@ def test_torchruns_own_restarts_go_on_with_the_job(moody, tmp_path):
     assert done.returncode == 0, done.stderr
     assert made(tmp_path) == [0, 1, 2, 3]
     assert verify(Files(), str(tmp_path / "out")).is_good
+
+
+def test_nobody_reads_running_of_a_job_whose_first_rank_was_killed(moody, tmp_path):
+    """Under plain torchrun nobody is left who could write it down."""
+    command = [*STARTS["torchrun"], *job(moody, tmp_path, [f"wait {tmp_path / 'gate'}", "a"])]
+    process = start(command)
+    wait_until(process, (tmp_path / "gate.waiting").exists)
+    assert status_says(tmp_path)["state"] == "running"
+    os.kill(read_holder(Files(), str(tmp_path / "out")).pid, signal.SIGKILL)
+    end(process)
+    assert status(tmp_path / "out")["state"] == "running", "as it was left"
+    said = status_says(tmp_path)
+    assert (said["state"], said["holder"]) == ("interrupted", None)
+    shown = "\n".join(lines_of(said))
+    assert "no process holds the folder" in shown
+    assert "the same command again goes on from here" in shown
+
+
+def status_says(folder):
+    """What ``ddinfer status`` says of the job in ``folder/out``."""
+    return status_of(Files(), str(folder / "out"))
 
 
 # --- signals -----------------------------------------------------------------------------------
@@ -170,6 +213,27 @@ def test_a_frozen_rank_ends_the_attempt_and_the_next_one_makes_the_rest(moody, t
     assert "nothing has moved there for" in err
     assert verify(Files(), str(tmp_path / "out")).is_good
     assert "death" not in "".join(f.read_text() for f in tmp_path.glob("out/journal/*"))
+
+
+@pytest.mark.nightly
+def test_a_rank_that_stands_still_for_a_minute_is_named(moody, tmp_path):
+    """As it comes, without options: a warning and no more. Once it moves, the job ends well."""
+    prompts = ["a", f"wait {tmp_path / 'first'}", "b", f"wait {tmp_path / 'second'}"]
+    process = start([*MAIN, *job(moody, tmp_path, prompts, "--nproc_per_node=2")])
+    wait_until(process, (tmp_path / "first.waiting").exists)
+    wait_until(process, (tmp_path / "second.waiting").exists)
+    rank = rank_processes(process)[1]
+    os.kill(rank, signal.SIGSTOP)
+    stopped = time.monotonic()
+    said = wait_for_words(process, "rank 1 has been running prompt 3 ", "without a step")
+    assert time.monotonic() - stopped >= WARN_SECONDS - 2 * BEAT_SECONDS
+    assert re.search(r"rank 1 has been running prompt 3 \(id \S+\) for 6\d s without a step", said)
+    os.kill(rank, signal.SIGCONT)
+    (tmp_path / "first").touch()
+    (tmp_path / "second").touch()
+    code, err = end(process)
+    assert code == 0, said + err
+    assert is_whole(tmp_path)
 
 
 def test_a_slow_rank_alone_ends_no_job(moody, tmp_path):
