@@ -5,6 +5,7 @@ Every message says what was found, what was expected, and the way out.
 
 from __future__ import annotations
 
+import errno
 import signal
 import traceback as traceback_module
 from dataclasses import asdict, dataclass
@@ -54,6 +55,34 @@ class StorageError(DdinferError):
     """The disk said no. Names the path and the cause; the job can be resumed."""
 
     exit_code = EXIT_IO
+
+
+def explained(error: OSError) -> str:
+    """The system's word for an error, its name, and the way out where one is known."""
+    code = errno.errorcode.get(error.errno or 0, "")
+    return f"{error.strerror or error}{f' ({code})' if code else ''}{_WAYS_OUT.get(code, '')}"
+
+
+def is_of_the_machine(error: OSError) -> bool:
+    """Whether a full or broken disk, or a limit, is to blame and not what was asked for."""
+    return error.errno in _MACHINES
+
+
+_MACHINES = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+)
+_WAYS_OUT = {
+    "ENOSPC": "; free some space, then run the same command again: it goes on where it was",
+    "EDQUOT": "; free some quota, then run the same command again: it goes on where it was",
+    "EMFILE": "; raise the limit of open files (ulimit -n), then run the same command again",
+    "EROFS": "; choose another --output, or remount it writable",
+    "EACCES": "; choose another --output, or change its permissions",
+}
 
 
 class JoinError(DdinferError):

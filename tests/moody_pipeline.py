@@ -69,6 +69,8 @@ class MoodyPipeline(DiffusionPipeline):
             if word == "leave" and not os.path.exists(rest):  # as if all were done, once
                 open(rest, "w").close()
                 os._exit(0)
+            if word == "open":
+                open(os.devnull).close()
             if word == "exit":
                 os._exit(0)
             if word == "break":

@@ -202,7 +202,7 @@ def test_a_damaged_journal_on_the_command_line(moody, tmp_path):
     second.write_bytes(data)
     done = run(command)
     assert done.returncode == 74, done.stderr
-    assert f"{second}:3: the journal is damaged" in done.stderr
+    assert re.search(re.escape(str(second)) + r":\d+: the journal is damaged", done.stderr)
     assert "Remove this file" in done.stderr
     second.unlink()
     assert run(command).returncode == 3

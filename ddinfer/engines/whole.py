@@ -17,7 +17,13 @@ from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, Listener
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
-from ddinfer.errors import ErrorRecord, UsageError
+from ddinfer.errors import (
+    ErrorRecord,
+    StorageError,
+    UsageError,
+    explained,
+    is_of_the_machine,
+)
 from ddinfer.models.loading import find_denoiser, load_pipeline
 from ddinfer.models.placement import Placement
 from ddinfer.request import Request, Result
@@ -127,7 +133,11 @@ class WholeEngine:
             raise  # sticky: no later call on this device can succeed
         except (torch.OutOfMemoryError, MemoryError) as error:
             return _Failure(ErrorRecord.of(error), out_of_memory=True)
-        except Exception as error:  # noqa: BLE001 - recorded with its traceback and counted
+        except Exception as error:  # recorded with its traceback and counted
+            if isinstance(error, OSError) and is_of_the_machine(error):
+                # No prompt is to blame, and the next would meet it, too.
+                path = "" if error.filename is None else f"{error.filename}: "
+                raise StorageError(f"the pipeline met {path}{explained(error)}") from error
             return _Failure(ErrorRecord.of(error), out_of_memory=_is_host_out_of_memory(error))
 
     def _arguments(self, part: list[Request]) -> dict[str, Any]:

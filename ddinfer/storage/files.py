@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
-from ddinfer.errors import StorageError
+from ddinfer.errors import StorageError, explained
 
 TEMPORARY_ENDING = ".tmp"
 
@@ -243,20 +243,7 @@ def _named(verb: str, path: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # not the system's: gzip's complaint about bytes, for one
             raise
-        code = errno.errorcode.get(error.errno, "")
-        hint = _HINTS.get(code, "")
-        raise StorageError(
-            f"cannot {verb} {path}: {error.strerror or error}{f' ({code})' if code else ''}{hint}"
-        ) from error
-
-
-_HINTS = {
-    "ENOSPC": "; free some space, then run the same command again: it goes on where it was",
-    "EDQUOT": "; free some quota, then run the same command again: it goes on where it was",
-    "EMFILE": "; raise the limit of open files (ulimit -n), then run the same command again",
-    "EROFS": "; choose another --output, or remount it writable",
-    "EACCES": "; choose another --output, or change its permissions",
-}
+        raise StorageError(f"cannot {verb} {path}: {explained(error)}") from error
 
 
 def is_temporary(name: str) -> bool:

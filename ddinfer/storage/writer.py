@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ddinfer.errors import ErrorRecord, StorageError
+from ddinfer.errors import ErrorRecord, StorageError, explained
 from ddinfer.request import Result
 from ddinfer.storage.files import Files, write_and_rename
 from ddinfer.storage.images import (
@@ -154,7 +154,8 @@ class Writer:
                 data = None if result.error is not None else self._encode(result)
                 error = result.error
             except (OSError, MemoryError, ImportError) as problem:  # the machine's, not its
-                raise StorageError(f"cannot encode image {result.index}: {problem}") from problem
+                why = explained(problem) if isinstance(problem, OSError) else problem
+                raise StorageError(f"cannot encode image {result.index}: {why}") from problem
             except Exception as problem:  # noqa: BLE001  a picture that cannot be encoded
                 data, error = None, ErrorRecord.of(problem)
             if data is None:
