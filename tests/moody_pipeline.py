@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 CODE = """
-import os, signal, threading, time
+import errno, os, signal, threading, time
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
@@ -71,6 +71,8 @@ class MoodyPipeline(DiffusionPipeline):
                 os._exit(0)
             if word == "open":
                 open(os.devnull).close()
+            if word == "unreadable":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), rest)
             if word == "exit":
                 os._exit(0)
             if word == "break":
