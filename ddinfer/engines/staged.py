@@ -7,6 +7,7 @@ stage hands to the next is kept in memory up to a limit, then on disk (`ddinfer.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from ddinfer.config import JobConfig
     from ddinfer.distributed.world import World
 
+log = logging.getLogger(__name__)
+
+#: How often a stage that takes long says how far it is.
+TELL_SECONDS = 60.0
 #: Batches of a round at most: what a kill costs, and how rarely weights are read.
 ROUND_BATCHES = 256
 #: The same where ranks claim batches one by one: a round that is too large is taken from others.
@@ -124,6 +129,7 @@ class StagedEngine:
         names = self.pipeline.components
         done: list[Part] = []
         part: Part | None = first
+        log.info("round %d: encoding", self.num_rounds)
         with self._loaded("encode", ahead="denoise") as pipe:
             stage = Encoding(pipe, names["encode"], names["denoise"], records, Memo(MEMO_BYTES))
             num_pulled = 0
@@ -149,10 +155,7 @@ class StagedEngine:
             return done
         with self._loaded("denoise", ahead="decode") as pipe:
             stage = Denoising(pipe, self.pipeline.components["denoise"], records)
-            for part in parts:
-                if not self._fits(part):
-                    self._split(part, self._max_batch[part.requests[0].batch_key()])
-                    continue
+            for part in self._told("denoising", parts):
                 made = self._attempt(pipe, part, stage.run)
                 if made is None:
                     done.append(part)
@@ -165,10 +168,7 @@ class StagedEngine:
             return
         with self._loaded("decode", ahead="encode" if self._is_more_coming else None) as pipe:
             stage = Decoding(pipe, self.pipeline.components["denoise"], records)
-            for part in parts:
-                if not self._fits(part):
-                    self._split(part, self._max_batch[part.requests[0].batch_key()])
-                    continue
+            for part in self._told("decoding", parts):
                 made = self._attempt(pipe, part, stage.run)
                 yield from self._settle(pipe, part, made)
                 if part.latents is not None:
@@ -193,6 +193,19 @@ class StagedEngine:
         if self._ahead is not None:
             self._ahead.stop()
             self._ahead = None
+
+    def _told(self, doing: str, parts: list[Part]) -> Iterator[Part]:
+        """The parts that fit, and a word now and then of how many there were."""
+        log.info("round %d: %s, batches: %d", self.num_rounds, doing, len(parts))
+        spoken = time.monotonic()
+        for number, part in enumerate(parts):
+            if not self._fits(part):
+                self._split(part, self._max_batch[part.requests[0].batch_key()])
+                continue
+            if time.monotonic() - spoken >= TELL_SECONDS:
+                log.info("round %d: %s, %d of %d", self.num_rounds, doing, number, len(parts))
+                spoken = time.monotonic()
+            yield part
 
     # ---------------------------------------------------------------- one part
 
