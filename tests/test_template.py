@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -103,6 +104,7 @@ def test_nothing_is_left_to_fill_in_and_cpu_jobs_ask_for_no_gpu(kind):
         ({}, ["--output", "out"], "--output 'out' must be an absolute path"),
         ({}, [*JOB, "--prompts", "p.txt"], "--prompts 'p.txt' must be an absolute path"),
         ({}, [*JOB, "--prompt", "a\nb"], "cannot hold a line break"),
+        ({}, [*JOB, "--overwrite"], "--overwrite in a script would delete the images"),
         ({}, [*JOB, "--nproc_per_node", "2"], "give --nproc_per_node before --"),
     ],
 )
@@ -200,89 +202,26 @@ def test_on_several_machines_they_meet_at_the_named_host():
 
 # Kubernetes
 
-#: The part of the API that the template uses: field → type, or a dict of fields, or [element].
-#: https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/job-v1/
-CONTAINER = {
-    "name": str,
-    "image": str,
-    "command": [str],
-    "args": [str],
-    "resources": {"limits": {"nvidia.com/gpu": int}},
-    "volumeMounts": [{"name": str, "mountPath": str}],
-}
-SCHEMAS = {
-    ("v1", "Service"): {
-        "apiVersion": str,
-        "kind": str,
-        "metadata": {"name": str},
-        "spec": {
-            "clusterIP": str,
-            "publishNotReadyAddresses": bool,
-            "selector": {"job-name": str},
-            "ports": [{"name": str, "port": int}],
-        },
-    },
-    ("batch/v1", "Job"): {
-        "apiVersion": str,
-        "kind": str,
-        "metadata": {"name": str},
-        "spec": {
-            "completionMode": str,
-            "completions": int,
-            "parallelism": int,
-            "backoffLimit": int,
-            "podFailurePolicy": {
-                "rules": [
-                    {
-                        "action": str,
-                        "onExitCodes": {"containerName": str, "operator": str, "values": [int]},
-                        "onPodConditions": [{"type": str, "status": str}],
-                    }
-                ]
-            },
-            "template": {
-                "spec": {
-                    "subdomain": str,
-                    "restartPolicy": str,
-                    "terminationGracePeriodSeconds": int,
-                    "containers": [CONTAINER],
-                    "volumes": [
-                        {
-                            "name": str,
-                            "persistentVolumeClaim": {"claimName": str},
-                            "emptyDir": {"medium": str},
-                        }
-                    ],
-                }
-            },
-        },
-    },
-}
-
-
-def check(value, schema, where):
-    if isinstance(schema, dict):
-        assert isinstance(value, dict), where
-        for name, each in value.items():
-            assert name in schema, f"{where} has no field {name}"
-            check(each, schema[name], f"{where}.{name}")
-    elif isinstance(schema, list):
-        assert isinstance(value, list), where
-        for k, each in enumerate(value):
-            check(each, schema[0], f"{where}[{k}]")
-    else:
-        assert type(value) is schema, f"{where} is {value!r}"
+#: The first in which podFailurePolicy is no beta.
+OLDEST_KUBERNETES = "1.31"
 
 
 def manifests(job, **options):
     return list(yaml.safe_load_all(fill(TemplateOptions("k8s", **options), job)))
 
 
+def test_the_schema_would_find_a_misspelt_field():
+    _, pods = manifests(JOB)
+    pods["spec"]["podFailurePolicies"] = pods["spec"].pop("podFailurePolicy")
+    with pytest.raises(kubernetes_validate.ValidationError, match="podFailurePolicies"):
+        kubernetes_validate.validate(pods, OLDEST_KUBERNETES, strict=True)
+
+
 @pytest.mark.parametrize("job", [JOB, [*JOB, "--device", "cpu", "--prompt", 'a "dog": #1']])
 def test_the_manifests_keep_to_the_schema_and_fit_together(job):
     service, pods = manifests(job, nodes=3, nproc_per_node=4, name="mine", claim="data")
     for manifest in (service, pods):
-        check(manifest, SCHEMAS[manifest["apiVersion"], manifest["kind"]], manifest["kind"])
+        kubernetes_validate.validate(manifest, OLDEST_KUBERNETES, strict=True)
     spec, template = pods["spec"], pods["spec"]["template"]["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 3, 3)
     # A policy on failures needs pods that are not restarted in place.
@@ -290,7 +229,7 @@ def test_the_manifests_keep_to_the_schema_and_fit_together(job):
     (container,) = template["containers"]
     (on_codes, on_conditions) = spec["podFailurePolicy"]["rules"]
     assert on_codes["onExitCodes"]["containerName"] == container["name"]
-    assert set(on_codes["onExitCodes"]["values"]).isdisjoint({0, 74, 75})
+    assert set(on_codes["onExitCodes"]["values"]).isdisjoint({0, 70, 74, 75})
     assert on_conditions["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     # The first pod's name, by which the others find it, is made of these three.
     assert service["spec"]["selector"] == {"job-name": pods["metadata"]["name"]}

@@ -116,6 +116,11 @@ def _check(options: TemplateOptions, config: JobConfig, job: Sequence[str]) -> N
             raise UsageError(f"--{name} {value!r} has characters that no script can hold")
     if any("\n" in word for word in job):
         raise UsageError("a script cannot hold a line break; put the prompts into a file")
+    if config.overwrite:
+        raise UsageError(
+            "--overwrite in a script would delete the images whenever the job is started again; "
+            "choose a new --output"
+        )
     if config.nproc_per_node is not None:
         raise UsageError("give --nproc_per_node before --, not behind it")
     for name, path in (("output", config.output), ("prompts", config.prompts)):

@@ -3,6 +3,8 @@
 # The ranks are started again up to @max_restarts@ times when one dies; a machine that is lost may come back.
 set -u
 status=@status@
+# Without this, torchrun cannot take back a machine that was lost: its agents wait for one another.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 torchrun @rendezvous@ --nproc_per_node=@ranks@ --max-restarts=@max_restarts@ \
     -m ddinfer @command@
