@@ -87,6 +87,8 @@ class Jobs:
     def measure(self, size: Size) -> dict[str, Any]:
         """→ cell name → its figures."""
         found: dict[str, Any] = {"competitors": competitors_versions(), "cells": {}}
+        for python in (PYTHON, COMPETITORS_PYTHON):  # so that nobody is the first to read the disk
+            run([python, "-c", "from diffusers import StableDiffusionPipeline"])
         for cell in self.cells:
             if size.pick(*cell.repetitions) == 0:
                 continue
