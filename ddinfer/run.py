@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from ddinfer.distributed.replica import Replica
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, Engine
 from ddinfer.engines.select import load_engine
-from ddinfer.errors import UsageError
+from ddinfer.errors import RankError, UsageError
 from ddinfer.heartbeat import Heartbeat
 from ddinfer.job import settled
 from ddinfer.leader import Leader, Record, RunReport, Share
@@ -96,7 +97,10 @@ def _run(
         engine.tell_steps(heartbeat)
     loaded = time.monotonic()
 
-    with Lease.join(Files(), config.output):  # the folder is ours while any rank lives
+    with (
+        _ending_together(replica, stop),
+        Lease.join(Files(), config.output),
+    ):  # the folder is ours while any rank lives
         if replica.makes_results:
             results = _make(engine, share, config, group, leader, stop)
         else:
@@ -117,6 +121,17 @@ def _run(
     if leader is not None:
         report = leader.finish(records, all_times)
     return group.broadcast_object(report)
+
+
+@contextlib.contextmanager
+def _ending_together(replica: Replica, stop: Stop) -> Iterator[None]:
+    """Stages that were all told to end may lose one another on the way: nobody has failed."""
+    try:
+        yield
+    except RankError as error:
+        if error.rank in replica.ranks:
+            stop.raise_if_requested()
+        raise
 
 
 def _make(
