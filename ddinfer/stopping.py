@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -64,18 +63,26 @@ class Stop:
         self.signal_number = number
         # A timer of zero seconds would be none.
         signal.setitimer(signal.ITIMER_REAL, max(self.grace_seconds, 0.001))
-        self._last_resort = threading.Timer(
-            self.grace_seconds + OVERDUE_SECONDS, leave, [Stopped(number).exit_code]
-        )
+        self._last_resort = threading.Timer(self.grace_seconds + OVERDUE_SECONDS, self._leave)
         self._last_resort.daemon = True
         self._last_resort.start()
+        self._say(
+            f"{signal.Signals(number).name} came; what is in hand may take "
+            f"{self.grace_seconds:g} s more. A second signal ends at once"
+        )
+
+    def _leave(self) -> None:
+        """From a thread: neither the main thread nor the disk would let the process end."""
+        assert self.signal_number is not None
+        stopped = Stopped(self.signal_number)
+        self._say(str(stopped))
+        leave(stopped.exit_code)
+
+    def _say(self, text: str) -> None:
+        """To standard error, past its buffer: the main thread may be inside of it."""
         if self.says_so:
-            text = (
-                f"\nddinfer: {signal.Signals(number).name} came; what is in hand may take "
-                f"{self.grace_seconds:g} s more. A second signal ends at once\n"
-            )
             with contextlib.suppress(OSError):  # no terminal any more
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+                os.write(2, f"\nddinfer: {text}\n".encode())
 
     def _abandon(self, number: int, frame: FrameType | None) -> None:
         self.raise_if_requested()

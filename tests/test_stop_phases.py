@@ -9,8 +9,10 @@ import signal
 
 import pytest
 
+from ddinfer.cli.status import status_of
 from ddinfer.config import JobConfig
 from ddinfer.run import run_job
+from ddinfer.storage.files import Files
 from tests.jobs import STARTS, end, is_whole, job, wait_for_words, wait_until
 from tests.moody_pipeline import moody_pipeline
 from tests.test_cli import images, run, start, status
@@ -127,6 +129,12 @@ def test_a_phase_that_takes_longer_than_the_grace_is_abandoned(moody, tmp_path, 
     if phase == "preparing":  # no folder yet that could say it
         assert not (tmp_path / "out").exists()
         assert name == "torchrun" or code == 75, err
+    elif (name, phase) == ("one process", "saving"):
+        # What was handed to the writer is waited for a little longer; it hangs, and so nobody is
+        # left to write down how the job ended.
+        assert code == 75, err
+        assert "the same command again goes on from here" in err
+        assert status_of(Files(), str(tmp_path / "out"))["state"] == "interrupted"
     else:
         check_stopped_with_75(held, code, err)
     check_finished_by_the_same_command(held)

@@ -52,6 +52,7 @@ def _watch(parent: int) -> None:
 def leave(exit_code: int) -> NoReturn:
     """End this process with its output flushed, but without the second of teardown after torch."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        # A signal handler may have come into the middle of a write: RuntimeError.
+        with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
             stream.flush()
     os._exit(exit_code)
