@@ -15,6 +15,7 @@ import torch
 
 from ddinfer.distributed.replica import Replica
 from ddinfer.engines.base import Batch, Listener
+from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
@@ -140,6 +141,7 @@ def load_ring_engine(
         }
         pipe = source.assemble({**rest, **denoisers})
         apply_to_pipeline(pipe, config)
+        EncodingCache(pipe)  # lives as long as its encoders
     return RingEngine(Ring(pipe, denoisers=denoisers, group=group, device=target), rank=rank)
 
 

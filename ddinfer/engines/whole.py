@@ -16,6 +16,7 @@ from PIL import Image
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, Listener
+from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
 from ddinfer.errors import (
     ErrorRecord,
@@ -54,6 +55,7 @@ class WholeEngine:
         rank: global rank, for the Results.
         call: arguments of the pipeline's ``__call__`` that hold for every Request, of any type.
         max_batch: batch key → most images that fitted in memory; shared by engines that share it.
+        encodings: of this pipeline's text encoders; forgotten where memory is short.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class WholeEngine:
         rank: int = 0,
         call: Mapping[str, Any] | None = None,
         max_batch: dict[str, int] | None = None,
+        encodings: EncodingCache | None = None,
     ):
         self.pipe, self.rank, self.call = pipe, rank, dict(call or {})
         self._parameters = inspect.signature(pipe.__call__).parameters
         self._max_batch: dict[str, int] = {} if max_batch is None else max_batch
+        self.encodings = encodings
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Result]:
         for batch in batches:
@@ -101,6 +105,8 @@ class WholeEngine:
             if isinstance(made, _Failure) and len(part) > 1:
                 if made.out_of_memory:
                     self._max_batch[key] = len(part) // 2
+                    if self.encodings is not None:
+                        self.encodings.clear()
                     _free_memory()
                     parts.insert(0, part)
                 else:  # find the prompt at fault; its neighbours are not
@@ -187,7 +193,7 @@ def load_whole_engine(
     apply_to_pipeline(pipe, config)
     if config.attention_backend is not None or config.compile:
         apply_to_denoiser(*find_denoiser(pipe), config)
-    return WholeEngine(pipe, rank=world.rank)
+    return WholeEngine(pipe, rank=world.rank, encodings=EncodingCache(pipe))
 
 
 def gpu_numbers(world: World) -> list[int]:
