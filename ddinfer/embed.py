@@ -19,7 +19,12 @@ from ddinfer.distributed.collectives import place_by_index, require_same
 from ddinfer.distributed.partition import contiguous_slice, cut_batches
 from ddinfer.distributed.process_group import Group
 from ddinfer.engines.base import Batch
-from ddinfer.engines.lockstep import LockstepEngine, check_lockstep, sharded_models
+from ddinfer.engines.lockstep import (
+    LockstepEngine,
+    check_lockstep,
+    needs_equal_inputs,
+    sharded_models,
+)
 from ddinfer.engines.whole import WholeEngine, check_call
 from ddinfer.errors import PromptsFailed, UsageError
 from ddinfer.lending import borrowed
@@ -170,12 +175,14 @@ class _Plan:
 
     Attributes:
         is_sharded: forwards are exchanges, so that all ranks must run equally many.
+        is_shared: forwards add up what all ranks make, so that all must run the same batches.
         digest: short text that stands for all of it; equal on all ranks.
     """
 
     requests: Sequence[Request]
     batches: Sequence[range]
     is_sharded: bool
+    is_shared: bool
     digest: str
 
 
@@ -205,11 +212,13 @@ def _plan(
     content = hashlib.sha256("".join(map(_content_hash, requests)).encode())
     content.update(canonical_json({n: _plain(value) for n, value in call.items()}).encode())
     digest = f"{len(requests)} requests, {content.hexdigest()[:16]}, batch_size={batch_size}"
-    is_sharded = bool(sharded_models(pipe))
-    digest += ", sharded" if is_sharded else ""
+    models = sharded_models(pipe)
+    is_sharded, is_shared = bool(models), needs_equal_inputs(models)
+    digest += (", sharded" if is_sharded else "") + (", tensor parallel" if is_shared else "")
     check_lockstep(pipe, ranks.ranks, requests)
     batches = cut_batches([r.batch_key() for r in requests], batch_size)
-    return _Plan(requests, batches, is_sharded, f"{digest}, {options}" if options else digest)
+    digest = f"{digest}, {options}" if options else digest
+    return _Plan(requests, batches, is_sharded, is_shared, digest)
 
 
 def _content_hash(request: Request) -> str:
@@ -250,17 +259,19 @@ def _agreed(ranks: Group, check: Callable[[], _Plan]) -> _Plan:
 def _run_share(ranks: Group, pipe: Any, plan: _Plan, call: Mapping[str, Any]) -> Iterator[Result]:
     share = contiguous_slice(len(plan.batches), ranks.group_size, ranks.group_rank)
     engine = WholeEngine(pipe, rank=ranks.world.rank, call=call)
-    num_surplus = 0
+    turns = [(k, True) for k in share]  # batch, and whether this rank keeps what comes of it
     if plan.is_sharded:
         engine = LockstepEngine(pipe, ranks, call=call)
         num_surplus = math.ceil(len(plan.batches) / ranks.group_size) - len(share)
-    surplus = [len(plan.batches) - 1] * num_surplus  # to keep pace, not to be kept
-    for number, k in enumerate([*share, *surplus]):
+        turns += [(len(plan.batches) - 1, False)] * num_surplus  # to keep pace
+    if plan.is_shared:
+        turns = [(k, k in share) for k in range(len(plan.batches))]
+    for k, is_kept in turns:
         batch = [plan.requests[i] for i in plan.batches[k]]
         ranks.check_peers()
         ranks.enter("running", f"prompt {batch[0].index} (id {batch[0].id})")
         results = _run_batch(ranks, engine, batch)
-        if number < len(share):
+        if is_kept:
             yield from results
 
 

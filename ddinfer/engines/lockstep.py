@@ -99,6 +99,36 @@ def sharded_models(pipe: Any) -> dict[str, torch.nn.Module]:
     }
 
 
+def needs_equal_inputs(models: Mapping[str, torch.nn.Module]) -> bool:
+    """Whether a model adds up what ranks made of one input, as tensor parallel layers do.
+
+    FSDP gathers weights, so that each rank may compute another prompt. Tensor parallel layers
+    gather activations: with another prompt on each rank, every picture would be a mixture.
+    """
+    return any(_is_tensor_parallel(model) for model in models.values())
+
+
+def _is_tensor_parallel(model: torch.nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    of_fsdp = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for parameter in module.parameters()
+    }
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            *others, last = parameter.placements
+            # FSDP shards over the mesh's last dim and replicates over the others. Anything else
+            # that is cut, or not FSDP's, is another way of being parallel.
+            is_fsdp = last.is_shard() and all(p.is_replicate() for p in others)
+            if id(parameter) not in of_fsdp or not is_fsdp:
+                return True
+    return False
+
+
 def check_lockstep(pipe: Any, ranks: Sequence[int], requests: Sequence[Request]) -> None:
     """Check that these ranks can draw these Requests at one pace.
 
