@@ -1,6 +1,7 @@
 """`prepare_pipeline` against the uncut model, on real ranks."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -219,6 +220,25 @@ def test_library_models_are_cut_exactly(kind):
 def test_library_models_over_the_whole_grid(kind, num_ranks, num_chunks):
     made = run_ranks(points_on_ranks, num_ranks, kind, 6, num_chunks, range(1, 10))
     assert max(made[-1][0]) <= 1e-5
+
+
+def page_on_ranks(world, code):
+    torch.manual_seed(0)
+    made = {}
+    exec(code, made)
+    if made["output"] is None:
+        return None
+    torch.manual_seed(0)
+    uncut = type(made["model"])(made["config"]).eval()
+    with torch.no_grad():
+        expected = uncut(made["example"]).logits
+    return torch.allclose(made["output"].logits, expected, atol=1e-5)
+
+
+def test_the_example_on_the_page_is_right():
+    page = (ROOT / "docs/pipeline-parallel.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert run_ranks(page_on_ranks, 2, code, join=False) == [None, True]
 
 
 # --- outputs, arguments, groups -----------------------------------------------------------------
