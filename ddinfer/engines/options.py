@@ -52,9 +52,13 @@ def _vae_method(pipe: Any, method: str, option: str) -> Any:
 
 
 def _set_attention_backend(name: str, denoiser: Any, backend: str) -> None:
-    if not hasattr(denoiser, "set_attention_backend"):
+    # diffusers passes over attention of the older kind, such as all of a UNet's.
+    processors = [getattr(module, "processor", None) for module in denoiser.modules()]
+    can_choose = any(hasattr(processor, "_attention_backend") for processor in processors)
+    if not can_choose or not hasattr(denoiser, "set_attention_backend"):
         raise UsageError(
-            f"--attention_backend: {type(denoiser).__name__} ({name}) cannot choose a backend"
+            f"--attention_backend: {type(denoiser).__name__} ({name}) cannot choose a backend; "
+            "leave the option out"
         )
     try:
         denoiser.set_attention_backend(backend)
