@@ -126,6 +126,19 @@ def test_memory_is_filled_first_and_counted(tmp_path):
     assert records._file.closed
 
 
+def test_what_was_at_home_follows_the_main_device_and_nothing_else_does():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    records = Records(1000)
+    stays = records.put(torch.ones(2))
+    records.home = cpu
+    moves = records.put((torch.ones(2), None))
+    records.home = meta
+    assert records.get(stays).device == cpu
+    assert records.get(moves)[0].device == meta
+    records.home = cpu
+    assert torch.equal(records.get(moves)[0], torch.ones(2))
+
+
 def test_a_memo_forgets_what_was_asked_longest_ago():
     memo = Memo(100)
     memo.put("a", torch.full((10,), 1.0))

@@ -50,12 +50,19 @@ class Layout:
         """The dims along which all elements are one."""
         return tuple(k for k, s in enumerate(self.stride) if s == 0 and self.shape[k] > 1)
 
-    def make(self, data: torch.Tensor | None = None) -> torch.Tensor:
-        """A fresh tensor of this layout with ``data`` (what `packed` gave), or zeros."""
+    def make(
+        self, data: torch.Tensor | None = None, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """A fresh tensor of this layout with ``data`` (what `packed` gave), or zeros.
+
+        Args:
+            device: another one than it had.
+        """
         shape = tuple(1 if k in self.expanded() else n for k, n in enumerate(self.shape))
         span = 1 + sum(max(n - 1, 0) * s for n, s in zip(shape, self.stride, strict=True))
         size = self.dtype.itemsize
-        flat = torch.empty(span + _ALIGNMENT // size, dtype=self.dtype, device=self.device)
+        where = self.device if device is None else device
+        flat = torch.empty(span + _ALIGNMENT // size, dtype=self.dtype, device=where)
         gap = (self.misalignment - flat.data_ptr()) % _ALIGNMENT
         made = flat.as_strided(shape, self.stride, gap // size if gap % size == 0 else 0)
         if data is None:
@@ -157,12 +164,14 @@ class Ticket:
     """What `Records.get` takes.
 
     Attributes:
+        home: the main device when it was put.
         place: where it is in the file; ``None``: in memory.
     """
 
     number: int
     shape: Any
     num_bytes: int
+    home: torch.device | None = None
     place: int | None = None
 
 
@@ -174,12 +183,15 @@ class Records:
         folder: where the file is; default: the system's folder for temporary files.
 
     Attributes:
+        home: the main device at present. What was on the main device when it was put comes back
+            on this one, which another stage may have chosen; everything else, where it was.
         num_bytes: of everything put, less what was dropped from memory.
         spilled_bytes: of the file.
     """
 
     def __init__(self, memory_bytes: int, folder: Path | None = None):
         self.memory_bytes, self.folder = memory_bytes, folder
+        self.home: torch.device | None = None
         self.num_bytes = self.held_bytes = self.spilled_bytes = 0
         self._held: dict[int, list[torch.Tensor]] = {}
         self._count = 0
@@ -203,7 +215,7 @@ class Records:
         size = sum(tensor.nbytes for tensor in data)
         self._count += 1
         self.num_bytes += size
-        ticket = Ticket(self._count, shape, size)
+        ticket = Ticket(self._count, shape, size, self.home)
         if self.held_bytes + size <= self.memory_bytes:
             self._held[ticket.number] = data
             self.held_bytes += size
@@ -211,9 +223,14 @@ class Records:
         return replace(ticket, place=self._write(data))
 
     def get(self, ticket: Ticket) -> Any:
-        """The value, its tensors fresh ones where they were."""
+        """The value, its tensors fresh ones."""
         data = self._held[ticket.number] if ticket.place is None else self._read(ticket.place)
-        return put_together(ticket.shape, lambda hole: hole.layout.make(data[hole.number]))
+
+        def made(hole: _Hole) -> torch.Tensor:
+            is_home = hole.layout.device == ticket.home
+            return hole.layout.make(data[hole.number], self.home if is_home else None)
+
+        return put_together(ticket.shape, made)
 
     def drop(self, ticket: Ticket) -> None:
         """Frees what it takes in memory; the file shrinks with the last only."""

@@ -130,7 +130,7 @@ class StagedEngine:
         done: list[Part] = []
         part: Part | None = first
         log.info("round %d: encoding", self.num_rounds)
-        with self._loaded("encode", ahead="denoise") as pipe:
+        with self._loaded("encode", records, ahead="denoise") as pipe:
             stage = Encoding(pipe, names["encode"], names["denoise"], records, Memo(MEMO_BYTES))
             num_pulled = 0
             while part is not None:
@@ -153,7 +153,7 @@ class StagedEngine:
         done: list[Part] = []
         if not parts:
             return done
-        with self._loaded("denoise", ahead="decode") as pipe:
+        with self._loaded("denoise", records, ahead="decode") as pipe:
             stage = Denoising(pipe, self.pipeline.components["denoise"], records)
             for part in self._told("denoising", parts):
                 made = self._attempt(pipe, part, stage.run)
@@ -166,7 +166,8 @@ class StagedEngine:
     def _decode(self, parts: list[Part], records: Records) -> Iterator[Result]:
         if not parts:
             return
-        with self._loaded("decode", ahead="encode" if self._is_more_coming else None) as pipe:
+        following: Stage | None = "encode" if self._is_more_coming else None
+        with self._loaded("decode", records, ahead=following) as pipe:
             stage = Decoding(pipe, self.pipeline.components["denoise"], records)
             for part in self._told("decoding", parts):
                 made = self._attempt(pipe, part, stage.run)
@@ -175,9 +176,10 @@ class StagedEngine:
                     records.drop(part.latents)
 
     @contextlib.contextmanager
-    def _loaded(self, stage: Stage, *, ahead: Stage | None) -> Iterator[Any]:
+    def _loaded(self, stage: Stage, records: Records, *, ahead: Stage | None) -> Iterator[Any]:
         """The pipeline with one stage's weights, while the next one's are read ahead."""
         pipe = self.pipeline.load(stage)
+        records.home = pipe._execution_device
         try:
             self._stop_reading()
             if ahead is not None:

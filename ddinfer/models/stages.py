@@ -140,8 +140,7 @@ class StagedPipeline:
         root = tree_of(source, dtype=dtype, gpu=is_gpu)
         self.placements = plan_stages(root, self.components, budgets)
         main = next((device for device in budgets if device not in (CPU, DISK)), CPU)
-        self.main = torch.device(main)
-        self.dtypes = source.dtypes(dtype, self.main)
+        self.dtypes = source.dtypes(dtype, torch.device(main))
 
     @cached_property
     def _rest(self) -> dict[str, Any]:
@@ -168,7 +167,7 @@ class StagedPipeline:
         away = {name: DISK for name in opened if name not in present}
         here = self.placements[stage]
         prefetch = here.prefetch and self._fetches(stage)
-        placement = Placement({**here.devices, **away}, str(self.main), prefetch)
+        placement = Placement({**here.devices, **away}, here.main, prefetch)
         pipe.ddinfer_dispatched = dispatch_pipeline(pipe, placement, opened=opened)
         return pipe
 
