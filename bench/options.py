@@ -172,7 +172,7 @@ def _pixels(batch: Mapping[str, Any]) -> str:
     if batch["largest_difference"] == 0:
         return "the same"
     return (
-        f"≤ {batch['largest_difference']} of 255 on {batch['different_values']:.2%} of values, "
+        f"≤ {batch['largest_difference']} of 255 on {100 * batch['different_values']:.2g} % of values, "
         f"{batch['psnr_db']:.0f} dB"
     )
 
