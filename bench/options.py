@@ -172,8 +172,8 @@ def _pixels(batch: Mapping[str, Any]) -> str:
     if batch["largest_difference"] == 0:
         return "the same"
     return (
-        f"≤ {batch['largest_difference']} of 255 on {100 * batch['different_values']:.2g} % of values, "
-        f"{batch['psnr_db']:.0f} dB"
+        f"≤ {batch['largest_difference']} of 255 on "
+        f"{100 * batch['different_values']:.2g} % of values, {batch['psnr_db']:.0f} dB"
     )
 
 
