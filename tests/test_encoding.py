@@ -46,6 +46,7 @@ def count_forwards(module):
         ("sd", {"negative_prompt": "a dog"}, {"text_encoder": 3}),
         ("sdxl", {}, {"text_encoder": 2, "text_encoder_2": 2}),  # the empty one is not encoded
         ("flux", {}, {"text_encoder": 2, "text_encoder_2": 2}),
+        ("sana", {"negative_prompt": "a dog"}, {"text_encoder": 3}),  # it answers with a cache
     ],
 )
 def test_a_job_encodes_each_text_once_and_draws_the_same(folder, kind, fields, num_answers):

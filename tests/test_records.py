@@ -6,7 +6,6 @@ import torch
 from ddinfer.engines.records import (
     CannotKeep,
     Layout,
-    Memo,
     Records,
     digest,
     put_together,
@@ -137,32 +136,6 @@ def test_what_was_at_home_follows_the_main_device_and_nothing_else_does():
     assert records.get(moves)[0].device == meta
     records.home = cpu
     assert torch.equal(records.get(moves)[0], torch.ones(2))
-
-
-def test_a_memo_forgets_what_was_asked_longest_ago():
-    memo = Memo(100)
-    memo.put("a", torch.full((10,), 1.0))
-    memo.put("b", torch.full((10,), 2.0))
-    assert memo.get("a")[0] == 1.0
-    memo.put("c", torch.full((10,), 3.0))
-    assert memo.get("b") is None
-    assert memo.get("a")[0] == 1.0
-    assert memo.get("c")[0] == 3.0
-    memo.put("large", torch.zeros(1000))
-    assert memo.get("large") is None
-    assert memo.get("c") is not None
-
-
-def test_a_memo_keeps_answers_without_their_caches():
-    from transformers import DynamicCache
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    memo = Memo(1000)
-    cache = DynamicCache()
-    memo.put("a", BaseModelOutputWithPast(torch.ones(3), past_key_values=cache))
-    found = memo.get("a")
-    assert torch.equal(found.last_hidden_state, torch.ones(3))
-    assert found.past_key_values is None
 
 
 def test_zeros_of_a_layout_lie_as_the_original_did():

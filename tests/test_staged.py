@@ -280,6 +280,17 @@ def test_identical_prompts_and_the_negative_prompt_are_encoded_once(tiny, monkey
     assert len(calls) == 2 + 1
 
 
+def test_an_encoder_that_answers_with_a_cache_is_asked_once_too(tiny, monkeypatch):
+    from transformers import Gemma2Model
+
+    calls = count_calls(monkeypatch, Gemma2Model)
+    requests = requests_for("sana", ["a cat | bad", "a dog | bad", "a cat | bad"])
+    batches = [[r] for r in requests]
+    made = pictures(staged(tiny("sana")).run(batches))
+    assert len(calls) == 2 + 1
+    assert pictures(whole(tiny("sana")).run(batches)) == made
+
+
 # -------------------------------------------------------------------- failures
 
 

@@ -83,9 +83,9 @@ class EncodingCache:
             self.num_hits += 1
             return _new_outside(answer.value)
         value = forward(*args, **kwargs)
-        # What cannot be given twice, such as a cache of keys and values, is not kept.
+        # What cannot be given twice is not kept.
         with contextlib.suppress(_NotComparable):
-            self._keep(key, _Answer(_new_outside(value)))
+            self._keep(key, _Answer(_without_caches(value)))
         return value
 
     def _keep(self, key: Any, answer: _Answer) -> None:
@@ -149,6 +149,13 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
     elif value is not None:
         raise _NotComparable
+
+
+def _without_caches(value: Any) -> Any:
+    """An output object of its own, without keys and values that would be for the next token."""
+    if isinstance(value, Mapping) and "past_key_values" in value:
+        return type(value)(**{k: v for k, v in value.items() if k != "past_key_values"})
+    return _new_outside(value)
 
 
 def _new_outside(value: Any) -> Any:

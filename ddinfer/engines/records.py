@@ -259,33 +259,3 @@ class Records:
         count = int.from_bytes(self._file.read(8), "little")
         found = load(self._file.read(count))
         return [found[str(number)] for number in range(len(found))]
-
-
-class Memo:
-    """Answers to calls that were made before, the latest ones, within a number of bytes."""
-
-    def __init__(self, num_bytes: int):
-        self._records = Records(num_bytes)
-        self._tickets: dict[str, Ticket] = {}
-
-    def get(self, key: str) -> Any:
-        """The answer, or ``None`` where it is not known."""
-        if key not in self._tickets:
-            return None
-        ticket = self._tickets[key] = self._tickets.pop(key)  # the youngest now
-        return self._records.get(ticket)
-
-    def put(self, key: str, answer: Any) -> None:
-        if isinstance(answer, dict):  # of no use to whoever asks for embeddings
-            answer = type(answer)(**{k: v for k, v in answer.items() if k != "past_key_values"})
-        try:
-            _, tensors = take_apart(answer)
-        except CannotKeep:
-            return
-        limit = self._records.memory_bytes
-        size = sum(tensor.nbytes for tensor in tensors)
-        if size > limit:
-            return
-        while self._records.held_bytes + size > limit:
-            self._records.drop(self._tickets.pop(next(iter(self._tickets))))
-        self._tickets[key] = self._records.put(answer)

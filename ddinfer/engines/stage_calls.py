@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.records import (
     CannotKeep,
-    Memo,
     Records,
     Ticket,
     digest,
@@ -70,19 +70,18 @@ class Encoding:
 
     Args:
         later: components that belong to the denoise stage.
-        memo: what the text encoders answered before; identical calls are not made again.
+
+    Attributes:
+        encodings: what the text encoders answered; identical calls are not made again.
     """
 
-    def __init__(
-        self, pipe: Any, encoders: Sequence[str], later: Sequence[str], records: Records, memo: Memo
-    ):
+    def __init__(self, pipe: Any, later: Sequence[str], records: Records):
         self.pipe, self.records = pipe, records
+        self.encodings = EncodingCache(pipe)
         self._known: dict[str, Ticket] = {}
         self._part: Part | None = None
         self._encode = pipe.encode_prompt
         vars(pipe)["encode_prompt"] = self._recorded
-        for name in encoders:
-            _answer_from(memo, name, getattr(pipe, name))
         for name in later:
             getattr(pipe, name).register_forward_pre_hook(_end_of_stage, prepend=True)
 
@@ -114,23 +113,6 @@ class Encoding:
 
 def _end_of_stage(*_: Any) -> None:
     raise EndOfStage
-
-
-def _answer_from(memo: Memo, name: str, model: Any) -> None:
-    """Lets a model answer what it was asked before from ``memo``, to the last bit."""
-    compute = model.forward
-
-    @functools.wraps(compute)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        key = digest(name, args, kwargs)
-        answer = None if key is None else memo.get(key)
-        if answer is None:
-            answer = compute(*args, **kwargs)
-            if key is not None:
-                memo.put(key, answer)
-        return answer
-
-    vars(model)["forward"] = forward
 
 
 class _Replaying:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddinfer.engines.base import Batch, Listener
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
-from ddinfer.engines.records import Memo, Records
+from ddinfer.engines.records import Records
 from ddinfer.engines.stage_calls import CannotStage, Decoding, Denoising, Encoding, Part
 from ddinfer.engines.whole import WholeEngine, _Failure, _free_memory, gpu_numbers
 from ddinfer.errors import UsageError
@@ -45,8 +45,6 @@ CLAIMED_BATCHES = 16
 MEMORY_BYTES = 1_000_000_000
 #: A round takes no further batch once so many times the memory are full; the rest is on disk.
 DISK_FACTOR = 8
-#: Answers of text encoders that are kept in case they are asked again.
-MEMO_BYTES = 256_000_000
 
 
 @dataclass(frozen=True)
@@ -126,12 +124,11 @@ class StagedEngine:
         self, first: Part, waiting: Iterator[Part], records: Records
     ) -> Generator[Result, None, list[Part]]:
         """Yields failures; returns the parts that are encoded."""
-        names = self.pipeline.components
         done: list[Part] = []
         part: Part | None = first
         log.info("round %d: encoding", self.num_rounds)
         with self._loaded("encode", records, ahead="denoise") as pipe:
-            stage = Encoding(pipe, names["encode"], names["denoise"], records, Memo(MEMO_BYTES))
+            stage = Encoding(pipe, self.pipeline.components["denoise"], records)
             num_pulled = 0
             while part is not None:
                 num_pulled += 1
@@ -139,6 +136,7 @@ class StagedEngine:
                 if made is None:
                     done.append(part)
                 else:
+                    stage.encodings.clear()  # memory may have been short
                     yield from self._settle(pipe, part, made)
                 is_full = (
                     num_pulled >= self.limits.batches
