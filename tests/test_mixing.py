@@ -134,3 +134,34 @@ def test_what_looks_along_other_dims_is_not_refused(use):
     pipe = prepare_pipeline(Model(use).eval(), (x, t), num_chunks=4)
     assert close(pipe(x, t), Model(use).eval()(x, t))
     assert not close(pipe(x, t), Model(use).eval()(x, t.flip(0)))
+
+
+def test_a_mask_that_is_looked_up_row_by_row_is_cut_with_its_rows():
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    model = T5EncoderModel(
+        T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=2, d_kv=16, vocab_size=64)
+    ).eval()
+    ids = torch.randint(3, 60, (8, 8), generator=g(0))  # as many tokens as rows
+    mask = (torch.arange(8) < torch.arange(1, 9)[:, None]).long()
+    with torch.no_grad():
+        expected = model(ids, mask).last_hidden_state
+        other = model(ids, mask.flip(0)).last_hidden_state
+    pipe = prepare_pipeline(model, (ids, mask), num_chunks=4)
+    assert torch.allclose(pipe(ids, mask).last_hidden_state, expected, atol=1e-5)
+    assert not torch.allclose(pipe(ids, mask).last_hidden_state, other, atol=1e-5)
+
+
+def by_flag(x, t, u):
+    """Cannot be followed without the flags' contents, and t may be a table or not."""
+    return x + t.sum(0) if u.tolist()[0] else x
+
+
+def test_what_cannot_be_told_is_refused():
+    x, t, flags = torch.randn(6, 8, generator=g(0)), torch.rand(6, 8), torch.ones(1)
+    with pytest.raises(UsageError, match=r"arguments 1 of Model have 6 rows like the batch"):
+        prepare_pipeline(Model(by_flag).eval(), (x, t, flags), num_chunks=3)
+    pipe = prepare_pipeline(Model(by_flag).eval(), (x, t[:5], flags), num_chunks=3)
+    assert close(pipe(x, t[:5], flags), Model(by_flag).eval()(x, t[:5], flags))
+    assert not close(pipe(x, t[1:], flags), Model(by_flag).eval()(x, t[:5], flags))

@@ -8,7 +8,7 @@ at several rows at once, and what it makes would be another in a microbatch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +23,9 @@ from ddinfer.parallel.rows import Inputs, Outputs
 #: Ways to tell batches from tensors that have as many rows by chance.
 MAX_TRIES = 64
 
-#: Runs a model like `Inputs.sample` → its output. ``others`` are rows of leaves that are not cut.
-Run = Callable[[Inputs, int, Mapping[int, int]], Any]
+#: ``run(inputs, rows, others, watching)``: a model on arguments like `Inputs.sample` → its output.
+#: ``others``: rows of leaves that are not cut; ``watching``: a mode that sees every operation.
+Run = Callable[[Inputs, int, Mapping[int, int], Any], Any]
 
 
 class CannotRun(Exception):
@@ -34,10 +35,9 @@ class CannotRun(Exception):
 def settle_rows(inputs: Inputs, name: str, run: Run, sizes: Sequence[int]) -> Inputs:
     """Which of the tensors with as many rows as the batch are really cut with it.
 
-    A tensor may have as many rows by chance (position ids of as many tokens, a table). One that
-    may have *another* number of rows than the batch does not belong to it, and goes whole to
-    every microbatch. One that may not is cut, where the model runs with it cut; else it is left
-    as it is.
+    A tensor may have as many rows by chance (a table, position ids of as many tokens). All are
+    cut where rows then stay apart; else those go whole to every microbatch that may have another
+    number of rows than the batch, or that the model takes only as they are.
 
     Args:
         name: of the model, for messages.
@@ -45,69 +45,89 @@ def settle_rows(inputs: Inputs, name: str, run: Run, sizes: Sequence[int]) -> In
 
     Raises:
         CannotRun: the model does not run with any choice.
-        UsageError: the output does not fall into rows.
+        UsageError: the output does not fall into rows, or one row depends on others.
     """
-    doubtful = sorted(inputs.batched - {min(inputs.batched)})
-    found = _first_that_runs(inputs, doubtful, name, run, sizes)
-    left = [k for k in doubtful if k in found.batched]
-    groups = [(k,) for k in left]
-    free = {k for (k,) in groups if _is_free(found, (k,), name, run, sizes)}
-    rest = [k for k in left if k not in free]
-    together = [rest] if len(rest) > 2 else []
-    for group in [*together, *itertools.combinations(rest, 2)][:MAX_TRIES]:
-        if len(group) > 1 and _is_free(found, tuple(group), name, run, sizes):
-            free.update(group)
-    settled = replace(found, batched=found.batched - free)
-    return settled if not free or _falls(settled, name, run, sizes) else found
-
-
-def _first_that_runs(
-    inputs: Inputs, doubtful: Sequence[int], name: str, run: Run, sizes: Sequence[int]
-) -> Inputs:
-    """With all of them cut, else with one or two left as they are."""
-    tries = [frozenset[int]()]
-    tries += [frozenset(left) for n in (1, 2) for left in itertools.combinations(doubtful, n)]
-    first: Exception | None = None
-    for whole in tries[:MAX_TRIES]:
+    errors: list[Exception] = []
+    for whole, is_free in itertools.islice(_choices(inputs), MAX_TRIES):
         attempt = replace(inputs, batched=inputs.batched - whole)
+        others = dict.fromkeys(whole, sizes[2] if is_free else inputs.example_rows)
         try:
-            _outputs(attempt, name, run, sizes, ())
+            _judge(attempt, name, run, sizes, others)
             return attempt
         except (CannotRun, UsageError) as failed:
-            first = first or failed
+            errors.append(failed)
             if "DataDependent" in str(failed):  # no choice of rows helps
                 break
-    assert first is not None  # the first try failed
-    raise first
+    raise next((e for e in errors if isinstance(e, UsageError)), errors[0])
 
 
-def _is_free(
-    inputs: Inputs, leaves: tuple[int, ...], name: str, run: Run, sizes: Sequence[int]
-) -> bool:
-    """Whether these tensors may have another number of rows than the batch."""
-    try:
-        attempt = replace(inputs, batched=inputs.batched - set(leaves))
-        _outputs(attempt, name, run, sizes, leaves)
-    except (CannotRun, UsageError):
-        return False
-    return True
+def _choices(inputs: Inputs) -> Iterator[tuple[frozenset[int], bool]]:
+    """Which tensors go whole, and whether they may have any number of rows."""
+    doubtful = sorted(inputs.batched - {min(inputs.batched)})
+    yield frozenset(), True
+    groups = [frozenset((k,)) for k in doubtful]
+    groups += [frozenset(pair) for pair in itertools.combinations(doubtful, 2)]
+    groups += [frozenset(doubtful)] if len(doubtful) > 2 else []
+    for is_free in (True, False):
+        for group in groups:
+            yield group, is_free
 
 
-def _falls(inputs: Inputs, name: str, run: Run, sizes: Sequence[int]) -> bool:
-    try:
-        _outputs(inputs, name, run, sizes, ())
-    except (CannotRun, UsageError):
-        return False
-    return True
+def _judge(
+    inputs: Inputs, name: str, run: Run, sizes: Sequence[int], others: Mapping[int, int]
+) -> None:
+    """
+    Raises:
+        CannotRun, UsageError: these tensors cannot be the ones that are cut.
+    """
+    few, more, _ = sizes
+    first = Recorder()
+    fewer = run(inputs, few, others, first)
+    second = Mixing(first)
+    greater = run(inputs, more, others, second)
+    Outputs.of(fewer, greater, few, name, more)
+    culprit = second.culprit(greater) if second.is_aligned else None
+    if culprit is not None:
+        raise UsageError(
+            f"{name} looks at several rows of the batch at once ({culprit}), so that its output "
+            "would be another one in microbatches; expected rows that do not depend on one another"
+        )
+    if second.is_aligned and second.paired is not None:
+        raise CannotRun(f"its rows belong to those of the batch ({second.paired})")
 
 
-def _outputs(
-    inputs: Inputs, name: str, run: Run, sizes: Sequence[int], free: Sequence[int]
-) -> Outputs:
-    few, more, other = sizes
-    others = dict.fromkeys(free, other)
-    made = [run(inputs, rows, others) for rows in (few, more)]
-    return Outputs.of(made[0], made[1], few, name, more)
+def settle_unwatched(inputs: Inputs, name: str, run: Run, sizes: Sequence[int]) -> Inputs:
+    """Like `settle_rows`, for a model of which only outputs are seen.
+
+    Raises:
+        CannotRun: the model does not run with any choice.
+        UsageError: the output does not fall into rows, or it cannot be told what is cut.
+    """
+    found: list[frozenset[int]] = []
+    errors: list[Exception] = []
+    for whole, is_free in itertools.islice(_choices(inputs), MAX_TRIES):
+        if found and not is_free:
+            break  # what may have any number of rows, or belongs to the batch, goes first
+        attempt = replace(inputs, batched=inputs.batched - whole)
+        others = dict.fromkeys(whole, sizes[2] if is_free else inputs.example_rows)
+        try:
+            made = [run(attempt, rows, others, None) for rows in sizes[:2]]
+            Outputs.of(made[0], made[1], sizes[0], name, sizes[1])
+            found.append(whole)
+        except (CannotRun, UsageError) as failed:
+            errors.append(failed)
+        if found and not is_free:
+            break
+    if not found:
+        raise next((e for e in errors if isinstance(e, UsageError)), errors[0])
+    if len(found) > 1 and not found[0]:
+        numbers = ", ".join(map(str, sorted(frozenset().union(*found))))
+        raise UsageError(
+            f"arguments {numbers} of {name} have {inputs.example_rows} rows like the batch, and "
+            "it cannot be told whether they belong to it; prepare with an example batch of "
+            "another size"
+        )
+    return replace(inputs, batched=inputs.batched - found[0])
 
 
 def unused_sizes(model: nn.Module, inputs: Inputs, count: int = 3) -> list[int]:
@@ -143,17 +163,28 @@ ALONG = {
 }
 
 
+#: Operations that take rows out of their first argument, by what the others say.
+PICKING = ("aten.index", "aten.slice", "aten.index_select", "aten.gather", "aten.take")
+
+
 class Mixing(TorchDispatchMode):
     """Follows a second run, with another batch, and finds values that were made across rows.
 
     Args:
         first: the `Recorder` of the first run.
+
+    Attributes:
+        is_aligned: both runs did the same; else nothing can be said.
+        paired: an operation that took as many rows out of a table as the batch has, by their
+            numbers: so they are the batch's rows.
     """
 
     def __init__(self, first: Recorder):
         super().__init__()
         self._first = iter(first.shapes)
         self.is_aligned = True
+        self.paired: str | None = None
+        self._tables: set[int] = set()  # storages that depend on a tensor that is not cut
         self._dims: dict[int, list[int]] = {}  # tensor → which of its dims are the batch's
         self._mixed: dict[int, str] = {}  # tensor → the operation at fault
         self._follows: set[int] = set()  # storages that depend on the batch
@@ -164,6 +195,11 @@ class Mixing(TorchDispatchMode):
         self._alive.append(tensor)
         self._follows.add(_storage(tensor))
         self._dims[id(tensor)] = [0]
+
+    def mark_table(self, tensor: torch.Tensor) -> None:
+        """``tensor`` is not cut, although it could be."""
+        self._alive.append(tensor)
+        self._tables.add(_storage(tensor))
 
     def culprit(self, values: Any) -> str | None:
         """The operation that mixed rows in what ``values`` depend on, if one did."""
@@ -183,6 +219,7 @@ class Mixing(TorchDispatchMode):
         culprit = self.culprit(given)
         follows = any(_storage(tensor) in self._follows for tensor in given)
         across = follows and self._looks_across(func, args, kwargs)
+        self._follow_tables(func, args, given, tensors, shapes)
         for tensor, before in zip(tensors, shapes, strict=True):
             if not follows:
                 continue
@@ -197,6 +234,19 @@ class Mixing(TorchDispatchMode):
             if blame is not None:
                 self._mixed.setdefault(id(tensor), blame)
         return made
+
+    def _follow_tables(
+        self, func: Any, args: Any, given: Any, tensors: Any, shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        if not any(_storage(tensor) in self._tables for tensor in given):
+            return
+        for tensor in tensors:
+            self._alive.append(tensor)
+            self._tables.add(_storage(tensor))
+        has_rows = any(tuple(t.shape) != before for t, before in zip(tensors, shapes, strict=True))
+        follows = any(_storage(tensor) in self._follows for tensor in given)
+        if str(func).rpartition(".")[0] in PICKING and has_rows and not follows:
+            self.paired = str(func)
 
     def _looks_across(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Whether an operation that keeps all sizes looks along the batch."""
@@ -214,28 +264,6 @@ class Mixing(TorchDispatchMode):
                 for index in chosen
             )
         return False
-
-
-def refuse_mixing(name: str, run: Callable[[Any, int], Any], rows: int) -> None:
-    """Refuse a model in whose output one row depends on others.
-
-    Args:
-        name: of the model, for messages.
-        run: ``run(mode, rows)``: the model under a mode, its cut inputs marked → its output.
-
-    Raises:
-        UsageError: it does.
-    """
-    first = Recorder()
-    run(first, rows)
-    second = Mixing(first)
-    output = run(second, rows + 1)
-    culprit = second.culprit(output) if second.is_aligned else None
-    if culprit is not None:
-        raise UsageError(
-            f"{name} looks at several rows of the batch at once ({culprit}), so that its output "
-            "would be another one in microbatches; expected rows that do not depend on one another"
-        )
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

@@ -41,8 +41,8 @@ def prepare_pipeline(
         model: in eval mode. With ``checkpoint`` its parameters may be on the meta device.
         example_args, example_kwargs: a whole batch as calls will give it; they fix every dim but
             the batch, which is the first dim of the first tensor, and every argument that is no
-            tensor. Tensors with another first dim, or that may have one, go whole to every
-            microbatch.
+            tensor. Tensors with another first dim go whole to every microbatch, and those that
+            have as many rows by chance.
         split_points: names of the modules that begin the stages after the first; ``"auto"`` cuts
             between blocks so that stages are balanced by bytes.
         num_chunks: microbatches that the example batch is cut into (default: number of ranks).

@@ -15,8 +15,8 @@ from ddinfer.parallel.mixing import (
     CannotRun,
     Mixing,
     Run,
-    refuse_mixing,
     settle_rows,
+    settle_unwatched,
     unused_sizes,
 )
 from ddinfer.parallel.rows import Inputs, Outputs
@@ -36,11 +36,8 @@ def settle_inputs(
     """
     name, mode = type(model).__name__, fake_mode()
 
-    def run(attempt: Inputs, rows: int, others: Mapping[int, int]) -> Any:
-        return _run_fake(model, attempt, rows, mode, device, others=others)
-
-    def run_under(watching: Any, rows: int) -> Any:
-        return _run_fake(model, settled, rows, mode, device, watching)
+    def run(attempt: Inputs, rows: int, others: Mapping[int, int], watching: Any = None) -> Any:
+        return _run_fake(model, attempt, rows, others, watching, mode, device)
 
     with faked(model, mode, device):
         try:
@@ -48,9 +45,7 @@ def settle_inputs(
             made = [run(settled, rows, {}) for rows in (inputs.rows, inputs.rows + 1)]
         except CannotRun as failed:
             return inputs, TraceFailed(str(failed))
-        outputs = Outputs.of(made[0], made[1], inputs.rows, name)
-        refuse_mixing(name, run_under, unused_sizes(model, inputs)[0])
-    return settled, outputs
+    return settled, Outputs.of(made[0], made[1], inputs.rows, name)
 
 
 def settle_for_real(model: nn.Module, inputs: Inputs, run: Run) -> tuple[Inputs, Outputs]:
@@ -61,8 +56,8 @@ def settle_for_real(model: nn.Module, inputs: Inputs, run: Run) -> tuple[Inputs,
     """
     name = type(model).__name__
     try:
-        settled = settle_rows(inputs, name, run, unused_sizes(model, inputs))
-        made = [run(settled, rows, {}) for rows in (inputs.rows, inputs.rows + 1)]
+        settled = settle_unwatched(inputs, name, run, unused_sizes(model, inputs))
+        made = [run(settled, rows, {}, None) for rows in (inputs.rows, inputs.rows + 1)]
     except CannotRun as error:
         raise PlanError(str(error)) from error
     return settled, Outputs.of(made[0], made[1], inputs.rows, name)
@@ -92,10 +87,10 @@ def _run_fake(
     model: nn.Module,
     inputs: Inputs,
     rows: int,
+    others: Mapping[int, int],
+    watching: Any,
     mode: Any,
     device: torch.device,
-    watching: Any = None,
-    others: Mapping[int, int] | None = None,
 ) -> Any:
     """The output of a model with fake weights.
 
@@ -107,6 +102,8 @@ def _run_fake(
         leaves = pytree.tree_leaves((args, kwargs))
         for k in inputs.batched:
             watching.mark(leaves[k])
+        for k in others:
+            watching.mark_table(leaves[k])
     try:
         with quiet(), mode, watching or contextlib.nullcontext(), torch.no_grad():
             return model(*args, **kwargs)

@@ -131,7 +131,7 @@ class _Whole:
             self.outputs = outputs
             return
 
-        def run(attempt: Inputs, rows: int, others: Mapping[int, int]) -> Any:
+        def run(attempt: Inputs, rows: int, others: Mapping[int, int], watching: Any) -> Any:
             leaves = with_rows(attempt, example, rows, link.device, others)
             args, kwargs = rebuild(attempt, leaves)
             try:
@@ -253,7 +253,7 @@ class _Blocks:
         self._kinds: list[int] = []
         self._fresh: list[Plan] = []
 
-        def run(attempt: Inputs, rows: int, others: Mapping[int, int]) -> Any:
+        def run(attempt: Inputs, rows: int, others: Mapping[int, int], watching: Any) -> Any:
             leaves = with_rows(attempt, example, rows, link.device, others)
             try:
                 plan = self._learn(leaves)
