@@ -56,7 +56,8 @@ def test_a_tensor_comes_back_as_it_was(name, memory_bytes, tmp_path):
 def test_a_changed_bit_is_noticed_by_the_comparison_above(tmp_path):
     with Records(0, tmp_path) as records:
         ticket = records.put(torch.zeros(3))
-        records._file.seek(ticket.place + 8 + ticket_data_offset(records, ticket))
+        place = ticket.place + 8 + ticket_data_offset(records, ticket)
+        records._file.seek(place)
         records._file.write(b"\x01")
         assert not torch.equal(records.get(ticket), torch.zeros(3))
 
@@ -107,6 +108,7 @@ def test_a_digest_tells_contents_from_layouts():
     assert digest(one) != digest(one.view(3, 2))
     assert digest(one) != digest(one.to(torch.float64))
     assert digest("a", ["b"]) != digest(["a"], "b")
+    assert digest(torch.device("cpu")) == digest(torch.device("meta"))
     assert digest({"x": None}) != digest({"y": None})
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import resource
 import subprocess
 import sys
 import weakref
@@ -16,7 +17,7 @@ from PIL import Image
 
 from ddinfer.engines.staged import CLAIMED_BATCHES, RoundLimits, StagedEngine
 from ddinfer.engines.whole import WholeEngine
-from ddinfer.errors import UsageError
+from ddinfer.errors import StorageError, UsageError
 from ddinfer.models.loading import load_pipeline
 from ddinfer.models.memory import complete_budgets
 from ddinfer.models.parked import is_parked
@@ -205,6 +206,18 @@ def test_what_memory_does_not_take_goes_to_a_file_that_has_no_name(tiny, tmp_pat
     assert pictures([first, *results]) == expected
     assert open_files() == []
     assert engine.spilled_bytes > 10_000
+
+
+def test_a_full_disk_ends_the_job_and_fails_no_prompt(tiny, tmp_path):
+    engine = staged(tiny("sd"), limits=RoundLimits(memory_bytes=0), folder=tmp_path)
+    results = engine.run([requests_for("sd", ["a cat"])])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(StorageError, match=f"could not be kept in a file in {tmp_path}.*large"):
+            next(results)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_abandoned_round_leaves_nothing_open(tiny, tmp_path):

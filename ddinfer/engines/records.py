@@ -7,9 +7,10 @@ with the process however that ends.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,13 @@ import torch
 
 #: Kernels load vectors of at most so many bytes at once.
 _ALIGNMENT = 64
+
+
+class RecordsLost(BaseException):
+    """The file of records could not be written or read.
+
+    No ``Exception``, since it passes through a pipeline's call: no prompt is at fault.
+    """
 
 
 class CannotKeep(TypeError):
@@ -143,14 +151,17 @@ def _map(item: Any, walk: Callable[[Any], Any]) -> Any:
 
 
 def digest(*values: Any) -> str | None:
-    """A hash of nested values, tensors by their bytes; ``None`` where one cannot be told."""
+    """A hash of nested values, tensors by their bytes; ``None`` where one cannot be told.
+
+    Devices do not count: another stage may compute on another one.
+    """
     found = hashlib.sha256()
 
     def walk(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
             found.update(packed(item).view(-1).view(torch.uint8).numpy().tobytes())
-            return tuple(item.shape), item.dtype, item.device
-        return _map(item, walk)
+            return tuple(item.shape), item.dtype
+        return "a device" if isinstance(item, torch.device) else _map(item, walk)
 
     try:
         found.update(repr(walk(values)).encode())
@@ -209,6 +220,7 @@ class Records:
         """
         Raises:
             CannotKeep: something in it is no tensor and not plain.
+            RecordsLost: the disk said no.
         """
         shape, tensors = take_apart(value)
         data = [packed(tensor) for tensor in tensors]
@@ -241,13 +253,16 @@ class Records:
     def _write(self, data: list[torch.Tensor]) -> int:
         from safetensors.torch import save
 
-        if self._file is None:
-            # Closed by __exit__; it lives as long as the round does.
-            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
         written = save({str(number): tensor for number, tensor in enumerate(data)})
-        place = self._file.seek(0, 2)
-        self._file.write(len(written).to_bytes(8, "little"))
-        self._file.write(written)
+        with self._told():
+            if self._file is None:
+                # Closed by __exit__; it lives as long as the round does. Unbuffered: an error is
+                # told where it happens.
+                self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
+            place = self._file.seek(0, 2)
+            left = memoryview(len(written).to_bytes(8, "little") + written)
+            while left:
+                left = left[self._file.write(left) :]
         self.spilled_bytes += len(written)
         return place
 
@@ -255,7 +270,30 @@ class Records:
         from safetensors.torch import load
 
         assert self._file is not None
-        self._file.seek(place)
-        count = int.from_bytes(self._file.read(8), "little")
-        found = load(self._file.read(count))
+        with self._told():
+            self._file.seek(place)
+            count = int.from_bytes(self._read_all(8), "little")
+            found = load(self._read_all(count))
         return [found[str(number)] for number in range(len(found))]
+
+    def _read_all(self, count: int) -> bytes:
+        assert self._file is not None
+        pieces: list[bytes] = []
+        while count:
+            piece = self._file.read(count)
+            if not piece:
+                raise OSError("the file ends before its last record does")
+            pieces.append(piece)
+            count -= len(piece)
+        return b"".join(pieces)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = self.folder or tempfile.gettempdir()
+            raise RecordsLost(
+                f"embeddings and latents between stages could not be kept in a file in {where} "
+                f"({self.spilled_bytes} bytes so far): {error.strerror or error}"
+            ) from error

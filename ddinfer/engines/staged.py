@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from ddinfer.engines.base import Batch, Listener
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
-from ddinfer.engines.records import Records
+from ddinfer.engines.records import Records, RecordsLost
 from ddinfer.engines.stage_calls import CannotStage, Decoding, Denoising, Encoding, Part
 from ddinfer.engines.whole import WholeEngine, _Failure, _free_memory, gpu_numbers
-from ddinfer.errors import UsageError
+from ddinfer.errors import StorageError, UsageError
 from ddinfer.models.loading import find_denoiser
 from ddinfer.models.memory import complete_budgets, free_host_bytes
 from ddinfer.models.readahead import ReadAhead
@@ -217,6 +217,8 @@ class StagedEngine:
             return run(part, lambda: call._call(list(part.requests)))
         except CannotStage as error:
             raise UsageError(str(error)) from error
+        except RecordsLost as error:
+            raise StorageError(str(error)) from error
         finally:
             part.seconds += time.perf_counter() - started
             self._moved()
