@@ -25,6 +25,10 @@ from tests.tiny_pipelines import call_arguments, tiny_pipeline
 RING = ["--nproc_per_node=2", "--pipeline_parallel=2"]
 
 
+def nightly(*values):
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
 @pytest.fixture(scope="module")
 def moody(tmp_path_factory):
     return str(moody_ring(tmp_path_factory.mktemp("model")))
@@ -67,8 +71,10 @@ def test_a_unet_cut_in_two_draws_the_same_bytes(tmp_path):
     assert not set(file_bytes(tmp_path / "other").values()) & set(whole.values())
 
 
-@pytest.mark.parametrize("schedule", ["static", "dynamic"])
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(
+    ("schedule", "batch_size"),
+    [("static", 1), ("dynamic", 2), nightly("static", 2), nightly("dynamic", 1)],
+)
 def test_two_replicas_of_two_stages_draw_the_bytes_of_one_rank(tmp_path, schedule, batch_size):
     model = tiny_pipeline("flux", tmp_path)
     arguments = {**call_arguments("flux"), "trust_remote_code": False}
@@ -184,7 +190,7 @@ def test_a_killed_rank_ends_the_attempt_and_a_restart_makes_the_rest(moody, tmp_
     assert all(max(d["indices"]) < 4 for d in told), "the other replica's are no suspects"
 
 
-@pytest.mark.parametrize("where", ["kill", "kill-last"])
+@pytest.mark.parametrize("where", [nightly("kill"), "kill-last"])
 def test_a_prompt_that_always_kills_a_rank_is_failed_and_its_neighbours_are_made(
     moody, tmp_path, where
 ):
@@ -211,7 +217,7 @@ def test_without_restarts_the_same_command_goes_on(moody, tmp_path):
     assert colours(tmp_path / "out") == {k: colour(k) for k in range(4)}
 
 
-@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("broken", [nightly(0), 1])
 def test_a_rank_that_cannot_load_ends_all_by_name(moody, tmp_path, broken):
     words = words_of_job(moody, tmp_path, "ab", *RING)
     started = time.monotonic()
@@ -226,7 +232,7 @@ def test_a_rank_that_cannot_load_ends_all_by_name(moody, tmp_path, broken):
 # --- signals, standing still ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["wait", "wait-last"])
+@pytest.mark.parametrize("where", [nightly("wait"), "wait-last"])
 def test_sigterm_lets_what_is_in_flight_finish(moody, tmp_path, where):
     gate = tmp_path / "gate"
     words = words_of_job(moody, tmp_path, [f"{where} {gate}", *"abcdefgh"], *RING)
@@ -246,7 +252,7 @@ def test_sigterm_lets_what_is_in_flight_finish(moody, tmp_path, where):
     assert colours(tmp_path / "out") == {k: colour(k) for k in range(9)}
 
 
-@pytest.mark.parametrize("where", ["wait", "wait-last"])
+@pytest.mark.parametrize("where", [nightly("wait"), "wait-last"])
 def test_what_takes_longer_than_the_grace_is_abandoned(moody, tmp_path, where):
     words = words_of_job(
         moody, tmp_path, [f"{where} {tmp_path / 'gate'}", "a"], *RING, "--grace_seconds=0.2"
