@@ -128,7 +128,7 @@ def _plain_batch_key(named: tuple[Any, ...], *types_and_negative: Any) -> str:
     return canonical_json([parameters, {}, types_and_negative[-1]])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Result:
     """What became of one `Request`.
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
-from collections.abc import Callable, Sequence
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 
 def import_for_good(names: Sequence[str], further: Callable[[], object] | None = None) -> None:
@@ -14,6 +19,9 @@ def import_for_good(names: Sequence[str], further: Callable[[], object] | None =
     The garbage collector is off meanwhile: it would walk the modules again and again, which takes
     a fifth of their import, and find nothing. Afterwards it leaves alone what is there now, so
     that forked processes go on sharing it.
+
+    torch's libraries are read and linked on a thread as long as modules in front of it in
+    ``names`` are imported: that needs the disk, and no interpreter.
 
     What fails here fails again where it is needed, and is told there.
 
@@ -24,9 +32,10 @@ def import_for_good(names: Sequence[str], further: Callable[[], object] | None =
     was_on = gc.isenabled()
     gc.disable()
     try:
-        for name in names:
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
+        with _linking_torch("torch" in names[1:]):
+            for name in names:
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
         if further is not None:
             with contextlib.suppress(Exception):
                 further()
@@ -34,3 +43,26 @@ def import_for_good(names: Sequence[str], further: Callable[[], object] | None =
         gc.freeze()
         if was_on:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _linking_torch(wanted: bool) -> Iterator[None]:
+    """Inside, a thread brings torch's libraries into this process; it has ended afterwards."""
+    if not wanted or sys.platform != "linux" or "torch" in sys.modules:
+        yield
+        return
+    thread = threading.Thread(target=_link_torch, name="ddinfer-link-torch")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _link_torch() -> None:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return
+    # Importing torch loads the same libraries, which are then there. What is missing it will say.
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(os.path.join(os.path.dirname(spec.origin), "lib", "libtorch_python.so"))
