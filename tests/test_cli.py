@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +169,16 @@ def test_ctrl_c_ends_the_job_with_130_and_it_goes_on_later(moody, tmp_path):
 def test_prompts_come_from_standard_input(moody, tmp_path):
     command = [*MAIN, *options(moody, tmp_path / "out", "--prompts", "-", "--nproc_per_node=2")]
     done = run(command, stdin="a dog\n a cat \n")
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "out/metadata.jsonl").read_text().splitlines()
+    assert [json.loads(row)["prompt"] for row in rows] == ["a dog", " a cat "]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_prompts_come_from_a_command_whose_output_only_the_launcher_can_read(moody, tmp_path):
+    words = [*MAIN, *options(moody, tmp_path / "out", "--nproc_per_node=2"), "--prompts"]
+    line = f"{shlex.join(map(str, words))} <(printf 'a dog\\n a cat \\n')"
+    done = run(["bash", "-c", line])
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "out/metadata.jsonl").read_text().splitlines()
     assert [json.loads(row)["prompt"] for row in rows] == ["a dog", " a cat "]

@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ddinfer.cli.process import own_process, quiet_libraries
 from ddinfer.config import JobConfig, parse_config
-from ddinfer.errors import EXIT_OK
+from ddinfer.errors import EXIT_OK, InputError
 
 if TYPE_CHECKING:
     from ddinfer.distributed.world import World
     from ddinfer.leader import RunReport
 
-#: Imported once, by the process from which all ranks are forked.
-PRELOAD = ("torch", "torch.distributed", "diffusers", "ddinfer.run")
+#: Imported once, by the process from which all ranks are forked. transformers comes first since it
+#: can do without torch, whose libraries are read from the disk meanwhile.
+PRELOAD = ("transformers", "torch", "torch.distributed", "diffusers", "ddinfer.run")
+
+#: Names of this process's own open files: another process has others under them, or none.
+_OWN_FILES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,12 +60,27 @@ def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
         from ddinfer.cli.dry_run import print_plan
 
         return print_plan(config, plan.num_ranks)
-    reads_stdin = config.prompts == "-" and not retry_failed
-    stdin = sys.stdin.buffer.read() if reads_stdin else None
+    config, stdin = (config, None) if retry_failed else _with_prompts_read(config)
     # A rank that may die and be started again needs somebody who does it.
     if plan.kind == "join" or (plan.num_ranks == 1 and not config.max_restarts):
         return _run_here(config, stdin, retry_failed)
     return _run_in_ranks(config, plan.num_ranks, stdin, retry_failed)
+
+
+def _with_prompts_read(config: JobConfig) -> tuple[JobConfig, bytes | None]:
+    """Prompts that only this process can read, such as those of ``<(command)``, read for its ranks.
+
+    They are read like standard input: by their first line, since such a name has no ending.
+    """
+    if config.prompts == "-":
+        return config, sys.stdin.buffer.read()
+    if config.prompts is None or not config.prompts.startswith(_OWN_FILES):
+        return config, None
+    try:
+        with open(config.prompts, "rb") as file:
+            return replace(config, prompts="-"), file.read()
+    except OSError as error:
+        raise InputError(error.strerror or str(error), file=config.prompts) from None
 
 
 def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int:
