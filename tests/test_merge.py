@@ -214,7 +214,9 @@ def test_dry_run_shows_the_part(moody, tmp_path, capsys):
 # --- storage alone -------------------------------------------------------------------------------
 
 
-def make_part(path, part, num_parts, *, disk=None, failing=(3,), stop_after=None, **changes):
+def make_part(
+    path, part, num_parts, *, disk=None, failing=(3,), stop_after=None, num_threads=1, **changes
+):
     """Part ``part`` (from 1) of a job of 7 in batches of 2, or as much of it as is asked for."""
     files = Files(disk)
     requests = make_requests(NUM_REQUESTS, **changes)
@@ -222,7 +224,8 @@ def make_part(path, part, num_parts, *, disk=None, failing=(3,), stop_after=None
     size = -(-len(batches) // num_parts)
     mine = batches[size * (part - 1) : size * part]
     shard = Shard(part, num_parts, mine[0].start, mine[-1].stop)
-    job = JobDescription(requests, IDENTITY, {"torch": "2"}, {"shard": str(shard)}, shard)
+    identity = {**IDENTITY, "num_threads": num_threads}
+    job = JobDescription(requests, identity, {"torch": "2"}, {"shard": str(shard)}, shard)
     with JobFolder.open(files, str(path), job) as folder:
         state = folder.read_state()
         header = JournalHeader(folder.fingerprint, 0, folder.attempt)
@@ -263,12 +266,9 @@ def test_parts_of_different_jobs_are_told_apart(tmp_path, parts):
     text = refusal([parts[0], other], tmp_path / "joined")
     assert f"{other} and {parts[0]} hold different jobs" in text
     assert "requests: 7 in" in text
-    record = json.loads((tmp_path / "part2/job.json").read_text())
-    record["identity"]["num_threads"] = 8
-    record["fingerprint"] = "0" * 64
-    (tmp_path / "part2/job.json").write_text(json.dumps(record))
-    text = refusal(parts, tmp_path / "joined")
-    assert f"num_threads: nothing in {parts[0]}, 8 in {parts[1]}" in text
+    other = make_part(tmp_path / "cores", 2, 2, num_threads=8)
+    text = refusal([parts[0], other], tmp_path / "joined")
+    assert f"num_threads: 1 in {parts[0]}, 8 in {other}" in text
     assert "--shard and --output alone" in text
 
 

@@ -117,8 +117,9 @@ def _is_sound(record: JobRecord) -> bool:
     """Whether it agrees with itself: by its segments batches are cut, by its counts a job ends."""
     own = _fingerprint(record.requests_sha256, record.identity, record.versions)
     is_own = record.fingerprint == own == record.fingerprints[-1]
-    ends = record.segments
-    return is_own and ends == sorted(set(ends)) and ends[-1] == record.num_requests
+    ends, images = record.segments, record.images
+    is_within = 0 <= images.start <= images.stop <= record.num_requests
+    return is_own and is_within and ends == sorted(set(ends)) and ends[-1] == record.num_requests
 
 
 def requests_sha256(requests: Sequence[Request]) -> str:

@@ -300,7 +300,7 @@ def _copy_image(
     data = files.read(source)
     if hashlib.sha256(data).hexdigest() != state.sha256(index):
         raise StorageError(
-            f"{source} is damaged: it has other bytes than were written. Delete it, run the "
-            f"command that made {part.path} again, and merge again"
+            f"{source} is damaged: it has other bytes than were written. ddinfer verify "
+            f"{part.path} --repair deletes it; run that part's command again, then merge again"
         )
     write_and_rename(files, copy, data)
