@@ -3,7 +3,8 @@
 Like `tests.moody_pipeline`, with a denoiser of four tiny blocks. A word in the prompt says what
 happens and where: ``kill`` and ``once FILE`` on the first rank, ``kill-last`` and
 ``once-last FILE`` in the last block, which is on another rank. ``wait FILE`` waits before the
-first step, ``wait-last FILE`` in the last block. The picture's colour is what the denoiser made
+first step, ``wait-last FILE`` in the last block, which has no room for more than N rows where
+they say ``many-last N``. The picture's colour is what the denoiser made
 of a colour drawn from the generator, so it is right only if every stage ran.
 """
 
@@ -36,6 +37,8 @@ class MoodyBlock(torch.nn.Module):
                 if path:
                     open(path, "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
+            if word == "many-last" and len(x) > int(path):
+                raise torch.OutOfMemoryError(f"no room for {len(x)}")
             while word == "wait-last" and not os.path.exists(path):
                 open(path + ".waiting", "w").close()
                 time.sleep(0.02)

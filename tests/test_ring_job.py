@@ -173,6 +173,13 @@ def test_a_failing_prompt_frees_its_slot_and_is_listed(moody, tmp_path, batch_si
     assert colours(tmp_path) == {k: colour(k) for k in (0, 2, 3, 5)}
 
 
+def test_a_stage_without_room_makes_smaller_batches_and_that_is_remembered(moody, tmp_path):
+    config = job(moody, tmp_path, ["many-last 2"] * 6, pipeline_parallel=2, batch_size=4)
+    report = run_job_on_ranks(config, 2)
+    assert (report.num_made, report.num_failed, report.num_inexact) == (6, 0, 4)
+    assert colours(tmp_path) == {k: colour(k) for k in range(6)}
+
+
 @pytest.mark.parametrize("where", ["once", "once-last"])
 def test_a_killed_rank_ends_the_attempt_and_a_restart_makes_the_rest(moody, tmp_path, where):
     """The first rank of the first replica, then the last one; the other replica goes on."""

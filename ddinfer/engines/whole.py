@@ -20,6 +20,7 @@ from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
 from ddinfer.errors import (
     ErrorRecord,
+    RankError,
     StorageError,
     UsageError,
     explained,
@@ -144,7 +145,7 @@ class WholeEngine:
                 # No prompt is to blame, and the next would meet it, too.
                 path = "" if error.filename is None else f"{error.filename}: "
                 raise StorageError(f"the pipeline met {path}{explained(error)}") from error
-            return _Failure(ErrorRecord.of(error), out_of_memory=_is_host_out_of_memory(error))
+            return _Failure(ErrorRecord.of(error), out_of_memory=_is_out_of_memory(error))
 
     def _arguments(self, part: list[Request]) -> dict[str, Any]:
         first, alone = part[0], len(part) == 1
@@ -280,7 +281,11 @@ def _open_image(path: str) -> Image.Image:
         return picture.convert("RGB") if picture.mode not in ("L", "RGB") else picture
 
 
-def _is_host_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the host's memory, or of the rank that holds another stage of the denoiser."""
+    if isinstance(error, RankError):
+        kinds = (torch.OutOfMemoryError.__name__, MemoryError.__name__)
+        return error.record is not None and error.record.type in kinds
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
