@@ -49,7 +49,7 @@ def deaths(folder):
 def test_the_command_on_the_page_draws_the_bytes_of_one_rank(tmp_path):
     page = (ROOT / "docs/pipeline-parallel.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^ddinfer (.*--pipeline_parallel 2.*) --output cut-in-two$", page, re.M)
-    short = ["--limit=3", "--num_inference_steps=3", "--num_threads=1"]
+    short = ["--limit=3", "--num_inference_steps=3"]
     done = run([*MAIN, *line.split(), *short, "--output", tmp_path / "cut"])
     assert done.returncode == 0, done.stderr
     assert "images by replica of 2 ranks: 3 (" in done.stderr
