@@ -1,10 +1,15 @@
 """Jobs with --placement staged: on ranks, killed in a round, refused, and resumed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from ddinfer.config import JobConfig
+from ddinfer.distributed.world import World
+from ddinfer.engines.staged import load_staged_engine
 from ddinfer.errors import UsageError
+from ddinfer.models.stages import StagedPipeline
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import verify
 from tests.jobs import job as words_of
@@ -13,6 +18,7 @@ from tests.ranks import run_ranks
 from tests.test_cli import MAIN
 from tests.test_cli import run as run_command
 from tests.test_run import file_bytes, job, on_rank, run
+from tests.test_staged import requests_for
 from tests.tiny_pipelines import tiny_pipeline
 
 STEPS = {"num_inference_steps": 2, "height": 32, "width": 32}
@@ -110,6 +116,31 @@ def test_a_pipeline_without_stages_is_refused_before_a_folder_is_made(model, tmp
     with pytest.raises(UsageError, match=r"cannot run in stages.*--placement balanced"):
         run_ranks(on_rank, 1, config, join=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_options_reach_the_stage_they_are_for(tmp_path, monkeypatch):
+    folder, pipes, load = tiny_pipeline("flux", tmp_path), {}, StagedPipeline.load
+
+    def noted(self, stage):
+        pipes[stage] = load(self, stage)
+        return pipes[stage]
+
+    monkeypatch.setattr(StagedPipeline, "load", noted)
+    config = JobConfig(
+        model=str(folder), output=str(tmp_path), placement="staged", device="cpu",
+        vae_tiling=True, vae_slicing=True, attention_backend="native",
+    )  # fmt: skip
+    engine = load_staged_engine(str(folder), config, world=World())
+    assert len(list(engine.run([requests_for("flux", ["a cat"])]))) == 1
+    assert pipes["decode"].vae.use_tiling
+    assert pipes["decode"].vae.use_slicing
+    blocks = pipes["denoise"].transformer.transformer_blocks
+    assert {b.attn.processor._attention_backend.value for b in blocks} == {"native"}
+    wrong = replace(config, attention_backend="telepathy")
+    pipes.clear()
+    with pytest.raises(UsageError, match="--attention_backend telepathy"):
+        load_staged_engine(str(folder), wrong, world=World())
+    assert not pipes, "before anything is loaded"
 
 
 def test_a_stage_that_does_not_fit_says_so_before_weights_are_read(model, tmp_path):

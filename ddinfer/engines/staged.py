@@ -25,7 +25,7 @@ from ddinfer.models.loading import find_denoiser
 from ddinfer.models.memory import complete_budgets, free_host_bytes
 from ddinfer.models.readahead import ReadAhead
 from ddinfer.models.repository import pipeline_folder
-from ddinfer.models.source import PipelineSource
+from ddinfer.models.source import DENOISER_NAMES, PipelineSource
 from ddinfer.models.stages import Stage, StagedPipeline, release
 from ddinfer.request import Result
 
@@ -294,6 +294,10 @@ def load_staged_engine(model: str, config: JobConfig, *, world: World) -> Staged
     for option, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if getattr(config, option) and not hasattr(vae, method):
             raise UsageError(f"--{option}: the VAE {vae.__name__} has no {method}()")
+    if config.attention_backend is not None:  # tried on a denoiser without weights
+        names = pipeline.components["denoise"]
+        name = next(name for name in DENOISER_NAMES if name in names)
+        apply_to_denoiser(name, source.open(name, pipeline.dtypes[name]).model, config)
 
     def prepare(pipe: Any, stage: Stage) -> None:
         apply_to_pipeline(pipe, config)
