@@ -482,13 +482,20 @@ def test_changing_loaded_weights_does_not_change_the_file(part, tiny):
 
 
 def test_building_leaves_torch_as_it_was():
+    from transformers import initialization
+
     register, normal = torch.nn.Module.register_parameter, torch.nn.init.normal_
+    own_normal, buffer = initialization.normal_, torch.zeros(3)
     with parameters_on_meta():
-        assert torch.nn.Linear(2, 3).weight.is_meta
+        linear = torch.nn.Linear(2, 3)
+        assert linear.weight.is_meta
+        assert initialization.normal_(linear.weight) is linear.weight
+        assert initialization.ones_(buffer).sum() == 3, "buffers are built for real"
     with pytest.raises(TypeError), parameters_on_meta():
         torch.nn.Linear()
     assert torch.nn.Module.register_parameter is register
     assert torch.nn.init.normal_ is normal
+    assert initialization.normal_ is own_normal
     assert not torch.nn.Linear(2, 3).weight.is_meta
 
 
