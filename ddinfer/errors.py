@@ -69,6 +69,7 @@ def is_of_the_machine(error: OSError) -> bool:
 
 
 _MACHINES = (
+    errno.EFBIG,
     errno.EMFILE,
     errno.ENFILE,
     errno.ENOSPC,
@@ -80,6 +81,7 @@ _WAYS_OUT = {
     "ENOSPC": "; free some space, then run the same command again: it goes on where it was",
     "EDQUOT": "; free some quota, then run the same command again: it goes on where it was",
     "EMFILE": "; raise the limit of open files (ulimit -n), then run the same command again",
+    "EFBIG": "; raise the limit of a file's size (ulimit -f), then run the same command again",
     "EROFS": "; choose another --output, or remount it writable",
     "EACCES": "; choose another --output, or change its permissions",
 }
@@ -181,4 +183,6 @@ def exit_code_of(error: BaseException) -> int:
     """The exit code that the command line ends with after ``error``."""
     if isinstance(error, DdinferError | Stopped):
         return error.exit_code
+    if isinstance(error, OSError) and is_of_the_machine(error):
+        return EXIT_IO
     return EXIT_CTRL_C if isinstance(error, KeyboardInterrupt) else EXIT_BUG

@@ -3,8 +3,11 @@
 import subprocess
 import time
 
+from ddinfer.config import JobConfig
+from ddinfer.run import run_job
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import verify
+from tests.kill_matrix import children
 from tests.test_cli import HANG_SECONDS, MAIN, TORCHRUN, images, options
 
 #: How a job is started → its command, to which `job` adds.
@@ -23,6 +26,22 @@ def job(model, folder, prompts, *more):
     return options(model, folder / "out", *words)
 
 
+def undisturbed(model, folder, prompts, **more):
+    """The images of the same prompts, made in this process, which nobody disturbs."""
+    run_job(
+        JobConfig(
+            model=model,
+            output=str(folder / "undisturbed"),
+            prompt=tuple(prompts),
+            trust_remote_code=True,
+            device="cpu",
+            num_threads=1,
+            **more,
+        )
+    )
+    return images(folder / "undisturbed")
+
+
 def made(folder):
     """Indices of the images in ``folder/out``."""
     return sorted(int(name[:8]) for name in images(folder / "out"))
@@ -31,6 +50,11 @@ def made(folder):
 def is_whole(folder):
     """Whether every prompt of ``folder/out`` is made or listed as failed, and no more."""
     return verify(Files(), str(folder / "out")).is_good
+
+
+def family(pid):
+    """A process and all that came of it."""
+    return [pid, *(member for child in children(pid) for member in family(child))]
 
 
 def wait_until(process, condition):

@@ -9,16 +9,19 @@ import subprocess
 
 import pytest
 
-from ddinfer.config import JobConfig
 from ddinfer.errors import StorageError
-from ddinfer.run import run_job
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import verify
-from tests.jobs import STARTS, end, is_whole, job, made, wait_until
+from tests.jobs import STARTS, end, family, is_whole, job, made, undisturbed, wait_until
 from tests.moody_pipeline import moody_pipeline
 from tests.test_cli import images, run, start
 
 NUM_PROMPTS = 30
+PROMPTS = [f"a picture of {k}" for k in range(NUM_PROMPTS)]
+
+
+def by_night(value):
+    return pytest.param(value, marks=pytest.mark.nightly)
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +30,9 @@ def moody(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(moody, tmp_path_factory):
+def reference(moody, tmp_path_factory):
     """Images of the job that always had room."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = run([*STARTS["one process"], *many(moody, folder)])
-    assert done.returncode == 0, done.stderr
-    return images(folder / "out")
-
-
-def many(model, folder, *more):
-    """A job whose files all become larger than a kilobyte, but for the images."""
-    prompts = [f"a picture of {k}" for k in range(NUM_PROMPTS)]
-    return job(model, folder, prompts, "--width=8", "--height=8", *more)
+    return undisturbed(moody, tmp_path_factory.mktemp("reference"), PROMPTS, width=8, height=8)
 
 
 def check_a_whole_part(folder):
@@ -83,13 +77,13 @@ def can_mount(folder):
     ],
 )
 def test_a_job_on_a_full_disk_ends_with_74_and_goes_on_once_there_is_room(
-    moody, tmp_path, undisturbed, name, size
+    moody, tmp_path, reference, name, size
 ):
     if not can_mount(tmp_path):
         pytest.skip("a file system of its own cannot be mounted here (unshare -rm mount)")
     disk = tmp_path / "disk"
     disk.mkdir()
-    words = many(moody, tmp_path)
+    words = job(moody, tmp_path, PROMPTS, "--width=8", "--height=8")
     words[words.index(tmp_path / "out")] = disk / "out"
     script = ["unshare", "-rm", "bash", "-c", SMALL_DISK, "_", disk, size]
     done = run([*script, *STARTS[name], *words])
@@ -106,32 +100,41 @@ def test_a_job_on_a_full_disk_ends_with_74_and_goes_on_once_there_is_room(
         check_a_whole_part(tmp_path / "first")
     assert second.rstrip().endswith("second: 0"), done.stderr
     assert is_whole(tmp_path / "second")
-    assert images(tmp_path / "second/out") == undisturbed
+    assert images(tmp_path / "second/out") == reference
 
 
 # --- limits of a process -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "kilobytes", "part"),
+    ("name", "most_bytes", "part"),
     [
-        ("one process", 3, "/journal/000000-00000.jsonl"),
-        pytest.param("two ranks", 2, "/journal/", marks=pytest.mark.nightly),
-        pytest.param("one process", 1, "/job.json", marks=pytest.mark.nightly),
-        pytest.param("one process", 8, "/metadata.jsonl", marks=pytest.mark.nightly),
+        ("one process", 2000, "journal/000000-00000.jsonl"),
+        pytest.param("two ranks", 2000, "journal/", marks=pytest.mark.nightly),
+        pytest.param("two ranks", 600, "images/0000/", marks=pytest.mark.nightly),
+        pytest.param("one process", 12000, ".metadata.jsonl.", marks=pytest.mark.nightly),
     ],
 )
 def test_a_file_that_may_not_grow_ends_the_job_with_74_and_it_goes_on_later(
-    moody, tmp_path, undisturbed, name, kilobytes, part
+    moody, tmp_path, name, most_bytes, part
 ):
-    command = [*STARTS[name], *many(moody, tmp_path)]
-    done = run(["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "_", *command])
-    assert done.returncode == 74, done.stderr
-    assert f"cannot write {tmp_path}/out{part}" in done.stderr
-    assert "File too large (EFBIG)" in done.stderr
+    """The limit comes while the first image is made."""
+    prompts = [f"a picture of {k}{' and more' * 50}" for k in range(NUM_PROMPTS)]
+    prompts[0] = f"wait {tmp_path / 'gate'}"
+    command = [*STARTS[name], *job(moody, tmp_path, prompts, "--width=8", "--height=8")]
+    process = start(command)
+    wait_until(process, (tmp_path / "gate.waiting").exists)
+    for pid in family(process.pid):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
+    (tmp_path / "gate").touch()
+    code, err = end(process)
+    assert code == 74, err
+    assert f"{tmp_path}/out/{part}" in err
+    assert "File too large (EFBIG); raise the limit" in err
+    check_a_whole_part(tmp_path)
     assert run(command).returncode == 0
     assert is_whole(tmp_path)
-    assert images(tmp_path / "out") == undisturbed
+    assert images(tmp_path / "out") == undisturbed(moody, tmp_path, prompts, width=8, height=8)
 
 
 def test_a_rank_that_may_open_no_more_files_ends_the_job_with_74(moody, tmp_path):
@@ -155,15 +158,21 @@ def test_a_rank_that_may_open_no_more_files_ends_the_job_with_74(moody, tmp_path
 
 
 def test_a_disk_that_breaks_inside_the_pipeline_is_no_fault_of_its_prompts(moody, tmp_path):
-    config = JobConfig(
-        model=moody,
-        output=str(tmp_path / "out"),
-        prompt=("a", "unreadable /weights/on/a/bad/disk", "b"),
-        device="cpu",
-        num_threads=1,
-        trust_remote_code=True,
-    )
+    prompts = ["a", "unreadable /weights/on/a/bad/disk", "b"]
     with pytest.raises(StorageError, match=r"/weights/on/a/bad/disk: Input/output error \(EIO\)"):
-        run_job(config)
-    report = verify(Files(), str(tmp_path / "out"))
+        undisturbed(moody, tmp_path, prompts)
+    report = verify(Files(), str(tmp_path / "undisturbed"))
     assert (report.num_good, report.num_failed, report.pending) == (1, 0, [1, 2])
+
+
+@pytest.mark.parametrize("name", ["one process", by_night("two ranks")])
+def test_a_full_disk_of_the_library_s_cache_is_told_the_same_way(moody, tmp_path, name):
+    """diffusers copies pipeline code there before the job has a folder."""
+    command = [*STARTS[name], *job(moody, tmp_path, ["a"])]
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "_", *command]
+    done = run(limited, HF_MODULES_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 74, done.stderr
+    assert "File too large" in done.stderr
+    assert f"{tmp_path}/cache/" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import STARTS, end, job, wait_until
-from tests.kill_matrix import children
+from tests.jobs import STARTS, end, family, job, wait_until
 from tests.moody_pipeline import moody_pipeline
 from tests.test_cli import start
 
@@ -49,11 +48,6 @@ def sockets_of(pid):
     """Inodes of the sockets that a process has open."""
     links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
     return {link[8:-1] for link in links if link.startswith("socket:[")}
-
-
-def family(pid):
-    """A process and all that came of it."""
-    return [pid, *(member for child in children(pid) for member in family(child))]
 
 
 @pytest.mark.parametrize("name", ["one process", "two ranks", "torchrun"])

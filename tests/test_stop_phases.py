@@ -10,10 +10,8 @@ import signal
 import pytest
 
 from ddinfer.cli.status import status_of
-from ddinfer.config import JobConfig
-from ddinfer.run import run_job
 from ddinfer.storage.files import Files
-from tests.jobs import STARTS, end, is_whole, job, wait_for_words, wait_until
+from tests.jobs import STARTS, end, is_whole, job, undisturbed, wait_for_words, wait_until
 from tests.moody_pipeline import moody_pipeline
 from tests.test_cli import images, run, start, status
 
@@ -68,20 +66,6 @@ class Held:
             self.pipe.unlink()
             os.close(self.writer)
 
-    def undisturbed(self):
-        """The images of the same prompts, made by one rank that nobody stops."""
-        run_job(
-            JobConfig(
-                model=self.model,
-                output=str(self.folder / "undisturbed"),
-                prompt=tuple(self.prompts),
-                trust_remote_code=True,
-                device="cpu",
-                num_threads=1,
-            )
-        )
-        return images(self.folder / "undisturbed")
-
 
 def check_stopped_with_75(held, code, err):
     assert status(held.folder / "out")["exit_code"] == 75, err
@@ -95,7 +79,7 @@ def check_finished_by_the_same_command(held):
     done = run(held.command)
     assert done.returncode == 0, done.stderr
     assert is_whole(held.folder)
-    assert images(held.folder / "out") == held.undisturbed()
+    assert images(held.folder / "out") == undisturbed(held.model, held.folder, held.prompts)
 
 
 def by_night(*values):
@@ -148,4 +132,4 @@ def test_sigterm_when_all_is_made_lets_the_job_finish(moody, tmp_path):
     code, err = end(held.process)
     assert code == 0, err
     assert is_whole(tmp_path)
-    assert images(tmp_path / "out") == held.undisturbed()
+    assert images(tmp_path / "out") == undisturbed(held.model, held.folder, held.prompts)

@@ -7,7 +7,17 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from ddinfer.errors import ENDS_THE_JOB, EXIT_CTRL_C, EXIT_OK, DdinferError, RankError, Stopped
+from ddinfer.errors import (
+    ENDS_THE_JOB,
+    EXIT_CTRL_C,
+    EXIT_IO,
+    EXIT_OK,
+    DdinferError,
+    RankError,
+    Stopped,
+    explained,
+    is_of_the_machine,
+)
 
 #: Command → what it does, in one line. Each is a module of this package with a ``main(argv)``.
 COMMANDS = {
@@ -35,6 +45,12 @@ def dispatch(argv: Sequence[str]) -> int:
     except DdinferError as error:
         print(f"ddinfer: error: {_message(error)}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if not is_of_the_machine(error):
+            raise
+        path = "" if error.filename is None else f"{error.filename2 or error.filename}: "
+        print(f"ddinfer: error: {path}{explained(error)}", file=sys.stderr)
+        return EXIT_IO
     except Stopped as stopped:
         print(f"ddinfer: {stopped}", file=sys.stderr)
         return stopped.exit_code

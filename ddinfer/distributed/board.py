@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ddinfer.errors import (
     ENDS_THE_JOB,
     EXIT_BUG,
-    EXIT_CTRL_C,
     EXIT_INTERRUPTED,
     DdinferError,
     ErrorRecord,
     RankError,
+    exit_code_of,
 )
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ class Failure:
         """What became of ``rank``; a `RankError` stays the failure of the rank that it names."""
         if isinstance(error, RankError):
             return cls(error.rank, error.phase, error.record, error.exitcode, error.exit_code)
-        code = getattr(error, "exit_code", EXIT_BUG)
-        if isinstance(error, KeyboardInterrupt):
-            code = EXIT_CTRL_C
-        return cls(rank, phase, ErrorRecord.of(error), exit_code=code)
+        return cls(rank, phase, ErrorRecord.of(error), exit_code=exit_code_of(error))
 
     @property
     def is_guess(self) -> bool:
