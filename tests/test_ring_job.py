@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ddinfer.config import JobConfig
-from ddinfer.errors import EXIT_FAILED_PROMPTS, RankError, UsageError
+from ddinfer.distributed.board import Failure
+from ddinfer.errors import EXIT_FAILED_PROMPTS, ErrorRecord, RankError, UsageError
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import verify
 from tests.jobs import end, made, wait_for_words, wait_until
@@ -195,6 +196,13 @@ def test_a_killed_rank_ends_the_attempt_and_a_restart_makes_the_rest(moody, tmp_
     assert [1] in [d["indices"] for d in told]
     assert not any(d["alone"] for d in told)
     assert all(max(d["indices"]) < 4 for d in told), "the other replica's are no suspects"
+
+
+@pytest.mark.parametrize(("record", "is_guess"), [("ConnectionLost", True), ("ValueError", False)])
+def test_a_lost_connection_says_who_but_not_how(record, is_guess):
+    """So that the launcher, who knows of the signal, tells of it."""
+    error = RankError(1, "running the ring", ErrorRecord(record, "closed by peer"))
+    assert Failure.of(0, "running", error).is_guess is is_guess
 
 
 @pytest.mark.parametrize("where", [nightly("kill"), "kill-last"])

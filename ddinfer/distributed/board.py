@@ -36,6 +36,8 @@ OBITUARY_SECONDS = 3.0
 
 #: The type in the record of a rank that a peer found dead.
 GONE = "ProcessDied"
+#: And of one whose connection broke: that peer cannot know how it ended, either.
+LOST = "ConnectionLost"
 
 
 class StoreLost(DdinferError):
@@ -64,7 +66,7 @@ class Failure:
     @property
     def is_guess(self) -> bool:
         """A peer found the process gone, without knowing how it ended."""
-        return self.record is not None and self.record.type == GONE
+        return self.record is not None and self.record.type in (GONE, LOST)
 
     @property
     def ends_the_job(self) -> bool:
