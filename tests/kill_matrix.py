@@ -8,6 +8,7 @@ After the last kill it runs to its end, and every byte is compared with an undis
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -146,13 +147,18 @@ def main():
         folder = Path(name)
         model = str(moody_pipeline(folder))
         reference = reference_images(model, folder)
-        while len(kills) < given.kills and time.monotonic() - began < given.seconds:
-            number = random.Random(given.seed + chains).randint(1, 6)
-            here = folder / str(chains)
-            here.mkdir()
-            done, lost = chain(model, here, reference, number, given.seed + chains)
-            kills, chains, most_lost = kills + done, chains + 1, max(most_lost, lost)
-            print(f"{len(kills)} kills in {chains} chains", file=sys.stderr, flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # what was done by then counts
+            while len(kills) < given.kills and time.monotonic() - began < given.seconds:
+                number = random.Random(given.seed + chains).randint(1, 6)
+                here = folder / str(chains)
+                here.mkdir()
+                done, lost = chain(model, here, reference, number, given.seed + chains)
+                kills, chains, most_lost = kills + done, chains + 1, max(most_lost, lost)
+                print(f"{len(kills)} kills in {chains} chains", file=sys.stderr, flush=True)
+    print_table(kills, chains, most_lost)
+
+
+def print_table(kills, chains, most_lost):
     print(f"{len(kills)} kills in {chains} chains of {NUM_PROMPTS} images: all finished, verified,")
     print("and equal to the undisturbed run, byte for byte.")
     print(f"Most batches that a killed rank had begun and not journaled: {most_lost}")
