@@ -26,9 +26,10 @@ log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 WARN_SECONDS = 60.0
 #: What a rank does itself; in any other phase it waits for others, who may be slow. A rank that
-#: serves waits, too, but says so again and again while it lives. One that awaits the other stages
-#: of its model is given more time than they are, so that the one to blame is found first.
-BUSY = ("loading", "running", "decoding", "saving", "serving", "awaiting")
+#: serves another's calls waits, too, but says so again and again while it lives.
+BUSY = ("loading", "running", "saving")
+#: A rank that awaits the other stages of its model is given so many times what they are given,
+#: so that the one to blame is found first.
 PATIENCE = 2
 #: The type in the record of a rank that stood still for too long.
 STUCK = "RankStuck"
@@ -102,8 +103,9 @@ class Heartbeat:
             while not self._ended.wait(BEAT_SECONDS):
                 self._board.set(f"beat/{self.group.group_rank}", self._word())
                 self._end_if_stuck()
-                silence = watch.silence(self._board.read(f"beat/{self._next}"))
-                self._judge(silence, watch)
+                word = self._board.read(f"beat/{self._next}")
+                activity = self._board.activity_of(self.group.global_rank(self._next))
+                self._judge(watch.silence(word, activity or ""), watch)
 
     def _word(self) -> str:
         """``count activity``, which changes whenever anything goes on."""
@@ -118,13 +120,11 @@ class Heartbeat:
         return f"{self.count} {activity}"
 
     def _judge(self, silence: float, watch: _Watch) -> None:
-        if watch.activity.startswith("awaiting"):
+        if watch.is_awaiting:
             silence /= PATIENCE
         if silence < min(WARN_SECONDS, self.stuck_timeout or WARN_SECONDS):
             return
-        rank = self.group.global_rank(self._next)
-        # The board is newer than the last beat of a process that froze.
-        activity = self._board.activity_of(rank) or watch.activity
+        rank, activity = self.group.global_rank(self._next), watch.doing
         if silence >= WARN_SECONDS and not watch.has_warned:
             watch.has_warned = True
             log.warning("rank %d has been %s for %.0f s without a step", rank, activity, silence)
@@ -148,23 +148,38 @@ class Heartbeat:
 
 
 class _Watch:
-    """How long a word has been the same."""
+    """How long a rank has said the same.
+
+    Attributes:
+        word: of its thread; ``None`` before the first.
+        activity: as its main thread has put it on the board, which is newer than the last word of
+            a process that froze.
+    """
 
     def __init__(self) -> None:
         self.word: bytes | None = None
+        self.activity = ""
         self.since = time.monotonic()
         self.has_warned = False
 
     @property
-    def activity(self) -> str:
-        """What the rank says that it does."""
-        return b"".join((self.word or b"").split(b" ", 1)[1:]).decode()
+    def is_awaiting(self) -> bool:
+        """Whether the rank does nothing until the other stages of its model have moved."""
+        return b" awaiting" in (self.word or b"")
 
-    def silence(self, word: bytes | None) -> float:
-        """Seconds since ``word`` was another one; 0 for a rank that waits for others."""
-        if word != self.word:
-            self.word, self.since, self.has_warned = word, time.monotonic(), False
-        return time.monotonic() - self.since if self.activity.startswith(BUSY) else 0.0
+    @property
+    def doing(self) -> str:
+        """The activity; where the last word knows more of it (decoding), that."""
+        said = (self.word or b"").decode().partition(" ")[2]
+        is_same = said.partition(" ")[2] == self.activity.partition(" ")[2]
+        return said if is_same and said.startswith("decoding") else self.activity
+
+    def silence(self, word: bytes | None, activity: str) -> float:
+        """Seconds since either was another one; 0 for a rank that waits for others."""
+        if (word, activity) != (self.word, self.activity):
+            self.word, self.activity = word, activity
+            self.since, self.has_warned = time.monotonic(), False
+        return time.monotonic() - self.since if activity.startswith(BUSY) else 0.0
 
 
 def is_stuck(record: ErrorRecord | None) -> bool:

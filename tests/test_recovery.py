@@ -257,3 +257,31 @@ def test_a_denoiser_is_heard(tmp_path):
     pipe("a cat", **{**call_arguments("sd"), "num_inference_steps": 3})
     assert heartbeat.count == 3 + 1, "three steps and one decoding"
     assert heartbeat.is_decoding
+
+
+def test_silence_is_a_word_and_an_activity_that_stay_the_same():
+    from ddinfer.heartbeat import _Watch
+
+    watch = _Watch()
+
+    def silence(word, activity):
+        watch.since -= 30  # half a minute goes by
+        return watch.silence(word, activity)
+
+    assert silence(None, "running prompt 3") < 1, "it has begun to run"
+    assert silence(None, "running prompt 3") >= 30, "frozen before its first word"
+    assert silence(b"0 running prompt 3", "running prompt 3") < 1, "its first word"
+    assert silence(b"0 running prompt 3", "running prompt 3") >= 30
+    assert silence(b"0 running prompt 3", "gathering") < 1, "the word is late"
+    assert silence(b"0 gathering", "gathering") == 0, "it waits for others"
+    assert silence(b"0 gathering", "gathering") == 0
+
+
+def test_a_rank_that_stands_still_while_it_decodes_is_said_to_decode():
+    from ddinfer.heartbeat import _Watch
+
+    watch = _Watch()
+    watch.silence(b"7 decoding prompt 3", "running prompt 3")
+    assert watch.doing == "decoding prompt 3"
+    watch.silence(b"7 decoding prompt 3", "running prompt 4")
+    assert watch.doing == "running prompt 4", "a word of before"
