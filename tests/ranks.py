@@ -1,8 +1,9 @@
 """`run_ranks(fn, n)`: a function on n real gloo ranks, without paying for n new interpreters.
 
 One pool of four worker processes has torch and diffusers imported once, by the server that they
-are forked from. Each call makes a process group of its own (a new prefix in one store) and
-destroys it. Use fresh processes only where launching or dying is the point.
+are forked from. Each call has a store of its own, where no earlier call has left keys that a plain
+``init_process_group()`` would take for its peers', and a process group that it destroys. Use fresh
+processes only where launching or dying is the point.
 """
 
 import contextlib
@@ -56,9 +57,6 @@ class RankFailed(Exception):
 
 class _Pool:
     def __init__(self):
-        from ddinfer.distributed.process_group import loopback_store
-
-        self.store = loopback_store()
         self.calls = itertools.count()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
@@ -73,9 +71,11 @@ class _Pool:
             self.workers.append((process, ours))
 
     def run(self, fn, n, args, join, timeout_seconds):
-        run_id = f"call-{next(self.calls)}"
+        from ddinfer.distributed.process_group import loopback_store
+
+        run_id, store = f"call-{next(self.calls)}", loopback_store()
         for rank, (_, pipe) in enumerate(self.workers[:n]):
-            environment = rank_environment(rank, n, self.store.port, run_id)
+            environment = rank_environment(rank, n, store.port, run_id)
             pipe.send_bytes(pickle.dumps((environment, join, fn, args)))
         try:
             values = self._answers(n, timeout_seconds)
