@@ -170,7 +170,7 @@ class _Job:
         self.output = folder / way.replace(" ", "")
         model = inputs.tiny_model() if cell.model == "tiny" else inputs.mid_model()
         self.command = command(way, cell, model, prompts, self.output)
-        self.environ = environment(way, cell)
+        self.environ = environment(way)
 
     def run(self) -> dict[str, float]:
         shutil.rmtree(self.output, ignore_errors=True)
@@ -217,14 +217,9 @@ def command(way: str, cell: Cell, model: Path, prompts: Path, output: Path) -> l
     return [COMPETITORS_PYTHON, *torchrun, str(SCRIPTS / "accelerate_split.py"), *words]
 
 
-def environment(way: str, cell: Cell) -> Mapping[str, str]:
-    """One thread a rank for those with ranks; ddinfer is told by its option.
-
-    Two threads that spin while they wait are up to ten times slower where anything else runs;
-    ddinfer sets the waiting policy by itself, so the others are given it too.
-    """
-    threads = {"OMP_NUM_THREADS": "1"} if way in ("spawn", "accelerate") else {}
-    return {"OMP_WAIT_POLICY": "PASSIVE", **threads}
+def environment(way: str) -> Mapping[str, str]:
+    """One thread a rank for those with ranks; ddinfer is told by its option."""
+    return {"OMP_NUM_THREADS": "1"} if way in ("spawn", "accelerate") else {}
 
 
 def compare(folder: Path, reference: Path) -> dict[str, float]:

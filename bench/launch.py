@@ -82,7 +82,7 @@ WAYS = {"mp.spawn": by_spawn, "forkserver": by_forkserver, "ddinfer.launch": by_
 
 def measure(size: Size) -> dict[str, Any]:
     """→ way → seconds and CPU seconds over all processes."""
-    environ = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    environ = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ways = {
         way: lambda way=way: run([PYTHON, __file__, way, str(NUM_RANKS)], environ) for way in WAYS
     }

@@ -66,7 +66,7 @@ def _ours(folder: Path, words: list[str], call: dict[str, Any], num: int) -> dic
     options = [f"--{name}={value}" for name, value in call.items()]
     options += ["--output", str(folder / "out"), "--overwrite", "--json"]
     options += ["--device=cpu", "--nproc_per_node=1", "--num_threads=1"]
-    done = run([PYTHON, "-m", "ddinfer", *words, *options], {"OMP_WAIT_POLICY": "PASSIVE"})
+    done = run([PYTHON, "-m", "ddinfer", *words, *options])
     (rank,) = json.loads(done.stdout)["ranks"]
     return {"working": rank["working"] / num, "pipeline": rank["pipeline"] / num}
 
@@ -74,7 +74,7 @@ def _ours(folder: Path, words: list[str], call: dict[str, Any], num: int) -> dic
 def _bare(folder: Path, words: list[str], call: dict[str, Any], num: int) -> dict[str, float]:
     times = folder / "times.json"
     options = ["--call", json.dumps(call), "--output", str(folder / "bare"), "--no_files"]
-    environ = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environ = {"OMP_NUM_THREADS": "1"}
     script = [COMPETITORS_PYTHON, str(SCRIPTS / "plain.py")]
     run([*script, *words, *options, "--times", str(times)], environ)
     return {"working": json.loads(times.read_text())["loop_seconds"] / num}

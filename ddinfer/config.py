@@ -16,9 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import tyro
-import yaml
-
 from ddinfer.errors import UsageError
 from ddinfer.request import GIVEN_BY_DDINFER
 
@@ -55,19 +52,34 @@ def _parse_json_object(text: str) -> dict[str, Any]:
     return value
 
 
-_JSON_OBJECT = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="JSON",
-    instance_from_str=lambda args: _parse_json_object(args[0]),
-    is_instance=lambda value: isinstance(value, dict),
-    str_from_instance=lambda value: [json.dumps(value)],
-)
+# What follows is called when tyro asks for the annotations of JobConfig, which are strings until
+# then: ranks, which parse nothing, do without tyro.
 
 
 def _arg(metavar: str, *aliases: str, default: str = "") -> Any:
     """How an option shows in ``--help``; ``default`` is shown where the text does not say it."""
+    import tyro
+
     hint = f"(default: {default})" if default else ""
     return tyro.conf.arg(metavar=metavar, aliases=aliases or None, help_behavior_hint=hint)
+
+
+def _may_be_repeated() -> Any:
+    import tyro
+
+    return tyro.conf.UseAppendAction
+
+
+def _json_object() -> Any:
+    import tyro
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda args: _parse_json_object(args[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class JobConfig:
     """Folder or hub id of a diffusers pipeline. Default: the embedded demonstration model."""
     prompts: Annotated[str | None, _arg("FILE", "-p")] = None
     """Prompt file: .txt, .csv, .tsv, .json, .jsonl (.gz too); - reads standard input."""
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("TEXT")] = ()
+    prompt: Annotated[tuple[str, ...], _may_be_repeated(), _arg("TEXT")] = ()
     """A prompt, repeatable. Default: a dozen that the embedded model knows."""
     output: Annotated[str, _arg("DIR", "-o", default="ddinfer-out")] = "ddinfer-out"
     """Folder for images and records. The same job in it is finished, another one refused."""
@@ -101,7 +113,7 @@ class JobConfig:
     """Negative prompt for prompts that have none of their own."""
     num_images_per_prompt: Annotated[int, _arg("N", default="1")] = 1
     """Images of each prompt, with seeds in sequence."""
-    pipeline_kwargs: Annotated[dict[str, Any], _JSON_OBJECT] = field(default_factory=dict)
+    pipeline_kwargs: Annotated[dict[str, Any], _json_object()] = field(default_factory=dict)
     """Any further arguments of the pipeline's __call__, as a JSON object."""
     fps: Annotated[int, _arg("N", default="8")] = 8
     """Frames per second of the animated file that a video pipeline's frames go into."""
@@ -316,6 +328,8 @@ def parse_config(
     layers = _read_file(path) if path else {}
     layers = _overlay(layers, _read_environment(environ))
     prompts_below = {k: layers.pop(k) for k in ("prompt", "prompts") if k in layers}
+    import tyro
+
     given = tyro.cli(
         JobConfig, prog=prog, args=list(argv), default=JobConfig(**layers), use_underscores=True
     )
@@ -342,6 +356,8 @@ def _option_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def _read_file(path: str) -> dict[str, Any]:
+    import yaml
+
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -265,6 +265,23 @@ def test_bad_usage_ends_with_2_and_one_clear_message(words, message, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("words", [["--limit=zero"], ["--nproc_per_node=1", "--prompts=none"]])
+def test_what_began_to_import_is_gone_when_no_ranks_are_started(words, tmp_path):
+    mark = f"TEST_MARK={tmp_path}"
+    ended = run([*MAIN, "--nproc_per_node=2", *words], TEST_MARK=str(tmp_path))
+    assert ended.returncode == 2, ended.stderr
+    left = [p for p in Path("/proc").glob("[0-9]*/environ") if mark.encode() in _bytes(p)]
+    assert not left
+
+
+def _bytes(file):
+    try:
+        return file.read_bytes()
+    except OSError:  # it ended meanwhile, or is not ours
+        return b""
+
+
 def test_version_and_help():
     assert run([*MAIN, "--version"]).stdout.startswith("ddinfer 0.")
     assert "replay" in run([*MAIN, "help"]).stdout

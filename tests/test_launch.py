@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from ddinfer.distributed.gpus import num_cores
 from ddinfer.distributed.launch import launch
 from ddinfer.distributed.process_group import process_group
+from ddinfer.distributed.server import RankServer
 from ddinfer.errors import RankError, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +45,7 @@ def look_around(world, word):
         "word": word,
         "everyone": everyone,
         "threads": torch.get_num_threads(),
-        "openmp": os.environ["OMP_WAIT_POLICY"],
+        "openmp": os.environ["OMP_NUM_THREADS"],
         "environment": sorted(n for n in os.environ if n.startswith(("TORCHELASTIC", "GROUP"))),
         "stdin": sys.stdin.read(),
     }
@@ -51,18 +53,53 @@ def look_around(world, word):
 
 def test_ranks_see_what_torchrun_would_show_them_and_return_in_order(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     before = dict(os.environ)
     told = launch(look_around, "hello", nproc_per_node=2, device="cpu", num_threads=1)
     assert [t["world"] for t in told] == [(0, 2, 0, 1, "cpu"), (1, 2, 1, 1, "cpu")]
     for each in told:
         assert each["word"] == "hello"
         assert each["everyone"] == [0, 1]
-        assert (each["threads"], each["openmp"], each["stdin"]) == (1, "PASSIVE", "")
+        assert (each["threads"], each["openmp"], each["stdin"]) == (1, "1", "")
         assert {"GROUP_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"} <= set(
             each["environment"]
         )
     assert dict(os.environ) == before
+
+
+def wait_policy(world):
+    return os.environ.get("OMP_WAIT_POLICY")
+
+
+def test_waiting_threads_sleep_only_where_ranks_share_cores(monkeypatch):
+    cores = num_cores()
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert launch(wait_policy, nproc_per_node=1, device="cpu", num_threads=cores) == [None]
+    crowded = {"nproc_per_node": 2, "device": "cpu", "num_threads": cores}
+    assert launch(wait_policy, **crowded) == ["PASSIVE", "PASSIVE"]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert launch(wait_policy, **crowded) == ["ACTIVE", "ACTIVE"]
+
+
+def own_number(world):
+    return world.rank
+
+
+def test_a_server_begun_early_runs_the_ranks_and_ends_with_them():
+    server = RankServer(("colorsys", "torch"))
+    assert launch(own_number, nproc_per_node=2, device="cpu", server=server) == [0, 1]
+    assert server.process.returncode == 0
+
+
+def test_a_server_that_is_not_needed_is_gone_once_closed():
+    server = RankServer()
+    server.close()
+    server.close()
+    assert server.process.returncode == -signal.SIGKILL
+
+
+def test_more_ranks_than_one_message_takes_file_descriptors(monkeypatch):
+    monkeypatch.setattr("ddinfer.distributed.server.FDS_AT_ONCE", 2)
+    assert launch(own_number, nproc_per_node=3, device="cpu", num_threads=1) == [0, 1, 2]
 
 
 def imported_before_fork(file):

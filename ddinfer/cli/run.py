@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from ddinfer.config import JobConfig, parse_config
 from ddinfer.errors import EXIT_OK, InputError
 
 if TYPE_CHECKING:
+    from ddinfer.distributed.server import RankServer
     from ddinfer.distributed.world import World
     from ddinfer.leader import RunReport
 
@@ -21,33 +23,54 @@ if TYPE_CHECKING:
 #: can do without torch, whose libraries are read from the disk meanwhile.
 PRELOAD = ("transformers", "torch", "torch.distributed", "diffusers", "ddinfer.run")
 
+#: Options with which no rank is started.
+_NO_LAUNCH = {"__help", "_h", "__print_config", "__dry_run"}
+
 #: Names of this process's own open files: another process has others under them, or none.
 _OWN_FILES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
 def main(argv: Sequence[str]) -> int:
-    config = parse_config(argv)
-    if config.print_config:
-        import yaml
+    with _begun(argv) as server:
+        config = parse_config(argv)
+        if config.print_config:
+            import yaml
 
-        sys.stdout.write(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
-        return EXIT_OK
-    return run_configured(config)
+            sys.stdout.write(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+            return EXIT_OK
+        return run_configured(config, server=server)
 
 
-def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
+@contextlib.contextmanager
+def _begun(argv: Sequence[str]) -> Iterator[RankServer | None]:
+    """A server that imports while the options are read, if they look like a launch of ranks."""
+    words = {word.partition("=")[0].replace("-", "_") for word in argv}
+    if "__nproc_per_node" not in words or words & _NO_LAUNCH or "RANK" in os.environ:
+        yield None
+        return
+    from ddinfer.distributed.server import RankServer
+
+    quiet_libraries()
+    with contextlib.closing(RankServer(PRELOAD)) as server:
+        yield server
+
+
+def run_configured(
+    config: JobConfig, *, retry_failed: bool = False, server: RankServer | None = None
+) -> int:
     """Run a job as this process's launchers want it: here, or in ranks that are started here.
 
     Args:
         retry_failed: make its failed prompts again; the Requests come from the folder.
+        server: one that imports `PRELOAD`; ended if ranks are not started here.
     """
+    quiet_libraries()
     config = config.with_absolute_paths()
 
     from ddinfer.distributed.parent import end_with_parent
     from ddinfer.distributed.plan import plan_launch
     from ddinfer.distributed.replica import Replica
 
-    quiet_libraries()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun; a shell that ends is no reason to end
     plan = plan_launch(
@@ -63,8 +86,10 @@ def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
     config, stdin = (config, None) if retry_failed else _with_prompts_read(config)
     # A rank that may die and be started again needs somebody who does it.
     if plan.kind == "join" or (plan.num_ranks == 1 and not config.max_restarts):
+        if server is not None:
+            server.close()
         return _run_here(config, stdin, retry_failed)
-    return _run_in_ranks(config, plan.num_ranks, stdin, retry_failed)
+    return _run_in_ranks(config, plan.num_ranks, stdin, retry_failed, server)
 
 
 def _with_prompts_read(config: JobConfig) -> tuple[JobConfig, bytes | None]:
@@ -107,7 +132,11 @@ def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int
 
 
 def _run_in_ranks(
-    config: JobConfig, num_ranks: int, stdin: bytes | None, retry_failed: bool
+    config: JobConfig,
+    num_ranks: int,
+    stdin: bytes | None,
+    retry_failed: bool,
+    server: RankServer | None,
 ) -> int:
     from ddinfer.distributed.parent import leave
     from ddinfer.recovery import launch_until_done
@@ -122,6 +151,7 @@ def _run_in_ranks(
         preload=PRELOAD,
         before_fork=partial(import_model_classes, config),
         notify=lambda text: print(f"ddinfer: {text}", file=sys.stderr, flush=True),
+        server=server,
     )
     # It imports torch, for which the ranks should not have had to wait.
     from ddinfer.cli.summary import print_summary

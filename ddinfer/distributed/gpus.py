@@ -84,6 +84,21 @@ def resolve_num_threads(
     return max(1, num_cores() // ranks_per_machine)
 
 
+def openmp_environment(
+    num_threads: int, num_ranks: int, environ: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """What ranks of one machine add to the environment before they load OpenMP.
+
+    Its threads spin for a moment while they wait. That is fastest where each has a core, and many
+    times slower where ranks share cores: there they sleep, unless the user has said otherwise.
+    """
+    environ = os.environ if environ is None else environ
+    added = {"OMP_NUM_THREADS": str(num_threads)}
+    if num_threads * num_ranks > num_cores():
+        added["OMP_WAIT_POLICY"] = environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    return added
+
+
 def _any_device_file() -> bool:
     return any(True for name in _LINUX_DEVICE_FILES for _ in Path("/dev").glob(name))
 

@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import process
-from multiprocessing.connection import Pipe
 from typing import Any, Literal
 
-from ddinfer.distributed.gpus import Gpus
+from ddinfer.distributed.gpus import Gpus, openmp_environment
 from ddinfer.distributed.gpus import resolve_num_threads as resolve_num_threads
 from ddinfer.distributed.parent import end_with_parent as end_with_parent
 from ddinfer.distributed.parent import leave as leave
 from ddinfer.distributed.plan import LaunchPlan as LaunchPlan
 from ddinfer.distributed.plan import count_ranks, default_ranks
 from ddinfer.distributed.plan import plan_launch as plan_launch
-from ddinfer.distributed.rank_server import BOOTSTRAP, Start
+from ddinfer.distributed.rank_server import Start
+from ddinfer.distributed.server import FORKS, RankServer
 from ddinfer.distributed.supervise import Interrupted as Interrupted
 from ddinfer.distributed.supervise import Supervisor
 from ddinfer.distributed.world import pick_device
 from ddinfer.errors import UsageError
-
-#: What torchrun sets for its ranks. A nested launch must not hand it on: with
-#: ``TORCHELASTIC_USE_AGENT_STORE`` left in, nobody would host the new store.
-TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
-TORCHRUN_NAMES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-
-#: Forking after large imports is Linux's strength; elsewhere it is not safe.
-_FORKS = sys.platform == "linux"
 
 
 def launch(
@@ -56,6 +40,7 @@ def launch(
     on_death: Callable[[int, int], object] = lambda rank, number: None,
     run_id: str | None = None,
     restart_count: int = 0,
+    server: RankServer | None = None,
 ) -> list[Any]:
     """Run ``fn(world, *args)`` in one new process for each rank; returns in rank order.
 
@@ -83,6 +68,7 @@ def launch(
             Without it, no handler is installed: ``KeyboardInterrupt`` ends the ranks and goes on.
         on_death: told (rank, signal) of a rank that a signal killed which nothing here has sent.
         run_id, restart_count: tell the ranks that this launch goes on with an earlier one.
+        server: one that has begun to import, instead of ``preload``; this launch ends it.
 
     Raises:
         RankError: a rank raised, was killed, or ended before ``fn`` returned: the first of them.
@@ -101,21 +87,12 @@ def launch(
     threads = resolve_num_threads(num_threads, num_ranks)
     payload = _pickled(fn, args)
 
+    server = RankServer(preload) if server is None else server
+    server.set_environment(openmp_environment(threads, num_ranks))
     pipes = [os.pipe() for _ in range(num_ranks)]
-    control, theirs = Pipe()
     writers = [writer for _, writer in pipes]
-    server = subprocess.Popen(
-        _server_command(theirs.fileno(), preload),
-        env=_server_environment(threads),
-        stdin=subprocess.DEVNULL,
-        pass_fds=(theirs.fileno(), *writers),
-        start_new_session=True,
-    )
-    theirs.close()
-    for writer in writers:
-        os.close(writer)
     supervisor = Supervisor(
-        server, control, [reader for reader, _ in pipes], on_failure, grace_seconds, on_death
+        server, [reader for reader, _ in pipes], writers, on_failure, grace_seconds, on_death
     )
     with supervisor.ending_all(), supervisor.handling_signals(handle_signals):
         # torch is imported here while the server does the same.
@@ -129,14 +106,13 @@ def launch(
         ]
         start = Start(
             payload,
-            pickle.dumps(before_fork) if before_fork and _FORKS else b"",
+            pickle.dumps(before_fork) if before_fork and FORKS else b"",
             _main_module() if b"__main__" in payload else {},
             sys.argv,
             device,
             gpus_per_rank,
             threads,
             environments,
-            writers,
         )
         return supervisor.run(start, store, f"ddinfer/{run_id}/{restart_count}")
 
@@ -164,15 +140,6 @@ def rank_environment(
     }
 
 
-def without_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment as it was before a launcher made this process one of its ranks."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name not in TORCHRUN_NAMES and not name.startswith(TORCHRUN_PREFIXES)
-    }
-
-
 def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     try:
         return pickle.dumps((fn, args))
@@ -181,26 +148,6 @@ def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
             f"launch() runs its function in other processes, so {fn!r} must stand at the top "
             f"level of a module and its arguments must be picklable: {error}"
         ) from error
-
-
-def _server_command(control: int, preload: Sequence[str]) -> list[str]:
-    names = list(preload) if _FORKS else []
-    path = [os.path.abspath(p) if p else os.getcwd() for p in sys.path]
-    code = BOOTSTRAP.format(path=path, control=control, preload=names)
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return [sys.executable, *flags, "-c", code]
-
-
-def _server_environment(num_threads: int) -> dict[str, str]:
-    """OpenMP and gloo read these once, when torch is imported or a group is made."""
-    environ = without_torchrun(os.environ)
-    environ["OMP_NUM_THREADS"] = str(num_threads)
-    # Waiting OpenMP threads must sleep, not spin, where ranks share cores.
-    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    loopback = "lo" if sys.platform == "linux" else "lo0"
-    environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
-    return environ
 
 
 def _main_module() -> dict[str, str]:

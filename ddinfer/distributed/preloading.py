@@ -13,7 +13,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 
-def import_for_good(names: Sequence[str], further: Callable[[], object] | None = None) -> None:
+def import_for_good(
+    names: Sequence[str],
+    further: Callable[[], object] | None = None,
+    before_torch: Callable[[], object] = lambda: None,
+) -> None:
     """Import modules for the life of this process, which must be one of our own.
 
     The garbage collector is off meanwhile: it would walk the modules again and again, which takes
@@ -28,14 +32,15 @@ def import_for_good(names: Sequence[str], further: Callable[[], object] | None =
     Args:
         further: imports what depends on the job. Neither it nor the modules may open a GPU, a
             connection or a thread: processes are forked after it.
+        before_torch: called once, before torch's libraries are loaded, perhaps on that thread.
     """
+    before = names[: names.index("torch")] if "torch" in names else names
     was_on = gc.isenabled()
     gc.disable()
     try:
-        with _linking_torch("torch" in names[1:]):
-            for name in names:
-                with contextlib.suppress(Exception):
-                    importlib.import_module(name)
+        with _linking_torch(before_torch, beside=bool(before) and "torch" in names):
+            _import(before)
+        _import(names[len(before) :])
         if further is not None:
             with contextlib.suppress(Exception):
                 further()
@@ -45,13 +50,25 @@ def import_for_good(names: Sequence[str], further: Callable[[], object] | None =
             gc.enable()
 
 
+def _import(names: Sequence[str]) -> None:
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
 @contextlib.contextmanager
-def _linking_torch(wanted: bool) -> Iterator[None]:
-    """Inside, a thread brings torch's libraries into this process; it has ended afterwards."""
-    if not wanted or sys.platform != "linux" or "torch" in sys.modules:
+def _linking_torch(first: Callable[[], object], *, beside: bool) -> Iterator[None]:
+    """Inside, a thread brings torch's libraries into this process; it has ended afterwards.
+
+    Args:
+        first: called before that.
+        beside: whether anything is done inside; else there is no thread, torch's import does it.
+    """
+    if not beside or sys.platform != "linux" or "torch" in sys.modules:
+        first()
         yield
         return
-    thread = threading.Thread(target=_link_torch, name="ddinfer-link-torch")
+    thread = threading.Thread(target=_link_torch, args=(first,), name="ddinfer-link-torch")
     thread.start()
     try:
         yield
@@ -59,7 +76,8 @@ def _linking_torch(wanted: bool) -> Iterator[None]:
         thread.join()
 
 
-def _link_torch() -> None:
+def _link_torch(first: Callable[[], object]) -> None:
+    first()
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return

@@ -12,6 +12,7 @@ import os
 import pickle
 import selectors
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -33,6 +34,10 @@ BOOTSTRAP = (
 )
 
 
+#: File descriptors in one message; the kernel takes at most 253.
+FDS_AT_ONCE = 64
+
+
 @dataclass(frozen=True)
 class Start:
     """What to run.
@@ -42,7 +47,6 @@ class Start:
         before_fork: empty, or a pickled function that imports what only this launch needs.
         main: how the launcher's ``__main__`` is imported again, where ``fn`` comes from it.
         environments: what each rank adds to the environment.
-        outcomes: file descriptors, each the writing end of a rank's pipe to the launcher.
     """
 
     payload: bytes
@@ -53,7 +57,6 @@ class Start:
     gpus_per_rank: int
     num_threads: int
     environments: Sequence[Mapping[str, str]]
-    outcomes: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,9 @@ class Outcome:
 def main(control: int, modules: Sequence[str]) -> None:
     end_with_parent()
     launcher = Connection(control)
-    import_for_good(modules)
-    try:
-        start: Start = pickle.loads(launcher.recv_bytes())
-    except EOFError:
-        os._exit(0)
+    import_for_good(modules, before_torch=lambda: os.environ.update(_hear(launcher)))
+    start: Start = _hear(launcher)
+    outcomes = _hear_files(launcher, len(start.environments))
     if start.before_fork:
         import_for_good((), partial(_call, start.before_fork))
     _refuse_cuda(modules)
@@ -93,10 +94,11 @@ def main(control: int, modules: Sequence[str]) -> None:
         me = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _be_rank(rank, start, me, close=(launcher.fileno(), wake, signalled))
+            mine = outcomes.pop(rank)
+            _be_rank(rank, start, me, mine, (launcher.fileno(), wake, signalled, *outcomes))
         ranks[pid] = rank
         launcher.send_bytes(pickle.dumps(("started", rank, pid)))
-    for fd in start.outcomes:
+    for fd in outcomes:
         os.close(fd)
     events = selectors.PollSelector()
     events.register(wake, selectors.EVENT_READ)
@@ -112,6 +114,27 @@ def main(control: int, modules: Sequence[str]) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(wake, 4096)
     leave(0)
+
+
+def _hear(launcher: Connection) -> Any:
+    try:
+        return pickle.loads(launcher.recv_bytes())
+    except EOFError:
+        os._exit(0)
+
+
+def _hear_files(launcher: Connection, number: int) -> list[int]:
+    """File descriptors that follow a message, `FDS_AT_ONCE` with each byte."""
+    found: list[int] = []
+    with socket.socket(fileno=os.dup(launcher.fileno())) as channel:
+        while len(found) < number:
+            byte, fds, _, _ = socket.recv_fds(channel, 1, FDS_AT_ONCE)
+            if not byte:
+                os._exit(0)
+            found += fds
+    for fd in found:
+        os.set_inheritable(fd, False)
+    return found
 
 
 def _call(pickled: bytes) -> None:
@@ -150,8 +173,14 @@ def _refuse_cuda(modules: Sequence[str]) -> None:
         os._exit(EXIT_BUG)
 
 
-def _be_rank(rank: int, start: Start, server: int, close: Sequence[int]) -> None:
-    """A rank's whole life, in the forked process."""
+def _be_rank(rank: int, start: Start, server: int, outcome: int, close: Sequence[int]) -> None:
+    """A rank's whole life, in the forked process.
+
+    Args:
+        server: its process id.
+        outcome: where to write how it went.
+        close: file descriptors of others.
+    """
     exit_code = EXIT_BUG
     try:
         end_with_parent(server)
@@ -159,14 +188,13 @@ def _be_rank(rank: int, start: Start, server: int, close: Sequence[int]) -> None
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for fd in (*close, *(fd for k, fd in enumerate(start.outcomes) if k != rank)):
+        for fd in close:
             os.close(fd)
-        os.set_inheritable(start.outcomes[rank], False)
         os.environ.update(start.environments[rank])
         process.current_process().name = f"rank-{rank}"
         threading.current_thread().name = f"rank-{rank}"
         data = _pickled(_run(rank, start))
-        with os.fdopen(start.outcomes[rank], "wb") as pipe:
+        with os.fdopen(outcome, "wb") as pipe:
             pipe.write(len(data).to_bytes(8, "little") + data)
         exit_code = 0
     except KeyboardInterrupt:

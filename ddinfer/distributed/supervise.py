@@ -7,15 +7,14 @@ import os
 import pickle
 import selectors
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from ddinfer.distributed.board import OBITUARY_SECONDS, Board, Failure
 from ddinfer.distributed.rank_server import Outcome, Start
+from ddinfer.distributed.server import RankServer
 from ddinfer.errors import EXIT_INTERRUPTED, DdinferError
 
 #: Seconds that the ranks beside a failed one get to hear of it and end by themselves.
@@ -67,15 +66,15 @@ class Supervisor:
 
     def __init__(
         self,
-        server: subprocess.Popen[bytes],
-        control: Connection,
+        server: RankServer,
         readers: Sequence[int],
+        writers: Sequence[int],
         on_failure: Literal["terminate", "finish"],
         grace_seconds: float,
         on_death: Callable[[int, int], object] = lambda rank, number: None,
     ):
         self.on_death = on_death
-        self.server, self.control = server, control
+        self.server, self._writers = server, list(writers)
         self.ranks = [_Rank(k, reader) for k, reader in enumerate(readers)]
         self.on_failure, self.grace_seconds = on_failure, grace_seconds
         self.board: Board | None = None
@@ -95,9 +94,9 @@ class Supervisor:
         self.board = Board(board_store, range(len(self.ranks)))
         if self.on_failure == "finish":
             self.board.let_the_living_finish()
-        with contextlib.suppress(BrokenPipeError):  # the server is gone: found below
-            self.control.send_bytes(pickle.dumps(start))
-        self._selector.register(self.control, selectors.EVENT_READ)
+        self.server.start(start, self._writers)
+        self._close_writers()
+        self._selector.register(self.server.control, selectors.EVENT_READ)
         for rank in self.ranks:
             os.set_blocking(rank.reader, False)
             self._selector.register(rank.reader, selectors.EVENT_READ, rank)
@@ -125,7 +124,7 @@ class Supervisor:
 
     def _hear_server(self) -> None:
         try:
-            kind, number, value = pickle.loads(self.control.recv_bytes())
+            kind, number, value = pickle.loads(self.server.control.recv_bytes())
         except (EOFError, ConnectionResetError):
             self._lose_server()
             return
@@ -146,8 +145,8 @@ class Supervisor:
 
     def _lose_server(self) -> None:
         """Ranks do not outlive the process they were forked from."""
-        self._selector.unregister(self.control)
-        code = self.server.wait()
+        self._selector.unregister(self.server.control)
+        code = self.server.process.wait()
         for rank in self.ranks:
             if not rank.has_ended:
                 rank.exitcode = code
@@ -198,14 +197,14 @@ class Supervisor:
             return
         self.stopped_by = number
         if all(rank.pid is None for rank in self.ranks):
-            self._kill_session()
+            self.server.kill()
         self._signal(number)
         self._agenda = [(now + self.grace_seconds, signal.SIGKILL)]
 
     def _end_by(self, number: int) -> None:
         self.is_ending = True
         if number == ABANDON:
-            self._kill_session()
+            self.server.kill()
         else:
             self._signal(number)
 
@@ -240,18 +239,15 @@ class Supervisor:
         try:
             yield
         finally:
-            self._kill_session()
-            self.server.wait()
-            self.control.close()
+            self.server.close()
             self._selector.close()
+            self._close_writers()
             for rank in self.ranks:
                 os.close(rank.reader)
 
-    def _kill_session(self) -> None:
-        """The server leads a session of its own: its ranks, and what they have started."""
-        if self.server.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.server.pid, signal.SIGKILL)
+    def _close_writers(self) -> None:
+        while self._writers:
+            os.close(self._writers.pop())
 
     @contextlib.contextmanager
     def handling_signals(self, wanted: bool) -> Iterator[None]:
