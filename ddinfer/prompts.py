@@ -20,6 +20,7 @@ How a file is read:
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import io
 import json
@@ -79,6 +80,33 @@ def read_prompts(
     return prompts
 
 
+def kind_of_prompt_file(path: str) -> str | None:
+    """How a prompt file would be read, by its name; ``None``: its first line must say.
+
+    Raises:
+        InputError: it is not there, may not be read, is a folder, or has an unknown ending.
+    """
+    kind: str | None = os.path.splitext(path.lower().removesuffix(".gz"))[1].lstrip(".")
+    kind = {"ndjson": "jsonl"}.get(str(kind), kind)
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise InputError(error.strerror or str(error), file=path) from None
+    if stat.S_ISDIR(mode):
+        raise InputError("is a folder; a prompt file was expected", file=path)
+    if not os.access(path, os.R_OK):
+        raise InputError(os.strerror(errno.EACCES), file=path)
+    if kind in _READERS:
+        return kind
+    if stat.S_ISREG(mode):
+        raise InputError(
+            f"cannot tell its kind by the ending {'.' + kind if kind else '(none)'!r}; "
+            f"expected .{', .'.join(_READERS)}, or any of them with .gz",
+            file=path,
+        )
+    return None
+
+
 def read_requests(
     path: str | os.PathLike[str],
     *,
@@ -115,24 +143,10 @@ def _read_bytes(path: str, source: str, stdin: BinaryIO | None) -> tuple[bytes, 
     """The file's bytes, unpacked, and its kind (``None``: decide by its first line)."""
     if path == "-":
         return (stdin or sys.stdin.buffer).read(), None
-    name = path.lower()
-    packed = name.endswith(".gz")
-    kind: str | None = os.path.splitext(name.removesuffix(".gz"))[1].lstrip(".")
-    kind = {"ndjson": "jsonl"}.get(str(kind), kind)
+    kind = kind_of_prompt_file(path)
     try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise InputError("is a folder; a prompt file was expected", file=source)
-        if kind not in _READERS:
-            if stat.S_ISREG(mode):
-                raise InputError(
-                    f"cannot tell its kind by the ending {'.' + kind if kind else '(none)'!r}; "
-                    f"expected .{', .'.join(_READERS)}, or any of them with .gz",
-                    file=source,
-                )
-            kind = None
         with open(path, "rb") as file:
-            data = _unpack(file, source) if packed else file.read()
+            data = _unpack(file, source) if path.lower().endswith(".gz") else file.read()
     except OSError as error:
         raise InputError(error.strerror or str(error), file=source) from None
     if not data:

@@ -265,6 +265,15 @@ def test_bad_usage_ends_with_2_and_one_clear_message(words, message, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("words", [["--prompts=nowhere.txt"], ["--model=no/such/folder"]])
+def test_a_mistyped_name_is_told_before_torch_is_imported(words, tmp_path):
+    told = run([sys.executable, "-X", "importtime", *MAIN[1:], *words, "-o", tmp_path / "o"])
+    assert told.returncode == 2
+    imported = {line.rpartition("|")[2].strip() for line in told.stderr.splitlines()}
+    assert "ddinfer.prompts" in imported
+    assert not {"torch", "diffusers", "transformers"} & imported
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("words", [["--limit=zero"], ["--nproc_per_node=1", "--prompts=none"]])
 def test_what_began_to_import_is_gone_when_no_ranks_are_started(words, tmp_path):

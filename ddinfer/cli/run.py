@@ -83,6 +83,8 @@ def run_configured(
         from ddinfer.cli.dry_run import print_plan
 
         return print_plan(config, plan.num_ranks)
+    if plan.kind != "join":
+        _check_names(config)
     config, stdin = (config, None) if retry_failed else _with_prompts_read(config)
     # A rank that may die and be started again needs somebody who does it.
     if plan.kind == "join" or (plan.num_ranks == 1 and not config.max_restarts):
@@ -90,6 +92,21 @@ def run_configured(
             server.close()
         return _run_here(config, stdin, retry_failed)
     return _run_in_ranks(config, plan.num_ranks, stdin, retry_failed, server)
+
+
+def _check_names(config: JobConfig) -> None:
+    """What is mistyped is told before the seconds of importing torch.
+
+    Raises:
+        UsageError: there is no such prompt file or folder of a model.
+    """
+    from ddinfer.job import resolve_model
+    from ddinfer.models.repository import local_folder
+    from ddinfer.prompts import kind_of_prompt_file
+
+    local_folder(resolve_model(config)[0])
+    if config.prompts not in (None, "-"):
+        kind_of_prompt_file(config.prompts)
 
 
 def _with_prompts_read(config: JobConfig) -> tuple[JobConfig, bytes | None]:
