@@ -27,23 +27,11 @@ from ddinfer.models.parked import ParkedParameter
 from ddinfer.models.placement import Placement, PlacementError, plan_placement
 from ddinfer.models.planner import plan
 from ddinfer.models.sizes import tree_of, tree_of_model
-from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
+from tests.tiny_pipelines import KINDS, call_arguments
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    return lambda kind: tiny_pipeline(kind, folder)
 
 
 def draw(pipe: Any, kind: str, seed: int = 1, device: str = "cpu") -> torch.Tensor:

@@ -19,7 +19,9 @@ from ddinfer.models.checkpoint import CheckpointError, read_checkpoint, read_hea
 from ddinfer.models.loading import find_denoiser, load_model, load_pipeline
 from ddinfer.models.opening import open_model
 from ddinfer.models.signature import call_parameters, pipeline_class
-from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
+from tests.tiny_pipelines import KINDS, call_arguments
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())
 CONFIGS: dict[str, dict[str, Any]] = DATA["configs"]
@@ -51,20 +53,6 @@ FAMILIES = [
     "PriorTransformer",
     "T2IAdapter",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    return lambda kind: tiny_pipeline(kind, folder)
 
 
 def every_tensor(model: torch.nn.Module) -> dict[str, torch.Tensor]:

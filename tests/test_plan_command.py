@@ -12,16 +12,10 @@ from ddinfer.cli import dispatch
 from ddinfer.models.loading import load_pipeline
 from ddinfer.models.placement import Placement
 from tests.test_cli import MAIN, ROOT, images, run
-from tests.tiny_pipelines import KINDS, tiny_pipeline
+from tests.tiny_pipelines import KINDS
 
 PAGE = (ROOT / "docs/large-models.md").read_text(encoding="utf-8")
 FLUX_DEV = str(ROOT / "tests/data/flux1_dev")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipelines")
-    return lambda kind: str(tiny_pipeline(kind, folder))
 
 
 def plan(capsys, *words):
@@ -103,9 +97,11 @@ def test_a_placement_is_written_as_the_job_takes_it(tiny, capsys, tmp_path):
     assert str(file) in text
     placement = Placement.from_json(file.read_text())
     assert {"cuda:0", "cpu"} == set(placement.devices.values())
-    assert dispatch(["plan", tiny("sd"), "--max_memory", "cpu=9kB,disk=0", "-o", str(file)]) == 2
+    assert (
+        dispatch(["plan", str(tiny("sd")), "--max_memory", "cpu=9kB,disk=0", "-o", str(file)]) == 2
+    )
     assert "does not fit" in capsys.readouterr().err
-    assert dispatch(["plan", tiny("sd"), "--output", "p.txt"]) == 2
+    assert dispatch(["plan", str(tiny("sd")), "--output", "p.txt"]) == 2
     assert "must end in .json" in capsys.readouterr().err
 
 

@@ -25,16 +25,10 @@ from ddinfer.models.placement import PlacementError
 from ddinfer.models.source import PipelineSource
 from ddinfer.models.stages import STAGES, StagedPipeline, components_by_stage
 from ddinfer.request import Prompt, resolve_requests
-from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
+from tests.tiny_pipelines import KINDS, call_arguments
 
 PLENTY = {"cpu": 10**10}
 MEMORY = 1_000_000_000
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipelines")
-    return lambda kind: tiny_pipeline(kind, folder)
 
 
 def staged(model, budgets=None, **more):

@@ -13,15 +13,25 @@ from ddinfer.cli.status import status_of
 from ddinfer.storage.files import Files
 from tests.jobs import STARTS, end, is_whole, job, undisturbed, wait_for_words, wait_until
 from tests.moody_pipeline import moody_pipeline
+from tests.moody_ring import moody_ring
 from tests.test_cli import images, run, start, status
 
 HOLDS = {"preparing": "MOODY_HOLDS_IMPORT", "loading": "MOODY_HOLDS_LOADING"}
-PHASES = ["preparing", "loading", "running", "saving", "gathering"]
+PHASES = ["preparing", "loading", "running", "decoding", "saving", "gathering"]
 
 
 @pytest.fixture(scope="module")
-def moody(tmp_path_factory):
-    return str(moody_pipeline(tmp_path_factory.mktemp("model")))
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    moody_pipeline(folder)
+    moody_ring(folder)
+    return folder
+
+
+def model_of(phase, folder):
+    """One that has a denoiser, and so something to do behind it, where it is to wait there."""
+    name = "moody_ring" if phase == "decoding" else "moody"
+    return str(folder / name)
 
 
 class Held:
@@ -30,15 +40,16 @@ class Held:
     What holds it is gone when the job is run again.
     """
 
-    def __init__(self, name, phase, model, folder, *more):
-        self.folder, self.name, self.model = folder, name, model
+    def __init__(self, name, phase, models, folder, *more):
+        self.folder, self.name, self.model = folder, name, model_of(phase, models)
         self.gates = [folder / "gate", folder / "gate2"]
         self.pipe, self.writer = folder / "out/journal/zz.jsonl", None
-        first = {"running": f"wait {self.gates[0]}", "saving": f"save {self.gates[0]}"}
+        words = {"running": "wait", "decoding": "decode", "saving": "save"}
+        first = {phase: f"{word} {self.gates[0]}" for phase, word in words.items()}
         # A rank that saves its last image has nothing left to do; here another one has.
         third = {"saving": f"wait {self.gates[1]}"}
         self.prompts = [first.get(phase, "a"), "b", third.get(phase, "c"), "d"]
-        self.command = [*STARTS[name], *job(model, folder, self.prompts, *more)]
+        self.command = [*STARTS[name], *job(self.model, folder, self.prompts, *more)]
         gate = str(self.gates[0])
         self.process = start(
             self.command,
@@ -92,9 +103,9 @@ def by_night(*values):
     + [by_night(n, p) for n in STARTS for p in PHASES[:-1] if (n, p) != ("two ranks", "loading")],
 )
 def test_sigterm_in_a_phase_ends_with_75_and_the_same_command_finishes(
-    moody, tmp_path, name, phase
+    models, tmp_path, name, phase
 ):
-    held = Held(name, phase, moody, tmp_path)
+    held = Held(name, phase, models, tmp_path)
     held.process.send_signal(signal.SIGTERM)
     wait_for_words(held.process, "SIGTERM came; what is in hand")
     held.let_go()
@@ -105,8 +116,8 @@ def test_sigterm_in_a_phase_ends_with_75_and_the_same_command_finishes(
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", STARTS)
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_phase_that_takes_longer_than_the_grace_is_abandoned(moody, tmp_path, name, phase):
-    held = Held(name, phase, moody, tmp_path, "--grace_seconds=0.5")
+def test_a_phase_that_takes_longer_than_the_grace_is_abandoned(models, tmp_path, name, phase):
+    held = Held(name, phase, models, tmp_path, "--grace_seconds=0.5")
     held.process.send_signal(signal.SIGTERM)
     code, err = end(held.process)
     held.let_go()
@@ -124,8 +135,8 @@ def test_a_phase_that_takes_longer_than_the_grace_is_abandoned(moody, tmp_path, 
     check_finished_by_the_same_command(held)
 
 
-def test_sigterm_when_all_is_made_lets_the_job_finish(moody, tmp_path):
-    held = Held("one process", "gathering", moody, tmp_path)
+def test_sigterm_when_all_is_made_lets_the_job_finish(models, tmp_path):
+    held = Held("one process", "gathering", models, tmp_path)
     held.process.send_signal(signal.SIGTERM)
     wait_for_words(held.process, "SIGTERM came; what is in hand")
     held.let_go()

@@ -11,16 +11,10 @@ from ddinfer.tiny.check import describe, shows
 from ddinfer.tiny.evaluate import draw_with, evaluation_prompts, load
 from ddinfer.tiny.world import parse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WEIGHTS = tiny.path().parent
 LIMIT_BYTES = 16_000_000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

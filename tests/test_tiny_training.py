@@ -12,15 +12,9 @@ from ddinfer.tiny import denoise, text, train, vae
 from ddinfer.tiny.optim import Plan, fit, orthogonalised
 from ddinfer.tiny.world import random_scene
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FEW = Plan(num_steps=3, learning_rate=1e-3, num_warmup_steps=1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

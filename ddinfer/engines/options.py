@@ -1,4 +1,4 @@
-"""Options of a job that change how a loaded pipeline computes, for every engine alike."""
+"""What a job's options mean to every engine alike: what is read, and how a pipeline computes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,25 @@ from typing import Any
 
 from ddinfer.config import JobConfig
 from ddinfer.errors import UsageError
+from ddinfer.models.repository import pipeline_folder
+from ddinfer.models.source import PipelineSource
+
+
+def open_source(model: str, config: JobConfig) -> PipelineSource:
+    """The files of a job's pipeline, fetched where ``model`` is a hub id.
+
+    Raises:
+        UsageError: they are not there, or not what the options allow to be read.
+    """
+    folder = pipeline_folder(
+        model,
+        variant=config.variant,
+        revision=config.revision,
+        token=config.token,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+    )
+    return PipelineSource(folder, config.variant, config.trust_remote_code, config.allow_pickle)
 
 
 def apply_to_pipeline(pipe: Any, config: JobConfig) -> None:

@@ -16,12 +16,11 @@ import torch
 from ddinfer.distributed.replica import Replica
 from ddinfer.engines.base import Batch, Listener
 from ddinfer.engines.encoding import EncodingCache
-from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
+from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
 from ddinfer.models.building import build_on_meta
 from ddinfer.models.opening import OpenModel
-from ddinfer.models.repository import pipeline_folder
 from ddinfer.models.source import DENOISER_NAMES, PipelineSource
 from ddinfer.parallel.blocks import module_bytes, ring_blocks
 from ddinfer.parallel.flow import PlanError
@@ -118,15 +117,7 @@ def load_ring_engine(
     Raises:
         UsageError: the pipeline cannot be cut.
     """
-    folder = pipeline_folder(
-        model,
-        variant=config.variant,
-        revision=config.revision,
-        token=config.token,
-        trust_remote_code=config.trust_remote_code,
-        allow_pickle=config.allow_pickle,
-    )
-    source = PipelineSource(folder, config.variant, config.trust_remote_code, config.allow_pickle)
+    source = open_source(model, config)
     target = torch.device(device)
     denoisers = load_stage(source, config.dtype, len(replica.ranks), replica.stage, target)
     for name, denoiser in denoisers.items():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.engines.base import Batch, Listener
-from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
+from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
 from ddinfer.engines.records import Records, RecordsLost
 from ddinfer.engines.stage_calls import CannotStage, Decoding, Denoising, Encoding, Part
 from ddinfer.engines.whole import WholeEngine, _Failure, _free_memory, gpu_numbers
@@ -24,8 +24,7 @@ from ddinfer.errors import StorageError, UsageError
 from ddinfer.models.loading import find_denoiser
 from ddinfer.models.memory import complete_budgets, free_host_bytes
 from ddinfer.models.readahead import ReadAhead
-from ddinfer.models.repository import pipeline_folder
-from ddinfer.models.source import DENOISER_NAMES, PipelineSource
+from ddinfer.models.source import DENOISER_NAMES
 from ddinfer.models.stages import Stage, StagedPipeline, release
 from ddinfer.request import Result
 
@@ -279,15 +278,7 @@ def load_staged_engine(model: str, config: JobConfig, *, world: World) -> Staged
         UsageError: the pipeline cannot run in stages, a stage does not fit, or the pipeline lacks
             what an option asks for.
     """
-    folder = pipeline_folder(
-        model,
-        variant=config.variant,
-        revision=config.revision,
-        token=config.token,
-        trust_remote_code=config.trust_remote_code,
-        allow_pickle=config.allow_pickle,
-    )
-    source = PipelineSource(folder, config.variant, config.trust_remote_code, config.allow_pickle)
+    source = open_source(model, config)
     budgets = complete_budgets(config.max_memory, gpu_numbers(world))
     pipeline = StagedPipeline(source, config.dtype, budgets)
     vae = source.component_class("vae")
