@@ -37,7 +37,7 @@ def measure(size: Size) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(dir=CACHE) as name:
                 prompts = inputs.prompt_file(Path(name), cell.num_prompts)
                 words = command(way, cell, model, prompts, Path(name) / "out")
-                told[way] = run(words, environment(way, cell), memory_every_seconds=0.2).peak_bytes
+                told[way] = run(words, environment(way), memory_every_seconds=0.2).peak_bytes
     return found
 
 

@@ -68,7 +68,8 @@ def launch(
             Without it, no handler is installed: ``KeyboardInterrupt`` ends the ranks and goes on.
         on_death: told (rank, signal) of a rank that a signal killed which nothing here has sent.
         run_id, restart_count: tell the ranks that this launch goes on with an earlier one.
-        server: one that has begun to import, instead of ``preload``; this launch ends it.
+        server: one that has begun to import, instead of ``preload``. It serves one launch; whoever
+            made it closes it.
 
     Raises:
         RankError: a rank raised, was killed, or ended before ``fn`` returned: the first of them.

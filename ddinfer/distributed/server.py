@@ -102,8 +102,10 @@ def _command(control: int, preload: Sequence[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """gloo and NCCL read these once, when a group is made."""
     environ = without_torchrun(os.environ)
+    # numpy's OpenBLAS is loaded before `set_environment`; who forks should have no threads of it.
+    environ.setdefault("OMP_NUM_THREADS", "1")
+    # gloo and NCCL read these once, when a group is made.
     loopback = "lo" if sys.platform == "linux" else "lo0"
     environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
