@@ -135,8 +135,7 @@ class Supervisor:
                 self._signal(self.stopped_by)
             return
         rank.exitcode = value
-        if rank.outcome is None and rank.reader in self._selector.get_map():
-            self._hear_rank(rank)
+        self._hear_rank(rank)
         if rank.outcome is None and not self.is_ending:
             self._fail(Failure(number, self._phase_of(number), exitcode=value))
             asked_for = self.stopped_by is not None or (self.failure and self.failure.ends_the_job)
@@ -150,10 +149,13 @@ class Supervisor:
         for rank in self.ranks:
             if not rank.has_ended:
                 rank.exitcode = code
+                self._hear_rank(rank)
                 if rank.outcome is None and not self.is_ending:
                     self._fail(Failure(rank.number, self._phase_of(rank.number), exitcode=code))
 
     def _hear_rank(self, rank: _Rank) -> None:
+        if rank.reader not in self._selector.get_map():
+            return  # its last words were heard, perhaps in this very turn, with the server's
         if not rank.read():
             self._selector.unregister(rank.reader)
             outcome = rank.outcome
