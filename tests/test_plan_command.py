@@ -172,6 +172,12 @@ def test_the_figures_of_the_flux_example_are_what_plan_counts(capsys):
     assert max(denoise.values()) < 14.4e9
 
 
+def test_what_other_libraries_lack_is_no_news_of_a_plan():
+    done = run([MAIN[0], str(ROOT / MAIN[1]), "plan", "shapes-sd"])
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
 def test_the_walk_with_the_embedded_model_works_as_the_page_says(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outputs, plans = [], []

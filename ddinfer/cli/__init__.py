@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ddinfer.cli.process import quiet_libraries
 from ddinfer.errors import (
     ENDS_THE_JOB,
     EXIT_CTRL_C,
@@ -40,6 +41,7 @@ def dispatch(argv: Sequence[str]) -> int:
     if name == "help":
         print(_usage())
         return EXIT_OK
+    quiet_libraries()
     try:
         return importlib.import_module(f"ddinfer.cli.{name.replace('-', '_')}").main(rest)
     except DdinferError as error:
@@ -68,7 +70,7 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
     if name in (*COMMANDS, "help", "version"):
         return name, argv[1:]
     close = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     print(
         f"ddinfer: error: no command {name!r}{hint} The commands are: {', '.join(COMMANDS)}. "
         "A prompt goes behind --prompt.",

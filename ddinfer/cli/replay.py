@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ddinfer.cli.process import own_process, quiet_libraries
+from ddinfer.cli.process import own_process
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, UsageError
@@ -49,7 +49,6 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"no such image: {options.image}")
     record = read_metadata(options.image)
     batch, missing = _batch_of(record, options.image)
-    quiet_libraries()
     own_process(0)
     device = World.detect(options.device).device
     model, _, _ = resolve_model(JobConfig(model=options.model or _model_of(record, options.image)))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ddinfer.cli.process import own_process, quiet_libraries
+from ddinfer.cli.process import own_process
 from ddinfer.config import JobConfig, parse_config
 from ddinfer.errors import EXIT_OK, InputError
 
@@ -50,7 +50,6 @@ def _begun(argv: Sequence[str]) -> Iterator[RankServer | None]:
         return
     from ddinfer.distributed.server import RankServer
 
-    quiet_libraries()
     with contextlib.closing(RankServer(PRELOAD)) as server:
         yield server
 
@@ -64,7 +63,6 @@ def run_configured(
         retry_failed: make its failed prompts again; the Requests come from the folder.
         server: one that imports `PRELOAD`; ended if ranks are not started here.
     """
-    quiet_libraries()
     config = config.with_absolute_paths()
 
     from ddinfer.distributed.parent import end_with_parent
