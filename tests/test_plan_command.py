@@ -1,6 +1,7 @@
 """`ddinfer plan`, and the page about large models: its commands and figures are held against it."""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -101,8 +102,24 @@ def test_a_placement_is_written_as_the_job_takes_it(tiny, capsys, tmp_path):
         dispatch(["plan", str(tiny("sd")), "--max_memory", "cpu=9kB,disk=0", "-o", str(file)]) == 2
     )
     assert "does not fit" in capsys.readouterr().err
-    assert dispatch(["plan", str(tiny("sd")), "--output", "p.txt"]) == 2
-    assert "must end in .json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("p.txt", "must end in .json"),
+        ("nowhere/p.json", "there is no folder"),
+        ("folder.json", "is a folder"),
+        ("locked/p.json", "may not be written"),
+    ],
+)
+def test_where_a_placement_cannot_be_written_is_told_at_once(name, message, capsys, tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if name.startswith("locked") and os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("this user may write anywhere")
+    assert dispatch(["plan", "no/such/model", "--output", str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_without_budgets_it_is_what_this_machine_has_free(tiny, capsys):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ddinfer import tiny
+from ddinfer.cli.files import check_can_write
 from ddinfer.errors import EXIT_OK, EXIT_USAGE, UsageError
 from ddinfer.models.memory import complete_budgets
 from ddinfer.models.placement import (
@@ -68,8 +69,8 @@ class PlanOptions:
 
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(PlanOptions, prog="ddinfer plan", args=list(argv), use_underscores=True)
-    if options.output is not None and not options.output.endswith(".json"):
-        raise UsageError(f"--output {options.output} must end in .json, as --placement takes it")
+    if options.output is not None:
+        check_can_write("--output", options.output, ".json")
     found = plan_of(options)
     if options.output is not None:
         chosen = found.strategies[options.placement]

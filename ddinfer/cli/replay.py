@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from ddinfer.cli.files import check_can_write
 from ddinfer.cli.process import own_process
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
@@ -39,7 +40,7 @@ class ReplayOptions:
     """Run pipeline code that the model's repository brings."""
     device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to make it. Another kind of device rounds differently."""
-    save: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    save: Annotated[str | None, tyro.conf.arg(metavar="FILE.png")] = None
     """Write the image made now to this file."""
 
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(ReplayOptions, prog="ddinfer replay", args=list(argv), use_underscores=True)
     if not os.path.isfile(options.image):
         raise UsageError(f"no such image: {options.image}")
+    if options.save is not None:
+        check_can_write("--save", options.save, ".png")
     record = read_metadata(options.image)
     batch, missing = _batch_of(record, options.image)
     own_process(0)
