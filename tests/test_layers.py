@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "prompts": {"errors", "request", "prompt_fields"},
     "storage": VALUES | {"request", "config"},
     "distributed": VALUES | {"request", "config"},
-    "models": VALUES | {"request", "config"},
+    "models": VALUES | {"request", "config", "tiny"},
     "tiny": VALUES | {"request"},
     "parallel": VALUES | {"request", "distributed", "models"},
     "engines": VALUES | {"request", "config", "distributed", "models", "parallel"},

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ddinfer import tiny as embedded
 from ddinfer.errors import UsageError
 from ddinfer.models.building import parameters_on_meta
 from ddinfer.models.checkpoint import CheckpointError, read_checkpoint, read_header
@@ -283,6 +284,35 @@ def test_pickles_are_refused_unless_allowed(tiny, tmp_path):
         load_pipeline(tmp_path / "sd")
     loaded = load_pipeline(tmp_path / "sd", allow_pickle=True)
     assert_same_model(load_model(tiny("sd") / "unet"), loaded.unet)
+
+
+def test_an_embedded_pipeline_is_known_by_its_name(monkeypatch, tmp_path):
+    (tmp_path / "shapes-sd").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in embedded.PIPELINES:
+        pipe = load_pipeline(name)
+        assert type(pipe) is pipeline_class(embedded.path(name))
+        assert_same_model(load_model(embedded.path(name) / "vae", dtype="float32"), pipe.vae)
+    with pytest.raises(UsageError, match="is not a diffusers pipeline"):
+        load_pipeline("./shapes-sd")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "gpu"}, "device gpu: Expected one of cpu, cuda"),
+        ({"device": "cuda:99"}, "device cuda:99 is not there: this process sees"),
+        ({"placement": {"": "cuda:99"}}, "device cuda:99 is not there"),
+        ({"placement": "balanced", "max_memory": {99: "1GB"}}, "device cuda:99 is not there"),
+        ({"placement": {"": "cpu"}, "device": "cpu"}, "not both"),
+        ({"placement": {"": "cpu"}, "max_memory": "cpu=1GB"}, "is for placement='balanced'"),
+        ({"max_memory": "cpu=1GB"}, "is for placement='balanced'"),
+        ({"gpus": [0]}, "is for a placement"),
+    ],
+)
+def test_where_a_pipeline_cannot_go_and_what_would_be_ignored_is_told(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        load_pipeline("shapes-sd", **arguments)
 
 
 def test_what_is_no_pipeline_is_said_so(tiny, tmp_path):

@@ -216,9 +216,8 @@ def plan_of(options: PlanOptions) -> Plan:
 
 def _source(options: PlanOptions) -> PipelineSource:
     """The model; a local folder may hold configs alone."""
-    path = str(tiny.path(options.model)) if options.model in tiny.PIPELINES else options.model
     hub: dict[str, Any] = {"revision": options.revision, "token": options.token}
-    folder = local_folder(path)
+    folder = local_folder(options.model)
     if folder is not None and not any(
         name.endswith((".safetensors", ".bin")) for part in folder.iterdir() if part.is_dir()
         for name in os.listdir(part)
@@ -228,9 +227,11 @@ def _source(options: PlanOptions) -> PipelineSource:
                 f"{folder} holds configs and no weights, so that their type is not known: say "
                 "--dtype bfloat16, or another"
             )
-        return PipelineSource(folder, options.variant, options.trust_remote_code, weights_at=path)
+        return PipelineSource(
+            folder, options.variant, options.trust_remote_code, weights_at=options.model
+        )
     return PipelineSource.to_plan_by(
-        path, variant=options.variant, trust_remote_code=options.trust_remote_code, **hub
+        options.model, variant=options.variant, trust_remote_code=options.trust_remote_code, **hub
     )
 
 

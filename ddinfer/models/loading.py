@@ -72,9 +72,7 @@ def load_model(
         UsageError: no model there, or a class that the installed libraries do not have.
         CheckpointError: tensors missing, left over or of another shape; they are named.
     """
-    import torch
-
-    target = torch.device("cpu" if device is None else device)
+    target = _device(device)
     opened = open_model(
         Path(folder),
         dtype=_model_dtype(dtype, target),
@@ -85,6 +83,23 @@ def load_model(
     if not opened.stored:
         return opened.model.to(target)
     return opened.fill(lambda name: target)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """
+    Raises:
+        UsageError: no device is called so, or it is not there.
+    """
+    import torch
+
+    try:
+        found = torch.device(CPU if device is None else device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device}: {error}") from None
+    number = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= number:
+        raise UsageError(f"device {found} is not there: this process sees {number} GPUs")
+    return found
 
 
 def _model_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
@@ -110,7 +125,7 @@ def load_pipeline(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> DiffusionPipeline:
-    """A ready pipeline in eval mode from a local folder or a Hub id.
+    """A ready pipeline in eval mode from a local folder, a Hub id or an embedded model's name.
 
     Args:
         dtype: of the floating weights, for all components or by name (``"default"`` for others).
@@ -127,9 +142,17 @@ def load_pipeline(
 
     Raises:
         UsageError: the path, the class, the weight files or an argument cannot be right.
+        PlacementError: the model does not fit, or the placement does not cover it.
     """
-    import torch
-
+    if placement is None and gpus is not None:
+        raise UsageError(f"gpus={gpus} is for a placement; without one give device")
+    if placement is not None and device is not None:
+        raise UsageError("give device or placement, not both: a placement names devices")
+    if max_memory is not None and not isinstance(placement, str):
+        raise UsageError(
+            f"max_memory={max_memory!r} is for placement='balanced' or 'auto', which choose by it"
+        )
+    target = _device(device)
     folder = pipeline_folder(
         path,
         variant=variant,
@@ -147,14 +170,11 @@ def load_pipeline(
             f"it has {', '.join(source.names())}"
         )
     if placement is None:
-        target = torch.device("cpu" if device is None else device)
         types = source.dtypes(dtype, target)
         for entry in source.index.entries:
             if entry.name not in given:
                 given[entry.name] = source.load(entry.name, types[entry.name], target)
         pipe = source.assemble(given)
-    elif device is not None:
-        raise UsageError("give device or placement, not both: a placement names devices")
     else:
         pipe = _load_placed(source, placement, max_memory, gpus, dtype, given)
     pipe.register_to_config(_name_or_path=os.fspath(path))
@@ -181,12 +201,14 @@ def _load_placed(
     if isinstance(placement, str):
         placement = check_strategy(placement)
         budgets = complete_budgets(max_memory, gpus)
-        devices = list(budgets)
+        devices = set(budgets)
+        main = next((device for device in budgets if device not in (CPU, DISK)), CPU)
     else:
         placement = placement if isinstance(placement, Placement) else Placement(placement)
         placement = placement if gpus is None else placement.on_gpus(gpus)
-        devices = [placement.main]
-    main = next((d for d in devices if d not in (CPU, DISK)), CPU)
+        devices, main = set(placement.devices.values()), placement.main
+    for device in sorted({*devices, main} - {DISK}):
+        _device(device)
     types = source.dtypes(dtype, torch.device(main))
     opened: dict[str, OpenModel] = {}
     for entry in source.index.entries:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddinfer import tiny
 from ddinfer.errors import EXIT_IO, DdinferError, UsageError
 
 MODEL_INDEX = "model_index.json"
@@ -103,11 +104,13 @@ def _no_index_message(folder: Path) -> str:
 def local_folder(path: str | os.PathLike[str]) -> Path | None:
     """The folder that ``path`` names on this machine, or ``None`` when it is a Hub id.
 
+    An embedded pipeline is known by its name; ``./NAME`` is a folder that is called the same.
+
     Raises:
         UsageError: a single file, or neither a folder nor a Hub id.
     """
     text = os.fspath(path)
-    folder = Path(text).expanduser()
+    folder = tiny.path(text) if text in tiny.PIPELINES else Path(text).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
