@@ -7,6 +7,7 @@ are derived from the dataclass by tyro, which takes ``--batch_size`` and ``--bat
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import os
 import re
@@ -14,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ddinfer.errors import UsageError
 from ddinfer.request import GIVEN_BY_DDINFER
@@ -119,7 +121,7 @@ class JobConfig:
     """Frames per second of the animated file that a video pipeline's frames go into."""
 
     # Who makes it
-    nproc_per_node: Annotated[str | None, _arg("N|auto|gpu|cpu")] = None
+    nproc_per_node: Annotated[int | str | None, _arg("N|auto|gpu|cpu")] = None
     """Ranks on this machine. Default: one for each GPU, else one."""
     device: Annotated[str, _arg("auto|cpu|cuda", default="auto")] = "auto"
     """auto takes the GPUs where there are any and fails where this torch cannot use them."""
@@ -194,6 +196,7 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check = _Checks()
+        check.types(self)
         for name in ("limit", "num_inference_steps", "height", "width", "num_threads"):
             check.at_least_one(name, getattr(self, name))
         for name in ("batch_size", "num_images_per_prompt", "fps"):
@@ -267,6 +270,17 @@ class JobConfig:
 
 
 class _Checks:
+    def types(self, config: JobConfig) -> None:
+        """What a program gives; files, the environment and options are converted before."""
+        for name, expected in _plain_types().items():
+            value = getattr(config, name)
+            if isinstance(value, os.PathLike) and _fits("", expected):
+                object.__setattr__(config, name, os.fspath(value))
+            elif not _fits(value, expected):
+                raise UsageError(
+                    f"--{name} {value!r}: expected {inspect.formatannotation(expected)}"
+                )
+
     def at_least_one(self, name: str, value: int | None) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value} must be at least 1")
@@ -403,6 +417,30 @@ def _known(name: str, where: str, prefix: str) -> str:
     hint = f"; did you mean {spelt}?" if close else "; ddinfer --help lists the options"
     found = prefix + name.upper() if prefix else repr(name)
     raise UsageError(f"{where}{found} is not an option{hint}")
+
+
+@lru_cache(maxsize=1)
+def _plain_types() -> dict[str, Any]:
+    """Field → its type, without what tyro wants to know of it, and so without tyro."""
+    of_tyro = (_arg, _may_be_repeated, _json_object)
+    return get_type_hints(
+        JobConfig, localns={function.__name__: lambda *_, **__: None for function in of_tyro}
+    )
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    """Whether a value has one of the types that `JobConfig` names; any sequence is a tuple."""
+    origin, parts = get_origin(expected), get_args(expected)
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        is_one = isinstance(value, str) or not isinstance(value, Sequence)
+        return not is_one and all(_fits(item, parts[0]) for item in value)
+    if isinstance(value, bool):
+        return expected is bool
+    return isinstance(value, (int, float) if expected is float else origin or expected)
 
 
 @lru_cache(maxsize=1)

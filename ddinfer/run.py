@@ -58,6 +58,12 @@ def run_job(
     config = settled(config)
     if world is None:
         world = World.detect(config.device, gpus_per_rank=config.gpus_per_rank)
+        if not world.is_launched and config.nproc_per_node not in (None, 1, "1"):
+            raise UsageError(
+                f"nproc_per_node={config.nproc_per_node}: run_job is one rank and starts no "
+                "others; start this program with torchrun, or call run_job in what "
+                "ddinfer.launch starts"
+            )
     replica = Replica.of(world.rank, world.world_size, config.pipeline_parallel)
     with process_group(world) as group:
         group.enter("preparing")

@@ -1,6 +1,7 @@
 """The three layers of configuration, and what each says about a mistake."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -114,6 +115,38 @@ def test_bad_config_file_is_named(text, message, tmp_path):
     with pytest.raises((UsageError, SystemExit)) as caught:
         parse_config(["--config", str(file)], {})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": "a red circle"}, r"--prompt 'a red circle': expected tuple\[str, ...\]"),
+        ({"prompt": ["a", 3]}, "--prompt"),
+        ({"batch_size": "4"}, "--batch_size '4': expected int"),
+        ({"seed": True}, "--seed True: expected int"),
+        ({"dtype": "float8"}, "--dtype 'float8': expected Literal"),
+        ({"guidance_scale": "3"}, r"expected float \| None"),
+        ({"pipeline_kwargs": [1]}, "--pipeline_kwargs"),
+        ({"json": 1}, "--json 1: expected bool"),
+        ({"seed": Path("3")}, "--seed"),
+    ],
+)
+def test_a_program_that_gives_another_type_is_told(options, message):
+    with pytest.raises(UsageError, match=message):
+        JobConfig(**options)
+
+
+def test_a_program_may_give_paths_lists_and_whole_numbers():
+    config = JobConfig(output=Path("a/b"), prompt=["x"], guidance_scale=3, nproc_per_node=2)
+    assert config == JobConfig(output="a/b", prompt=["x"], guidance_scale=3.0, nproc_per_node=2)
+    assert JobConfig(nproc_per_node="auto").nproc_per_node == "auto"
+
+
+def test_the_number_of_ranks_may_stand_in_a_file(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("nproc_per_node: 2\n")
+    assert parse_config(["--config", str(file)], {}).nproc_per_node == 2
+    assert parse_config(["--nproc_per_node=auto"], {}).nproc_per_node == "auto"
 
 
 def test_missing_config_file_and_unknown_variable_are_named():

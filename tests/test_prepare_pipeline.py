@@ -392,6 +392,7 @@ def refusals(group):
         told.append(match)
 
     refused("training mode", make_mlp().train())
+    refused("expected a torch.nn.Module", torch.relu)
     refused("num_chunks must be at least 1, found 0", make_mlp(), num_chunks=0)
     refused("no tensor with rows", make_mlp(), (3.0,))
     refused("expected a tuple", make_mlp(), x)
@@ -422,7 +423,7 @@ class Mean(nn.Module):
 
 
 def test_what_cannot_be_right_is_refused_on_every_rank_before_anything_runs():
-    assert run_ranks(refusals, 2) == [13, 13]
+    assert run_ranks(refusals, 2) == [14, 14]
 
 
 # --- failures -----------------------------------------------------------------------------------

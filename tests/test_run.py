@@ -200,6 +200,8 @@ def test_input_errors_come_before_anything_is_written(moody, tmp_path):
         run_job(JobConfig(model=moody, output=str(out), prompt=("x",)))
     with pytest.raises(UsageError, match="no prompts for"):
         run_job(JobConfig(model=moody, output=str(out), trust_remote_code=True))
+    with pytest.raises(UsageError, match="run_job is one rank and starts no others"):
+        run_job(job(moody, out, ["x"], nproc_per_node=2))
     assert not out.exists()
 
 

@@ -65,6 +65,8 @@ def prepare_pipeline(
     error: BaseException | None = None
     prepared: PipelinedModel | None = None
     try:
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
         kwargs = _without_cache(model, dict(example_kwargs or {}))
         inputs = _checked_inputs(
             model, example_args, kwargs, num_chunks or link.size, num_chunks, checkpoint
