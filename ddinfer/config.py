@@ -443,17 +443,12 @@ def _fits(value: Any, expected: Any) -> bool:
     return isinstance(value, (int, float) if expected is float else origin or expected)
 
 
-@lru_cache(maxsize=1)
-def _hints() -> dict[str, Any]:
-    return get_type_hints(JobConfig)
-
-
 def _typed(name: str, value: Any, source: str) -> Any:
     import pydantic  # late: only where a file or the environment says something
 
     name = name.replace("-", "_")
     try:
-        return pydantic.TypeAdapter(_hints()[name]).validate_python(value)
+        return pydantic.TypeAdapter(_plain_types()[name]).validate_python(value)
     except pydantic.ValidationError as error:
         problem = error.errors()[-1]["msg"]
         raise UsageError(f"{source}: {name} = {value!r}: {problem}") from None

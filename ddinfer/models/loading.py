@@ -94,10 +94,10 @@ def _device(device: str | torch.device | None) -> torch.device:
 
     try:
         found = torch.device(CPU if device is None else device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UsageError(f"device {device}: {error}") from None
-    number = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= number:
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        number = torch.cuda.device_count()
         raise UsageError(f"device {found} is not there: this process sees {number} GPUs")
     return found
 
