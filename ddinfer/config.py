@@ -1,27 +1,22 @@
-"""`JobConfig`: everything a job can be told, and where it can be told it.
+"""`JobConfig`: everything a job can be told.
 
-A config file < ``DDINFER_*`` in the environment < the command line. The command line's options
-are derived from the dataclass by tyro, which takes ``--batch_size`` and ``--batch-size`` alike.
+The command line's options are derived from it by tyro, as cli/options.py says.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ddinfer.errors import UsageError
 from ddinfer.request import GIVEN_BY_DDINFER
-
-ENVIRONMENT_PREFIX = "DDINFER_"
 
 #: Options that are not part of the job: the secret one, and switches of a single run.
 _ONE_TIME = (
@@ -42,7 +37,12 @@ PLACEMENTS = ("auto", "balanced", "staged")
 RESERVED_CALL_ARGUMENTS = {"prompt": "prompts come from --prompt or --prompts", **GIVEN_BY_DDINFER}
 
 
-def _parse_json_object(text: str) -> dict[str, Any]:
+def parse_json_object(text: str) -> dict[str, Any]:
+    """What an option says as JSON.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -78,7 +78,7 @@ def _json_object() -> Any:
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="JSON",
-        instance_from_str=lambda args: _parse_json_object(args[0]),
+        instance_from_str=lambda args: parse_json_object(args[0]),
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [json.dumps(value)],
     )
@@ -272,7 +272,7 @@ class JobConfig:
 class _Checks:
     def types(self, config: JobConfig) -> None:
         """What a program gives; files, the environment and options are converted before."""
-        for name, expected in _plain_types().items():
+        for name, expected in field_types().items():
             value = getattr(config, name)
             if isinstance(value, os.PathLike) and _fits("", expected):
                 object.__setattr__(config, name, os.fspath(value))
@@ -323,104 +323,8 @@ class _Checks:
             )
 
 
-def option_names() -> list[str]:
-    """Names of all fields, as options and config files spell them."""
-    return [f.name for f in fields(JobConfig)]
-
-
-def parse_config(
-    argv: Sequence[str], environ: Mapping[str, str] | None = None, *, prog: str = "ddinfer"
-) -> JobConfig:
-    """Resolve file < environment < command line.
-
-    Raises:
-        UsageError: an unknown key or variable, or a value of the wrong type.
-        SystemExit: from tyro, with code 2 for a bad option and 0 for ``--help``.
-    """
-    environ = os.environ if environ is None else environ
-    path = _option_value(argv, "config") or environ.get(ENVIRONMENT_PREFIX + "CONFIG")
-    layers = _read_file(path) if path else {}
-    layers = _overlay(layers, _read_environment(environ))
-    prompts_below = {k: layers.pop(k) for k in ("prompt", "prompts") if k in layers}
-    import tyro
-
-    given = tyro.cli(
-        JobConfig, prog=prog, args=list(argv), default=JobConfig(**layers), use_underscores=True
-    )
-    if not given.prompt and given.prompts is None:
-        given = replace(given, **prompts_below)
-    return given
-
-
-def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` wins; naming prompts in one way drops the other way named below."""
-    if "prompt" in above or "prompts" in above:
-        below = {k: v for k, v in below.items() if k not in ("prompt", "prompts")}
-    return {**below, **above}
-
-
-def _option_value(argv: Sequence[str], name: str) -> str | None:
-    found = None
-    for k, word in enumerate(argv):
-        if word == f"--{name}" and k + 1 < len(argv):
-            found = argv[k + 1]
-        elif word.startswith(f"--{name}="):
-            found = word.split("=", 1)[1]
-    return found
-
-
-def _read_file(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not YAML or JSON: {error}") from None
-    if isinstance(data, dict) and "fingerprint" in data and "config" in data:
-        data = data["config"]  # a job.json
-    if not isinstance(data, dict):
-        raise UsageError(
-            f"--config {path}: expected a mapping of options, got {type(data).__name__}"
-        )
-    return {_known(str(k), f"{path}: ", ""): _typed(str(k), v, path) for k, v in data.items()}
-
-
-def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    out = {}
-    for variable, text in environ.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
-            continue
-        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-        name = _known(name, "environment variable ", ENVIRONMENT_PREFIX)
-        value: Any = text
-        if name == "prompt":
-            value = [text]
-        elif name == "pipeline_kwargs":
-            try:
-                value = _parse_json_object(text)
-            except ValueError as error:
-                raise UsageError(f"{variable}: {error}") from None
-        out[name] = _typed(name, value, variable)
-    return out
-
-
-def _known(name: str, where: str, prefix: str) -> str:
-    plain = name.replace("-", "_")
-    if plain in option_names() and plain != "config":
-        return plain
-    if prefix and plain == "config":
-        return plain
-    close = difflib.get_close_matches(plain, option_names(), n=1)
-    spelt = (prefix + close[0].upper() if prefix else close[0]) if close else ""
-    hint = f"; did you mean {spelt}?" if close else "; ddinfer --help lists the options"
-    found = prefix + name.upper() if prefix else repr(name)
-    raise UsageError(f"{where}{found} is not an option{hint}")
-
-
 @lru_cache(maxsize=1)
-def _plain_types() -> dict[str, Any]:
+def field_types() -> dict[str, Any]:
     """Field → its type, without what tyro wants to know of it, and so without tyro."""
     of_tyro = (_arg, _may_be_repeated, _json_object)
     return get_type_hints(
@@ -441,14 +345,3 @@ def _fits(value: Any, expected: Any) -> bool:
     if isinstance(value, bool):
         return expected is bool
     return isinstance(value, (int, float) if expected is float else origin or expected)
-
-
-def _typed(name: str, value: Any, source: str) -> Any:
-    import pydantic  # late: only where a file or the environment says something
-
-    name = name.replace("-", "_")
-    try:
-        return pydantic.TypeAdapter(_plain_types()[name]).validate_python(value)
-    except pydantic.ValidationError as error:
-        problem = error.errors()[-1]["msg"]
-        raise UsageError(f"{source}: {name} = {value!r}: {problem}") from None

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddinfer.config import JobConfig, parse_config
+from ddinfer.cli.options import parse_config
+from ddinfer.config import JobConfig
 from ddinfer.errors import UsageError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddinfer.cli import COMMANDS
-from ddinfer.config import parse_config
+from ddinfer.cli.options import parse_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -10,8 +10,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ddinfer.cli.options import parse_config
 from ddinfer.cli.process import own_process
-from ddinfer.config import JobConfig, parse_config
+from ddinfer.config import JobConfig
 from ddinfer.errors import EXIT_OK, InputError
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ddinfer.config import JobConfig, parse_config
+from ddinfer.cli.options import parse_config
+from ddinfer.config import JobConfig
 from ddinfer.errors import EXIT_OK, UsageError
 
 FILES = {"slurm": "slurm.sbatch", "k8s": "k8s.yaml", "torchrun": "torchrun.sh"}

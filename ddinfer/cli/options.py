@@ -1,0 +1,126 @@
+"""Where a `JobConfig` comes from: a config file < ``DDINFER_*`` in the environment < options.
+
+The options are derived from the dataclass by tyro, which takes ``--batch_size`` and
+``--batch-size`` alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from ddinfer.config import JobConfig, field_types, parse_json_object
+from ddinfer.errors import UsageError
+
+ENVIRONMENT_PREFIX = "DDINFER_"
+
+
+def parse_config(
+    argv: Sequence[str], environ: Mapping[str, str] | None = None, *, prog: str = "ddinfer"
+) -> JobConfig:
+    """Resolve file < environment < command line.
+
+    Raises:
+        UsageError: an unknown key or variable, or a value of the wrong type.
+        SystemExit: from tyro, with code 2 for a bad option and 0 for ``--help``.
+    """
+    environ = os.environ if environ is None else environ
+    path = _option_value(argv, "config") or environ.get(ENVIRONMENT_PREFIX + "CONFIG")
+    layers = _read_file(path) if path else {}
+    layers = _overlay(layers, _read_environment(environ))
+    prompts_below = {k: layers.pop(k) for k in ("prompt", "prompts") if k in layers}
+    import tyro
+
+    given = tyro.cli(
+        JobConfig, prog=prog, args=list(argv), default=JobConfig(**layers), use_underscores=True
+    )
+    if not given.prompt and given.prompts is None:
+        given = replace(given, **prompts_below)
+    return given
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` wins; naming prompts in one way drops the other way named below."""
+    if "prompt" in above or "prompts" in above:
+        below = {k: v for k, v in below.items() if k not in ("prompt", "prompts")}
+    return {**below, **above}
+
+
+def _option_value(argv: Sequence[str], name: str) -> str | None:
+    found = None
+    for k, word in enumerate(argv):
+        if word == f"--{name}" and k + 1 < len(argv):
+            found = argv[k + 1]
+        elif word.startswith(f"--{name}="):
+            found = word.split("=", 1)[1]
+    return found
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not YAML or JSON: {error}") from None
+    if isinstance(data, dict) and "fingerprint" in data and "config" in data:
+        data = data["config"]  # a job.json
+    if not isinstance(data, dict):
+        raise UsageError(
+            f"--config {path}: expected a mapping of options, got {type(data).__name__}"
+        )
+    return {_known(str(k), f"{path}: ", ""): _typed(str(k), v, path) for k, v in data.items()}
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    out = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        name = _known(name, "environment variable ", ENVIRONMENT_PREFIX)
+        value: Any = text
+        if name == "prompt":
+            value = [text]
+        elif name == "pipeline_kwargs":
+            try:
+                value = parse_json_object(text)
+            except ValueError as error:
+                raise UsageError(f"{variable}: {error}") from None
+        out[name] = _typed(name, value, variable)
+    return out
+
+
+def _known(name: str, where: str, prefix: str) -> str:
+    plain = name.replace("-", "_")
+    if plain in _option_names() and plain != "config":
+        return plain
+    if prefix and plain == "config":
+        return plain
+    close = difflib.get_close_matches(plain, _option_names(), n=1)
+    spelt = (prefix + close[0].upper() if prefix else close[0]) if close else ""
+    hint = f"; did you mean {spelt}?" if close else "; ddinfer --help lists the options"
+    found = prefix + name.upper() if prefix else repr(name)
+    raise UsageError(f"{where}{found} is not an option{hint}")
+
+
+def _typed(name: str, value: Any, source: str) -> Any:
+    import pydantic  # late: only where a file or the environment says something
+
+    name = name.replace("-", "_")
+    try:
+        return pydantic.TypeAdapter(field_types()[name]).validate_python(value)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[-1]["msg"]
+        raise UsageError(f"{source}: {name} = {value!r}: {problem}") from None
+
+
+def _option_names() -> list[str]:
+    """Names of all fields, as options and config files spell them."""
+    return [f.name for f in fields(JobConfig)]
