@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from ddinfer.distributed.gpus import num_cores
+from ddinfer.distributed.gpus import Gpus, num_cores
 from ddinfer.distributed.launch import launch
 from ddinfer.distributed.process_group import process_group
 from ddinfer.distributed.server import RankServer
@@ -101,6 +102,89 @@ def test_a_server_that_is_not_needed_is_gone_once_closed():
 def test_more_ranks_than_one_message_takes_file_descriptors(monkeypatch):
     monkeypatch.setattr("ddinfer.distributed.server.FDS_AT_ONCE", 2)
     assert launch(own_number, nproc_per_node=3, device="cpu", num_threads=1) == [0, 1, 2]
+
+
+def after_opening_cuda(world):
+    import torch
+
+    found = {
+        "parent": os.getppid(),
+        "lost": torch.cuda._is_in_bad_fork(),
+        "counts by nvml": os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK"),
+        "counted by nvml": getattr(sys.modules.get("tests.opens_cuda"), "COUNTED_BY_NVML", None),
+        "children end with it": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
+    }
+    with process_group(world) as group:
+        return group.all_gather_object((world.rank, world.device, found))
+
+
+OPENS_CUDA = ("torch", "tests.opens_cuda")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """As the launcher sees them; the ranks look for themselves."""
+    monkeypatch.setattr(Gpus, "probe", lambda *_: Gpus(usable=2, present=2))
+
+
+def test_what_is_imported_before_the_fork_counts_gpus_without_opening_cuda(two_gpus, capfd):
+    told = launch(after_opening_cuda, nproc_per_node=2, device="cpu", preload=OPENS_CUDA)
+    assert told[0] == told[1]
+    (_, _, first), (_, _, second) = told[0]
+    assert first == second
+    assert (first["counted by nvml"], first["counts by nvml"]) == ("1", None)
+    assert first["lost"]  # it was forked, as a job on the CPU may be
+    assert "opened CUDA" not in capfd.readouterr().err
+
+
+def test_ranks_start_anew_where_a_fork_has_lost_the_gpus(two_gpus, monkeypatch, capfd):
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")  # the user's own word stands
+    told = launch(
+        after_opening_cuda, nproc_per_node=2, device="auto", preload=OPENS_CUDA, num_threads=1
+    )
+    assert told[0] == told[1]
+    (zero, device, first), (one, _, second) = told[0]
+    assert (zero, one, device) == (0, 1, "cpu")
+    assert first == second
+    assert first == {
+        "parent": first["parent"],
+        "lost": False,
+        "counts by nvml": "0",
+        "counted by nvml": None,
+        "children end with it": True,
+    }
+    assert "has opened CUDA (torch, tests.opens_cuda; is NVML missing?)" in capfd.readouterr().err
+
+
+def test_a_rank_that_started_anew_dies_as_any_other(two_gpus):
+    with pytest.raises(RankError, match=r"rank 1 .*SIGKILL"):
+        launch(kill_the_second, nproc_per_node=2, device="auto", preload=OPENS_CUDA)
+    with pytest.raises(RankError, match=r"rank 0 .*no such picture"):
+        launch(raise_on_the_first, nproc_per_node=2, device="auto", preload=OPENS_CUDA)
+
+
+def kill_the_second(world):
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raise_on_the_first(world):
+    if world.rank == 0:
+        raise ValueError("no such picture")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_ranks_use_the_gpu_after_diffusers_was_imported_before_the_fork(capfd):
+    preload = ("transformers", "torch", "torch.distributed", "diffusers", "ddinfer.run")
+    forked, total = launch(add_on_the_gpu, nproc_per_node=1, device="cuda", preload=preload)[0]
+    assert (forked, total) == (True, 3.0)
+    assert "opened CUDA" not in capfd.readouterr().err
+
+
+def add_on_the_gpu(world):
+    is_forked = "diffusers" in sys.modules
+    return is_forked, torch.ones(3, device=world.device).sum().item()
 
 
 def own_number_late(world):

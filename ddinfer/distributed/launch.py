@@ -56,7 +56,8 @@ def launch(
         args: pickled to every rank.
         nproc_per_node: as on the command line; default: every GPU, else one rank.
         num_threads: CPU threads of each rank; default: ``OMP_NUM_THREADS``, else cores / ranks.
-        preload: modules that must not open a GPU when imported.
+        preload: modules. Where importing them opens a GPU, which no process can use that is forked
+            later, each rank is a new interpreter that imports for itself, and a note says so.
         before_fork: called once where ``preload`` was imported, to import more that depends on
             the job; picklable, and it opens no GPU, no connection and no thread. Where ranks are
             not forked it is not called, and what it raises is not told: the ranks will meet it.
@@ -84,7 +85,8 @@ def launch(
     gpus = Gpus() if device == "cpu" else Gpus.probe()
     wanted = count_ranks(nproc_per_node, gpus)
     num_ranks = default_ranks(device, gpus, gpus_per_rank) if wanted is None else wanted
-    pick_device(device, 0, num_ranks, gpus_per_rank, gpus=gpus)
+    if pick_device(device, 0, num_ranks, gpus_per_rank, gpus=gpus) == "cpu":
+        device = "cpu"
     threads = resolve_num_threads(num_threads, num_ranks)
     payload = _pickled(fn, args)
 

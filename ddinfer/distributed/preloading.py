@@ -30,8 +30,8 @@ def import_for_good(
     What fails here fails again where it is needed, and is told there.
 
     Args:
-        further: imports what depends on the job. Neither it nor the modules may open a GPU, a
-            connection or a thread: processes are forked after it.
+        further: imports what depends on the job. Neither it nor the modules may open a connection
+            or a thread: processes are forked after it.
         before_torch: called once, before torch's libraries are loaded, perhaps on that thread.
     """
     before = names[: names.index("torch")] if "torch" in names else names

@@ -294,10 +294,11 @@ def _raise_first(group: Group, error: BaseException) -> None:
 
 def _alone(world: World, join_seconds: float) -> Group:
     """Needs no peers, but a launcher that watches wants to know what its only rank does."""
-    if not world.launcher_hosts_store:
-        return Group.alone(world)
     import torch
 
+    _use_device(torch.device(world.device))
+    if not world.launcher_hosts_store:
+        return Group.alone(world)
     return Group(world, _own_store(world, join_seconds), device=torch.device(world.device))
 
 
@@ -346,8 +347,7 @@ def _join(world: World, join_seconds: float, control_seconds: float) -> Group:
             "See whether those ranks started, or give them more time to start",
         )
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        _use_device(device)
         dist.init_process_group(
             _backend(world),
             store=dist.PrefixStore("init", store),
@@ -366,6 +366,14 @@ def _join(world: World, join_seconds: float, control_seconds: float) -> Group:
         ) from error
     group.device_group = group.object_group = dist.group.WORLD
     return group
+
+
+def _use_device(device: torch.device) -> None:
+    """Make a GPU the current one, for kernels that do not ask where their tensors are."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _leave_store(group: Group) -> None:

@@ -16,12 +16,12 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import process, spawn
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from ddinfer.distributed.parent import end_with_parent, leave
 from ddinfer.distributed.preloading import import_for_good
@@ -30,9 +30,11 @@ from ddinfer.errors import EXIT_BUG, ErrorRecord, RankError, exit_code_of
 #: Runs in a bare interpreter whose first import must be ours: nothing from the current folder.
 BOOTSTRAP = (
     "import sys; sys.path[:] = {path!r}; "
-    "from ddinfer.distributed.rank_server import main; main({control}, {preload!r})"
+    "from ddinfer.distributed.rank_server import {function}; {function}{arguments!r}"
 )
 
+#: With 1, torch counts GPUs without CUDA (`torch.cuda.is_available`, PyTorch's "poison fork").
+_COUNT_BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 #: File descriptors in one message; the kernel takes at most 253.
 FDS_AT_ONCE = 64
@@ -46,6 +48,7 @@ class Start:
         payload: pickled ``(fn, args)``.
         before_fork: empty, or a pickled function that imports what only this launch needs.
         main: how the launcher's ``__main__`` is imported again, where ``fn`` comes from it.
+        device: ``cpu`` where no rank will use a GPU.
         environments: what each rank adds to the environment.
     """
 
@@ -75,15 +78,28 @@ class Outcome:
     blamed: RankError | None = None
 
 
-def main(control: int, modules: Sequence[str]) -> None:
+def serve(control: int, modules: Sequence[str]) -> None:
+    """The server's whole life.
+
+    Args:
+        control: file descriptor of its connection with the launcher.
+        modules: what to import before it is told more.
+    """
     end_with_parent()
     launcher = Connection(control)
-    import_for_good(modules, before_torch=lambda: os.environ.update(_hear(launcher)))
-    start: Start = _hear(launcher)
-    outcomes = _hear_files(launcher, len(start.environments))
-    if start.before_fork:
-        import_for_good((), partial(_call, start.before_fork))
-    _refuse_cuda(modules)
+    with _counting_gpus_without_cuda():
+        import_for_good(modules, before_torch=lambda: os.environ.update(_hear(launcher)))
+        start: Start = _hear(launcher)
+        outcomes = _hear_files(launcher, len(start.environments))
+        if start.before_fork:
+            import_for_good((), partial(_call, start.before_fork))
+    anew = start.device != "cpu" and _a_fork_has_lost_cuda()
+    if anew:
+        sys.stderr.write(
+            "ddinfer: note: what is imported before ranks are forked has opened CUDA "
+            f"({', '.join(modules)}; is NVML missing?), and no forked process could use a GPU: "
+            "every rank imports for itself, which takes some seconds more\n"
+        )
     ranks: dict[int, int] = {}
     wake, signalled = _pipe()
     signal.set_wakeup_fd(signalled)
@@ -95,6 +111,8 @@ def main(control: int, modules: Sequence[str]) -> None:
         pid = os.fork()
         if pid == 0:
             mine = outcomes.pop(rank)
+            if anew:
+                _become_rank_anew(rank, start, me, mine)
             _be_rank(rank, start, me, mine, (launcher.fileno(), wake, signalled, *outcomes))
         ranks[pid] = rank
         launcher.send_bytes(pickle.dumps(("started", rank, pid)))
@@ -161,20 +179,53 @@ def _pipe() -> tuple[int, int]:
     return ends
 
 
-def _refuse_cuda(modules: Sequence[str]) -> None:
-    """A forked process cannot use a GPU that its parent has opened."""
+@contextlib.contextmanager
+def _counting_gpus_without_cuda() -> Iterator[None]:
+    """Inside, looking for GPUs, as ``import diffusers`` does, leaves them to forked processes.
+
+    That needs NVML. Where it is missing torch asks CUDA all the same.
+    """
+    if _COUNT_BY_NVML in os.environ:
+        yield
+        return
+    os.environ[_COUNT_BY_NVML] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_COUNT_BY_NVML]
+
+
+def _a_fork_has_lost_cuda() -> bool:
+    """Whether a forked process could not use a GPU, since this one has opened CUDA."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        sys.stderr.write(
-            f"ddinfer: error: importing {', '.join(modules)} initialises CUDA, so that these "
-            "cannot be imported before the ranks are started; leave them out of preload=\n"
-        )
-        sys.stderr.flush()
-        os._exit(EXIT_BUG)
+    if torch is None:
+        return False
+    pid = os.fork()
+    if pid == 0:
+        os._exit(int(torch.cuda._is_in_bad_fork()))
+    return os.waitpid(pid, 0)[1] != 0
+
+
+def _become_rank_anew(rank: int, start: Start, server: int, outcome: int) -> NoReturn:
+    """Go on as the same process in a new interpreter, where nothing has been imported."""
+    said = os.memfd_create("ddinfer-rank", 0)
+    with os.fdopen(said, "wb", closefd=False) as file:
+        pickle.dump((rank, start, server, outcome), file)
+    os.lseek(said, 0, os.SEEK_SET)
+    os.set_inheritable(outcome, True)  # all other files close
+    code = BOOTSTRAP.format(path=sys.path, function=be_rank_anew.__name__, arguments=(said,))
+    os.execv(sys.executable, [*sys.orig_argv[:-1], code])
+
+
+def be_rank_anew(said: int) -> None:
+    with os.fdopen(said, "rb") as file:
+        rank, start, server, outcome = pickle.load(file)
+    os.set_inheritable(outcome, False)
+    _be_rank(rank, start, server, outcome, ())
 
 
 def _be_rank(rank: int, start: Start, server: int, outcome: int, close: Sequence[int]) -> None:
-    """A rank's whole life, in the forked process.
+    """A rank's whole life.
 
     Args:
         server: its process id.

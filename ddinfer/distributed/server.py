@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Pipe
 
-from ddinfer.distributed.rank_server import BOOTSTRAP, FDS_AT_ONCE, Start
+from ddinfer.distributed.rank_server import BOOTSTRAP, FDS_AT_ONCE, Start, serve
 
 #: What torchrun sets for its ranks. A nested launch must not hand it on: with
 #: ``TORCHELASTIC_USE_AGENT_STORE`` left in, nobody would host the new store.
@@ -37,7 +37,7 @@ class RankServer:
     ranks there will be. Used once. It ends with this process, however that ends.
 
     Args:
-        preload: modules that must not open a GPU when imported.
+        preload: modules. Where importing them opens a GPU, ranks are started anew, and slower.
     """
 
     def __init__(self, preload: Sequence[str] = ("torch", "torch.distributed")):
@@ -96,7 +96,7 @@ def without_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
 def _command(control: int, preload: Sequence[str]) -> list[str]:
     names = list(preload) if FORKS else []
     path = [os.path.abspath(p) if p else os.getcwd() for p in sys.path]
-    code = BOOTSTRAP.format(path=path, control=control, preload=names)
+    code = BOOTSTRAP.format(path=path, function=serve.__name__, arguments=(control, names))
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     return [sys.executable, *flags, "-c", code]
 
