@@ -584,4 +584,5 @@ def test_loading_to_a_gpu_needs_little_more_than_the_weights(tmp_path):
     weights = sum(p.nbytes for p in loaded.parameters())
     largest = max(p.nbytes for p in loaded.parameters())
     assert torch.cuda.max_memory_allocated() - before <= weights + largest + 300e6
-    assert all(p.device == torch.device("cuda:0") for p in loaded.parameters())
+    tensors = [*loaded.parameters(), *loaded.buffers()]
+    assert all(tensor.device == torch.device("cuda:0") for tensor in tensors)

@@ -212,7 +212,7 @@ def _fill_stage(
     own = _stages_of(name, opened.model, blocks, num_stages)[stage]
     foreign = tuple(f"{block}." for k, block in enumerate(blocks) if k not in own)
     opened.fill(lambda tensor: None if tensor.startswith(foreign) else device)
-    for module in opened.model.modules():  # those that no checkpoint holds
+    for module in opened.model.modules():  # those of other ranks' blocks, too
         for key, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[key] = buffer.to(device)

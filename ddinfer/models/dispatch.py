@@ -208,16 +208,14 @@ class _Carrier:
 
     def _load_resident(self, where: Mapping[str, str]) -> None:
         """Fills (from the checkpoint) or moves what lies on a computing device."""
-        unread = {name for name in where if self._get(name).is_meta}
+        before = {name: _home(self._get(name)) for name in where}
         if self.opened is not None and self.opened.stored:
             places = {name: torch.device(device) for name, device in where.items()}
             self.opened.fill(places.get)
         for name, device in where.items():
-            self._move(self._get(name), torch.device(device), name in unread)
+            self._move(self._get(name), torch.device(device), before[name])
 
-    def _move(self, tensor: torch.Tensor, device: torch.device, unread: bool) -> None:
-        """What was never in memory counts as having been on the host."""
-        before = torch.device(CPU) if unread else tensor.device
+    def _move(self, tensor: torch.Tensor, device: torch.device, before: torch.device) -> None:
         if before == spoken(device):
             return
         # The object stays the same, so that whoever holds it keeps holding the weight.
@@ -423,6 +421,11 @@ class _Carrier:
             return to_device(result, first)
 
         return enter
+
+
+def _home(tensor: torch.Tensor) -> torch.device:
+    """What was never in memory counts as having been on the host."""
+    return torch.device(CPU) if tensor.is_meta else tensor.device
 
 
 def _like(stand_in: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,8 @@ class OpenModel:
     def fill(self, device_of: Callable[[str], torch.device | None]) -> torch.nn.Module:
         """Reads every tensor to ``device_of(name)``; those for which it is ``None`` stay on meta.
 
+        Buffers that no checkpoint holds go there, too.
+
         Raises:
             CheckpointError: something that should be real is not.
         """
@@ -70,6 +72,11 @@ class OpenModel:
             for other in group if first is None else (name,):
                 set_tensor(self.model, other, made)
         self._retie(done, ties)
+        moved: dict[int, torch.Tensor] = {}  # one buffer may have two names
+        for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
+            device = device_of(name)
+            if name not in self.stored and device is not None and not buffer.is_meta:
+                set_tensor(self.model, name, moved.setdefault(id(buffer), buffer.to(device)))
         if len(order) == len(self.stored):
             finish_weight_norm(self.model)
             _assert_real(self.model)

@@ -1,0 +1,34 @@
+"""What CUDA would refuse, found without a GPU: pipelines on devices that only look like one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pretended_gpu import COMPILER, build
+from tests.tiny_pipelines import KINDS
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("pretended-gpu"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipeline_draws_on_gpus_what_it_draws_on_the_cpu(kind, library, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.pretended_gpu", library, tmp_path, kind],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    refused, *cases = (json.loads(line) for line in done.stdout.splitlines())
+    assert refused == {"refused": ["add", "matmul", "cat", "embedding", "conv"]}
+    assert [case["kind"] for case in cases] == [kind] * 4
+    assert {case["way"]: case["error"] for case in cases if case["error"]} == {}
+    # The same kernels, but attention and linear layers are put together otherwise.
+    assert max(case["apart"] for case in cases) < 1e-5
