@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddinfer.errors import UsageError
+from ddinfer.models.memory import complete_budgets
 from ddinfer.models.placement import (
     CPU,
     DISK,
@@ -414,6 +415,17 @@ def test_planning_looks_at_no_device(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", touched)
     monkeypatch.setattr(torch.cuda, "mem_get_info", touched)
     plan(root, {"cuda:0": 500_000, CPU: 10**9})
+
+
+def test_a_rank_asks_only_its_own_gpus_how_much_is_free(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda n: asked.append(n) or (10 + n, 99))
+    budgets = complete_budgets(None, [2, 3])
+    assert asked == [2, 3]
+    assert {d: size for d, size in budgets.items() if d != CPU} == {"cuda:2": 12, "cuda:3": 13}
+    assert set(complete_budgets(None)) == {"cuda:0", "cuda:1", "cuda:2", "cuda:3", CPU}
 
 
 def test_the_guides_flux_lies_on_two_16_gb_gpus_and_its_encoder_mostly_on_the_host():

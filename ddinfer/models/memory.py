@@ -19,23 +19,25 @@ def complete_budgets(
         gpus: those this process drives; the budgets' numbers count through them.
     """
     if max_memory is None:
-        free = free_gpu_bytes()
-        if gpus is not None:
-            free = {device: size for device, size in free.items() if int(device[5:]) in gpus}
-        return {**free, CPU: free_host_bytes()}
+        return {**free_gpu_bytes(gpus), CPU: free_host_bytes()}
     budgets = parse_max_memory(max_memory)
     if gpus is not None:
         budgets = {on_gpu(device, gpus): size for device, size in budgets.items()}
     return budgets if CPU in budgets else {**budgets, CPU: free_host_bytes()}
 
 
-def free_gpu_bytes() -> dict[str, int]:
-    """Every visible NVIDIA GPU → bytes that are free on it."""
+def free_gpu_bytes(gpus: Sequence[int] | None = None) -> dict[str, int]:
+    """Visible NVIDIA GPU → bytes that are free on it.
+
+    Args:
+        gpus: only these are asked (default: all): asking takes some hundred MB on each.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return {}
-    return {f"cuda:{n}": torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count())}
+    numbers = [n for n in range(torch.cuda.device_count()) if gpus is None or n in gpus]
+    return {f"cuda:{n}": torch.cuda.mem_get_info(n)[0] for n in numbers}
 
 
 def free_host_bytes() -> int:
