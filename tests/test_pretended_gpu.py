@@ -10,7 +10,7 @@ import pytest
 from tests.pretended_gpu import COMPILER, build
 from tests.tiny_pipelines import KINDS
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs Linux and a C++ compiler")
 
 ROOT = Path(__file__).parent.parent
 

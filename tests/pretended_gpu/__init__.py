@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import types
 from pathlib import Path
 
 import torch
 
 FIRST, SECOND = "privateuseone:0", "privateuseone:1"
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) if sys.platform == "linux" else None
 SOURCE = Path(__file__).with_name("device.cpp")
 
 
