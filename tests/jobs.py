@@ -1,6 +1,7 @@
 """Jobs of real processes, as the command line starts them, for tests that get in their way."""
 
-import subprocess
+import contextlib
+import threading
 import time
 
 from ddinfer.config import JobConfig
@@ -66,21 +67,30 @@ def wait_until(process, condition):
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def _killed_when_it_hangs(process):
+    """What is read from it inside ends in time."""
+    timer = threading.Timer(HANG_SECONDS, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def wait_for_words(process, *words):
     """Read what it says until a line has all of these → the lines; `end` gives the rest."""
     lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if all(word in line for word in words):
-            return "".join(lines)
+    with _killed_when_it_hangs(process):
+        for line in process.stderr:
+            lines.append(line)
+            if all(word in line for word in words):
+                return "".join(lines)
     raise AssertionError(f"{words} were never said, but: {''.join(lines)}")
 
 
 def end(process):
     """Wait for its end → (exit code, what it said and nobody has read yet)."""
-    err = process.stderr.read()
-    try:
-        return process.wait(timeout=HANG_SECONDS), err
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
+    with _killed_when_it_hangs(process):
+        err = process.stderr.read()
+        return process.wait(), err

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "engines": VALUES | {"request", "config", "distributed", "models", "parallel"},
     "prompt_fields": {"errors", "request"},
     "job": VALUES | {"request", "config", "prompts", "distributed", "tiny"},
-    "stopping": VALUES | {"distributed"},
+    "stopping": VALUES,
     "heartbeat": VALUES | {"distributed"},
     "recovery": VALUES | {"config", "distributed", "storage", "heartbeat"},
     "leader": None,
