@@ -20,9 +20,19 @@ if TYPE_CHECKING:
     from ddinfer.distributed.world import World
     from ddinfer.leader import RunReport
 
-#: Imported once, by the process from which all ranks are forked. transformers comes first since it
-#: can do without torch, whose libraries are read from the disk meanwhile.
-PRELOAD = ("transformers", "torch", "torch.distributed", "diffusers", "ddinfer.run")
+#: All libraries that are loaded when transformers is imported, if it is without torch.
+_FOR_TRANSFORMERS = ("numpy", "huggingface_hub.file_download", "jinja2", "PIL.Image", "regex")
+
+#: Imported once, by the process from which all ranks are forked. While transformers reads its own
+#: 1,600 source files, torch's libraries are linked.
+PRELOAD = (
+    *_FOR_TRANSFORMERS,
+    "transformers",
+    "torch",
+    "torch.distributed",
+    "diffusers",
+    "ddinfer.run",
+)
 
 #: Options with which no rank is started.
 _NO_LAUNCH = {"__help", "_h", "__print_config", "__dry_run"}

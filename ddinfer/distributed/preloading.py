@@ -24,8 +24,9 @@ def import_for_good(
     a fifth of their import, and find nothing. Afterwards it leaves alone what is there now, so
     that forked processes go on sharing it.
 
-    torch's libraries are read and linked on a thread as long as modules in front of it in
-    ``names`` are imported: that needs the disk, and no interpreter.
+    torch's libraries are linked on a thread while the module in front of it in ``names`` is
+    imported: that needs no interpreter. The linker does one thing at a time, so that module should
+    have no libraries to load, or have them loaded by those before it.
 
     What fails here fails again where it is needed, and is told there.
 
@@ -34,13 +35,15 @@ def import_for_good(
             or a thread: processes are forked after it.
         before_torch: called once, before torch's libraries are loaded, perhaps on that thread.
     """
-    before = names[: names.index("torch")] if "torch" in names else names
+    torch = names.index("torch") if "torch" in names else 0
+    beside = max(torch - 1, 0)
     was_on = gc.isenabled()
     gc.disable()
     try:
-        with _linking_torch(before_torch, beside=bool(before) and "torch" in names):
-            _import(before)
-        _import(names[len(before) :])
+        _import(names[:beside])
+        with _linking_torch(before_torch, beside=torch > 0):
+            _import(names[beside:torch])
+        _import(names[torch:])
         if further is not None:
             with contextlib.suppress(Exception):
                 further()
@@ -81,6 +84,10 @@ def _link_torch(first: Callable[[], object]) -> None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return
-    # Importing torch loads the same libraries, which are then there. What is missing it will say.
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(os.path.join(os.path.dirname(spec.origin), "lib", "libtorch_python.so"))
+    # Called as a C function it lets other threads run, as `ctypes.CDLL` does not. So it must be a
+    # library that does not know Python. Importing torch finds it there, or says what is missing.
+    dlopen = ctypes.CDLL(None).dlopen
+    dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+    dlopen(
+        os.fsencode(os.path.join(os.path.dirname(spec.origin), "lib", "libtorch.so")), os.RTLD_NOW
+    )
