@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.pretended_gpu import COMPILER, build
+from tests.pretended_gpu.jobs import PROMPTS
 from tests.tiny_pipelines import KINDS
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs Linux and a C++ compiler")
@@ -32,3 +33,24 @@ def test_a_pipeline_draws_on_gpus_what_it_draws_on_the_cpu(kind, library, tmp_pa
     assert {case["way"]: case["error"] for case in cases if case["error"]} == {}
     # The same kernels, but attention and linear layers are put together otherwise.
     assert max(case["apart"] for case in cases) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind == "sd" else pytest.param(kind, marks=pytest.mark.nightly) for kind in KINDS],
+)
+def test_jobs_on_gpus_make_the_images_of_a_job_on_the_cpu(kind, library, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.pretended_gpu.jobs", library, tmp_path, kind],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    cpu, *jobs = (json.loads(line) for line in done.stdout.splitlines())
+    assert cpu == {"job": "on the CPU", "device": "cpu", "images": len(PROMPTS), "apart": 0}
+    assert [job["job"] for job in jobs] == [
+        "two ranks", "in stages", "spread over two, host and disk", "cut over two ranks"
+    ]  # fmt: skip
+    for job in jobs:
+        assert job["device"] == "privateuseone"
+        assert job["images"] == len(PROMPTS)
+        assert job["apart"] <= 1, job  # a value between two steps may be rounded to either
