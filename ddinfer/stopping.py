@@ -94,7 +94,7 @@ class Stop:
             self.signal_number = number
 
     def _abandon(self, number: int, frame: FrameType | None) -> None:
-        if not self._is_abandoned:
+        if self.is_requested and not self._is_abandoned:
             self._is_abandoned = True
             self.raise_if_requested()
 

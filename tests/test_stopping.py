@@ -96,6 +96,13 @@ def test_a_signal_to_a_forked_child_ends_the_child_alone():
     assert end(process) == (0, "")
 
 
+def test_an_alarm_of_somebody_else_asks_for_nothing_and_spoils_nothing():
+    process = started(f"os.kill(os.getpid(), signal.SIGALRM)\n{READS_UNINTERRUPTED}")
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 75
+    assert process.stdout.read().startswith(": SIGTERM came")
+
+
 def test_signals_are_as_before_afterwards():
     process = started("""
     pass
