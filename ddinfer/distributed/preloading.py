@@ -35,15 +35,15 @@ def import_for_good(
             or a thread: processes are forked after it.
         before_torch: called once, before torch's libraries are loaded, perhaps on that thread.
     """
-    torch = names.index("torch") if "torch" in names else 0
-    beside = max(torch - 1, 0)
+    torch_at = names.index("torch") if "torch" in names else 0
+    beside_at = max(torch_at - 1, 0)
     was_on = gc.isenabled()
     gc.disable()
     try:
-        _import(names[:beside])
-        with _linking_torch(before_torch, beside=torch > 0):
-            _import(names[beside:torch])
-        _import(names[torch:])
+        _import(names[:beside_at])
+        with _linking_torch(before_torch, beside=torch_at > 0):
+            _import(names[beside_at:torch_at])
+        _import(names[torch_at:])
         if further is not None:
             with contextlib.suppress(Exception):
                 further()
@@ -88,6 +88,5 @@ def _link_torch(first: Callable[[], object]) -> None:
     # library that does not know Python. Importing torch finds it there, or says what is missing.
     dlopen = ctypes.CDLL(None).dlopen
     dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
-    dlopen(
-        os.fsencode(os.path.join(os.path.dirname(spec.origin), "lib", "libtorch.so")), os.RTLD_NOW
-    )
+    library = os.path.join(os.path.dirname(spec.origin), "lib", "libtorch.so")
+    dlopen(os.fsencode(library), os.RTLD_NOW)

@@ -1,7 +1,8 @@
 """``python -m tests.pretended_gpu.jobs LIBRARY FOLDER KIND``: whole jobs on pretended GPUs.
 
 Each makes the same images as a job on the CPU. Prints a line of JSON a job: the kind of device that
-its folder names, and how far its pictures are from the CPU's, in steps of 255.
+its folder names, how many different pictures it made, and how far they are from the CPU's, in steps
+of 255.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def main(library: str, scratch: Path, kind: str) -> None:
         expected = expected or made
         apart = max(int(np.abs(made[k].astype(int) - expected[k]).max()) for k in expected)
         identity = json.loads((output / "job.json").read_text())["identity"]
-        job = {"job": name, "device": identity["device"], "images": len(made), "apart": apart}
+        different = len({picture.tobytes() for picture in made.values()})
+        job = {"job": name, "device": identity["device"], "pictures": different, "apart": apart}
         print(json.dumps(job), flush=True)
 
 
