@@ -14,29 +14,29 @@ if TYPE_CHECKING:
     from ddinfer.config import JobConfig
     from ddinfer.distributed.launch import launch
     from ddinfer.distributed.world import World
-    from ddinfer.embed import generate, stream
-    from ddinfer.models.loading import load_pipeline
-    from ddinfer.models.placement import Placement, plan_placement
-    from ddinfer.parallel.prepare import prepare_pipeline
-    from ddinfer.request import Request, Result
-    from ddinfer.run import run_job
-    from ddinfer.splitting import (
+    from ddinfer.embed.generate import generate, stream
+    from ddinfer.embed.splitting import (
         first_rank_first,
         gather,
         is_first_rank,
         split,
         split_between_processes,
     )
+    from ddinfer.job.run import run_job
+    from ddinfer.models.loading import load_pipeline
+    from ddinfer.models.placement import Placement, plan_placement
+    from ddinfer.parallel.prepare import prepare_pipeline
+    from ddinfer.request import Request, Result
 
 _HOMES = {
-    "generate": "ddinfer.embed",
-    "stream": "ddinfer.embed",
-    "split": "ddinfer.splitting",
-    "split_between_processes": "ddinfer.splitting",
-    "gather": "ddinfer.splitting",
-    "is_first_rank": "ddinfer.splitting",
-    "first_rank_first": "ddinfer.splitting",
-    "run_job": "ddinfer.run",
+    "generate": "ddinfer.embed.generate",
+    "stream": "ddinfer.embed.generate",
+    "split": "ddinfer.embed.splitting",
+    "split_between_processes": "ddinfer.embed.splitting",
+    "gather": "ddinfer.embed.splitting",
+    "is_first_rank": "ddinfer.embed.splitting",
+    "first_rank_first": "ddinfer.embed.splitting",
+    "run_job": "ddinfer.job.run",
     "launch": "ddinfer.distributed.launch",
     "load_pipeline": "ddinfer.models.loading",
     "plan_placement": "ddinfer.models.placement",

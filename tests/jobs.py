@@ -5,7 +5,7 @@ import threading
 import time
 
 from ddinfer.config import JobConfig
-from ddinfer.run import run_job
+from ddinfer.job.run import run_job
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import verify
 from tests.kill_matrix import children

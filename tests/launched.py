@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from ddinfer.distributed.gpus import Gpus
+from ddinfer.distributed.devices import Gpus
 from ddinfer.distributed.launch import end_with_parent, launch, leave, plan_launch
 from ddinfer.distributed.process_group import process_group
 from ddinfer.distributed.world import World

@@ -273,7 +273,7 @@ def test_a_mistyped_name_is_told_before_torch_is_imported(words, tmp_path):
     told = run([sys.executable, "-X", "importtime", *MAIN[1:], *words, "-o", tmp_path / "o"])
     assert told.returncode == 2
     imported = {line.rpartition("|")[2].strip() for line in told.stderr.splitlines()}
-    assert "ddinfer.prompts" in imported
+    assert "ddinfer.prompts.files" in imported
     assert not {"torch", "diffusers", "transformers"} & imported
 
 

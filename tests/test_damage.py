@@ -14,7 +14,7 @@ import pytest
 from ddinfer.cli import dispatch
 from ddinfer.config import JobConfig
 from ddinfer.errors import StorageError, UsageError
-from ddinfer.run import run_job
+from ddinfer.job.run import run_job
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import verify
 from tests.jobs import STARTS, is_whole, job

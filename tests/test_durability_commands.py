@@ -6,7 +6,7 @@ import pytest
 
 from ddinfer.cli import dispatch
 from ddinfer.config import JobConfig
-from ddinfer.run import run_job
+from ddinfer.job.run import run_job
 from ddinfer.storage.files import Files
 from ddinfer.storage.lease import Lease
 from tests.moody_pipeline import moody_pipeline

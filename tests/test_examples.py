@@ -16,8 +16,8 @@ import torch.distributed as dist
 from PIL import Image
 
 import ddinfer
+from ddinfer.embed.splitting import split_between_processes
 from ddinfer.models.loading import load_pipeline
-from ddinfer.splitting import split_between_processes
 from tests.moody_pipeline import colour, moody_pipeline
 from tests.ranks import HANG_SECONDS, run_ranks
 from tests.tiny_pipelines import tiny_pipeline

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddinfer.distributed.gpus import Gpus, num_cores
+from ddinfer.distributed.devices import Gpus, num_cores
 from ddinfer.distributed.launch import launch
 from ddinfer.distributed.process_group import process_group
 from ddinfer.distributed.server import RankServer
@@ -174,7 +174,7 @@ def raise_on_the_first(world):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_ranks_use_the_gpu_after_diffusers_was_imported_before_the_fork(capfd):
-    preload = ("transformers", "torch", "torch.distributed", "diffusers", "ddinfer.run")
+    preload = ("transformers", "torch", "torch.distributed", "diffusers", "ddinfer.job.run")
     forked, total = launch(add_on_the_gpu, nproc_per_node=1, device="cuda", preload=preload)[0]
     assert (forked, total) == (True, 3.0)
     assert "opened CUDA" not in capfd.readouterr().err

@@ -19,23 +19,15 @@ MAY_IMPORT = {
     "_version": set(),
     "request": {"errors"},
     "config": {"errors", "request"},
-    "prompts": {"errors", "request", "prompt_fields"},
+    "prompts": {"errors", "request"},
     "storage": VALUES | {"request", "config"},
     "distributed": VALUES | {"request", "config"},
     "models": VALUES | {"request", "config", "tiny"},
     "tiny": VALUES | {"request"},
     "parallel": VALUES | {"request", "distributed", "models"},
     "engines": VALUES | {"request", "config", "distributed", "models", "parallel"},
-    "prompt_fields": {"errors", "request"},
-    "job": VALUES | {"request", "config", "prompts", "distributed", "tiny"},
-    "stopping": VALUES,
-    "heartbeat": VALUES | {"distributed"},
-    "recovery": VALUES | {"config", "distributed", "storage", "heartbeat"},
-    "leader": None,
-    "run": None,
+    "job": None,
     "embed": None,
-    "lending": VALUES,
-    "splitting": VALUES | {"distributed"},
     "cli": None,
     "main": {"cli"},
     "__main__": {"main"},
@@ -43,9 +35,8 @@ MAY_IMPORT = {
 }
 #: What None (anything below) must still not reach up to.
 NEVER = {
-    "leader": {"run", "cli", "main", "embed"},
-    "run": {"cli", "main", "embed"},
-    "embed": {"cli", "main", "run", "leader", "job", "storage"},
+    "job": {"cli", "main", "embed"},
+    "embed": {"cli", "main", "job", "storage"},
 }
 DIFFUSION = {"models", "parallel", "engines", "tiny"}
 

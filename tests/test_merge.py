@@ -12,8 +12,8 @@ import pytest
 from ddinfer.cli import dispatch
 from ddinfer.config import JobConfig
 from ddinfer.errors import StorageError, UsageError
-from ddinfer.job import Job
-from ddinfer.run import run_job
+from ddinfer.job.prepare import Job
+from ddinfer.job.run import run_job
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
 from ddinfer.storage.job_folder import JobDescription, JobFolder, start_writer

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ddinfer.distributed.gpus import Gpus
+from ddinfer.distributed.devices import Gpus
 from ddinfer.distributed.plan import plan_launch
 from ddinfer.errors import UsageError
 from tests.test_world import CPU_BUILD, FOUR, NONE, environment

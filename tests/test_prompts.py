@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ddinfer.errors import InputError
-from ddinfer.prompts import prompt_from_fields, read_prompts, read_requests
+from ddinfer.prompts.files import prompt_from_fields, read_prompts, read_requests
 
 DATA = Path(__file__).parent / "data"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ddinfer.config import JobConfig
-from ddinfer.distributed.board import Failure
+from ddinfer.distributed.peers import Failure
 from ddinfer.errors import EXIT_FAILED_PROMPTS, ErrorRecord, RankError, UsageError
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import verify
@@ -18,7 +18,7 @@ from tests.jobs import job as words_of_job
 from tests.moody_pipeline import moody_pipeline
 from tests.moody_ring import colour, moody_ring
 from tests.test_cli import MAIN, ROOT, TORCHRUN, images, run, start, status
-from tests.test_recovery import rank_processes
+from tests.test_restarts import rank_processes
 from tests.test_run import file_bytes, job, lines, pixels
 from tests.test_run import run as run_job_on_ranks
 from tests.tiny_pipelines import call_arguments, tiny_pipeline

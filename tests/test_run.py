@@ -10,8 +10,8 @@ from PIL import Image, ImageSequence
 
 from ddinfer.config import JobConfig
 from ddinfer.errors import EXIT_FAILED_PROMPTS, RankError, UsageError
+from ddinfer.job.run import run_job
 from ddinfer.models.loading import load_pipeline
-from ddinfer.run import run_job
 from ddinfer.tiny.check import shows
 from tests.moody_pipeline import colour, moody_pipeline
 from tests.ranks import run_ranks

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import ddinfer
+from ddinfer.embed.splitting import _kept_rows
 from ddinfer.errors import RankError, UsageError
-from ddinfer.splitting import _kept_rows
 from tests.ranks import rank_environment, run_ranks
 
 

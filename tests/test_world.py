@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ddinfer.distributed.gpus import Gpus, resolve_num_threads
+from ddinfer.distributed.devices import Gpus, resolve_num_threads
 from ddinfer.distributed.world import RANK_VARIABLES, World, from_environment
 from ddinfer.errors import UsageError
 from tests.ranks import run_ranks

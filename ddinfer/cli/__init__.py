@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from ddinfer.cli.process import quiet_libraries
+from ddinfer.cli.logging import quiet_libraries
 from ddinfer.errors import (
     ENDS_THE_JOB,
     EXIT_CTRL_C,

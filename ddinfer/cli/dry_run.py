@@ -12,7 +12,7 @@ from ddinfer.distributed.replica import Replica
 from ddinfer.engines.select import check_placement, check_stages
 from ddinfer.engines.whole import check_call
 from ddinfer.errors import EXIT_OK
-from ddinfer.job import prepare_job, resolve_model
+from ddinfer.job.prepare import prepare_job, resolve_model
 from ddinfer.models.signature import call_parameters, pipeline_class
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import estimate_disk

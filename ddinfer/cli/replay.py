@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ddinfer.cli.files import check_can_write
-from ddinfer.cli.process import own_process
+from ddinfer.cli.logging import own_process
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, UsageError
-from ddinfer.job import library_versions, resolve_model
+from ddinfer.job.prepare import library_versions, resolve_model
 from ddinfer.models.fingerprint import model_fingerprint
 from ddinfer.models.repository import pipeline_folder
 from ddinfer.request import Request

@@ -10,15 +10,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ddinfer.cli.logging import own_process
 from ddinfer.cli.options import parse_config
-from ddinfer.cli.process import own_process
 from ddinfer.config import JobConfig
 from ddinfer.errors import EXIT_OK, InputError
 
 if TYPE_CHECKING:
     from ddinfer.distributed.server import RankServer
     from ddinfer.distributed.world import World
-    from ddinfer.leader import RunReport
+    from ddinfer.job.leader import RunReport
 
 #: All libraries that are loaded when transformers is imported, if it is without torch.
 _FOR_TRANSFORMERS = ("numpy", "huggingface_hub.file_download", "jinja2", "PIL.Image", "regex")
@@ -31,7 +31,7 @@ PRELOAD = (
     "torch",
     "torch.distributed",
     "diffusers",
-    "ddinfer.run",
+    "ddinfer.job.run",
 )
 
 #: Options with which no rank is started.
@@ -76,8 +76,8 @@ def run_configured(
     """
     config = config.with_absolute_paths()
 
-    from ddinfer.distributed.parent import end_with_parent
     from ddinfer.distributed.plan import plan_launch
+    from ddinfer.distributed.process import end_with_parent
     from ddinfer.distributed.replica import Replica
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -109,9 +109,9 @@ def _check_names(config: JobConfig) -> None:
     Raises:
         UsageError: there is no such prompt file or folder of a model.
     """
-    from ddinfer.job import resolve_model
+    from ddinfer.job.prepare import resolve_model
     from ddinfer.models.repository import local_folder
-    from ddinfer.prompts import kind_of_prompt_file
+    from ddinfer.prompts.files import kind_of_prompt_file
 
     local_folder(resolve_model(config)[0])
     if config.prompts not in (None, "-"):
@@ -136,9 +136,9 @@ def _with_prompts_read(config: JobConfig) -> tuple[JobConfig, bytes | None]:
 
 def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int:
     """This process is a rank: of torchrun's, or the only one."""
-    from ddinfer.distributed.parent import leave
-    from ddinfer.distributed.preloading import import_for_good
-    from ddinfer.stopping import Stop
+    from ddinfer.distributed.preload import import_for_good
+    from ddinfer.distributed.process import leave
+    from ddinfer.job.shutdown import Stop
 
     speaks = os.environ.get("RANK", "0") == "0"
     with Stop(config.grace_seconds, says_so=speaks).on_signals() as stop:
@@ -146,7 +146,7 @@ def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int
         import_for_good(PRELOAD, partial(import_model_classes, config))
         from ddinfer.cli.summary import print_summary
         from ddinfer.distributed.world import World
-        from ddinfer.run import run_job
+        from ddinfer.job.run import run_job
 
         world = World.detect(config.device, gpus_per_rank=config.gpus_per_rank)
         own_process(world.rank)
@@ -164,8 +164,8 @@ def _run_in_ranks(
     retry_failed: bool,
     server: RankServer | None,
 ) -> int:
-    from ddinfer.distributed.parent import leave
-    from ddinfer.recovery import launch_until_done
+    from ddinfer.distributed.process import leave
+    from ddinfer.job.restarts import launch_until_done
 
     reports = launch_until_done(
         run_on_rank,
@@ -188,7 +188,7 @@ def _run_in_ranks(
 
 def import_model_classes(config: JobConfig) -> None:
     """Import the classes of the job's model, before its ranks are forked."""
-    from ddinfer.job import resolve_model
+    from ddinfer.job.prepare import resolve_model
     from ddinfer.models.classes import import_classes
 
     import_classes(resolve_model(config)[0], config.revision)
@@ -198,8 +198,8 @@ def run_on_rank(
     world: World, config: JobConfig, stdin: bytes | None, retry_failed: bool
 ) -> RunReport:
     """What every rank that we launch does."""
-    from ddinfer.run import run_job
-    from ddinfer.stopping import Stop
+    from ddinfer.job.run import run_job
+    from ddinfer.job.shutdown import Stop
 
     with Stop(config.grace_seconds, says_so=world.rank == 0).on_signals() as stop:
         own_process(world.rank)

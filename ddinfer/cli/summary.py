@@ -6,7 +6,7 @@ import json
 import sys
 
 from ddinfer.distributed.progress import duration, evenness
-from ddinfer.leader import RunReport
+from ddinfer.job.leader import RunReport
 
 
 def print_summary(report: RunReport, *, as_json: bool) -> None:

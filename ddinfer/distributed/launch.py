@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from multiprocessing import process
 from typing import Any, Literal
 
-from ddinfer.distributed.gpus import Gpus, openmp_environment
-from ddinfer.distributed.gpus import resolve_num_threads as resolve_num_threads
-from ddinfer.distributed.parent import end_with_parent as end_with_parent
-from ddinfer.distributed.parent import leave as leave
+from ddinfer.distributed.devices import Gpus, openmp_environment
+from ddinfer.distributed.devices import resolve_num_threads as resolve_num_threads
 from ddinfer.distributed.plan import LaunchPlan as LaunchPlan
 from ddinfer.distributed.plan import count_ranks, default_ranks
 from ddinfer.distributed.plan import plan_launch as plan_launch
+from ddinfer.distributed.process import end_with_parent as end_with_parent
+from ddinfer.distributed.process import leave as leave
 from ddinfer.distributed.rank_server import Start
 from ddinfer.distributed.server import FORKS, RankServer
 from ddinfer.distributed.supervise import Interrupted as Interrupted

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ddinfer.distributed.gpus import Gpus
+from ddinfer.distributed.devices import Gpus
 from ddinfer.distributed.world import (
     World,
     check_gpus_suffice,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ddinfer.distributed.board import Board, Failure, StoreLost
+from ddinfer.distributed.peers import Board, Failure, StoreLost
 from ddinfer.distributed.store import loopback_store as loopback_store
 from ddinfer.distributed.store import on_loopback, open_store
 from ddinfer.distributed.world import World, from_environment

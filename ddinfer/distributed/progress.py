@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TextIO
 
-from ddinfer.distributed.board import StoreLost
+from ddinfer.distributed.peers import StoreLost
 from ddinfer.distributed.process_group import Group
 
 #: Seconds between two looks at the counters on a terminal.

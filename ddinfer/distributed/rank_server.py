@@ -23,8 +23,8 @@ from multiprocessing import process, spawn
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from ddinfer.distributed.parent import end_with_parent, leave
-from ddinfer.distributed.preloading import import_for_good
+from ddinfer.distributed.preload import import_for_good
+from ddinfer.distributed.process import end_with_parent, leave
 from ddinfer.errors import EXIT_BUG, ErrorRecord, RankError, exit_code_of
 
 #: Runs in a bare interpreter whose first import must be ours: nothing from the current folder.

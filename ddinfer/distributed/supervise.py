@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ddinfer.distributed.board import OBITUARY_SECONDS, Board, Failure
+from ddinfer.distributed.peers import OBITUARY_SECONDS, Board, Failure
 from ddinfer.distributed.rank_server import Outcome, Start
 from ddinfer.distributed.server import RankServer
 from ddinfer.errors import EXIT_INTERRUPTED, DdinferError

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ddinfer.distributed.gpus import Gpus
+from ddinfer.distributed.devices import Gpus
 from ddinfer.errors import UsageError
 
 #: What torchrun sets, and every rank needs. All of them or none.

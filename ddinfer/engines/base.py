@@ -13,7 +13,7 @@ Batch = Sequence[Request]
 
 
 class Listener(Protocol):
-    """Who wants to hear that an engine moves; see `ddinfer.heartbeat`."""
+    """Who wants to hear that an engine moves; see `ddinfer.job.watchdog`."""
 
     def listen_to(self, pipe: Any, denoiser: Any = None) -> None: ...
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddinfer.distributed.parent import leave
+from ddinfer.distributed.process import leave
 from ddinfer.models.loading import load_pipeline
 from ddinfer.models.placement import Placement, plan_placement
 from tests.pretended_gpu import FIRST, SECOND, register

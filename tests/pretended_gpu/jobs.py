@@ -21,8 +21,8 @@ from PIL import Image, ImageSequence
 import ddinfer
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
+from ddinfer.job.run import run_job
 from ddinfer.models.placement import plan_placement
-from ddinfer.run import run_job
 from tests.pretended_gpu import FIRST, SECOND, register
 from tests.tiny_pipelines import call_arguments, tiny_pipeline
 

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ddinfer.distributed.board import Board, Failure, StoreLost
-from ddinfer.distributed.parent import leave
+from ddinfer.distributed.peers import Board, Failure, StoreLost
+from ddinfer.distributed.process import leave
 from ddinfer.distributed.process_group import Group
 from ddinfer.errors import EXIT_INTERRUPTED, ErrorRecord
 

@@ -18,6 +18,7 @@ from ddinfer.config import RESERVED_CALL_ARGUMENTS
 from ddinfer.distributed.collectives import place_by_index, require_same
 from ddinfer.distributed.partition import contiguous_slice, cut_batches
 from ddinfer.distributed.process_group import Group
+from ddinfer.embed.inference_state import borrowed
 from ddinfer.engines.base import Batch
 from ddinfer.engines.lockstep import (
     LockstepEngine,
@@ -27,8 +28,7 @@ from ddinfer.engines.lockstep import (
 )
 from ddinfer.engines.whole import WholeEngine, check_call
 from ddinfer.errors import PromptsFailed, UsageError
-from ddinfer.lending import borrowed
-from ddinfer.prompts import prompt_from_fields
+from ddinfer.prompts.files import prompt_from_fields
 from ddinfer.request import Prompt, Request, Result, canonical_json, resolve_requests
 
 PromptLike = str | Mapping[str, Any] | Request

@@ -10,11 +10,11 @@ from tests.test_cli import start
 
 CHILD = """
 import ctypes, os, signal, time
-import ddinfer.stopping
+import ddinfer.job.shutdown
 from ddinfer.errors import Stopped
-from ddinfer.stopping import Stop
+from ddinfer.job.shutdown import Stop
 
-ddinfer.stopping.OVERDUE_SECONDS = 0.5
+ddinfer.job.shutdown.OVERDUE_SECONDS = 0.5
 with Stop({grace}, says_so=True).on_signals() as stop:
     {body}
 """

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from ddinfer.cli.status import lines_of, status_of
-from ddinfer.heartbeat import BEAT_SECONDS, WARN_SECONDS
+from ddinfer.job.watchdog import BEAT_SECONDS, WARN_SECONDS
 from ddinfer.storage.files import Files
 from ddinfer.storage.lease import read_holder
 from ddinfer.storage.verify import verify
@@ -173,7 +173,7 @@ def test_a_second_signal_ends_at_once(moody, tmp_path, name):
 
 def test_library_functions_install_no_handlers(moody, tmp_path):
     from ddinfer.config import JobConfig
-    from ddinfer.run import run_job
+    from ddinfer.job.run import run_job
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
     before = [signal.getsignal(number) for number in numbers]
@@ -247,7 +247,7 @@ def test_a_slow_rank_alone_ends_no_job(moody, tmp_path):
 def test_a_denoiser_is_heard(tmp_path):
     from ddinfer.distributed.process_group import Group
     from ddinfer.engines.whole import WholeEngine
-    from ddinfer.heartbeat import Heartbeat
+    from ddinfer.job.watchdog import Heartbeat
     from ddinfer.models.loading import load_pipeline
     from tests.tiny_pipelines import call_arguments, tiny_pipeline
 
@@ -260,7 +260,7 @@ def test_a_denoiser_is_heard(tmp_path):
 
 
 def test_silence_is_a_word_and_an_activity_that_stay_the_same():
-    from ddinfer.heartbeat import _Watch
+    from ddinfer.job.watchdog import _Watch
 
     watch = _Watch()
 
@@ -278,7 +278,7 @@ def test_silence_is_a_word_and_an_activity_that_stay_the_same():
 
 
 def test_a_rank_that_stands_still_while_it_decodes_is_said_to_decode():
-    from ddinfer.heartbeat import _Watch
+    from ddinfer.job.watchdog import _Watch
 
     watch = _Watch()
     watch.silence(b"7 decoding prompt 3", "running prompt 3")

@@ -13,7 +13,7 @@ from typing import Any
 from ddinfer._version import __version__
 from ddinfer.config import JobConfig
 from ddinfer.distributed.collectives import place_by_index
-from ddinfer.distributed.gpus import resolve_num_threads
+from ddinfer.distributed.devices import resolve_num_threads
 from ddinfer.distributed.partition import slice_of_batches
 from ddinfer.distributed.progress import RankTimes, evenness
 from ddinfer.distributed.world import World
@@ -21,19 +21,19 @@ from ddinfer.engines.base import Batch
 from ddinfer.engines.select import check_placement, check_stages
 from ddinfer.engines.whole import check_call, gpu_numbers
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, StorageError, exit_code_of
-from ddinfer.job import (
+from ddinfer.job.prepare import (
     job_identity,
     job_of_folder,
     library_versions,
     prepare_job,
     resolve_model,
 )
+from ddinfer.job.restarts import attempt_id
 from ddinfer.models.fingerprint import model_fingerprint
 from ddinfer.models.repository import pipeline_folder, scheduler_name
 from ddinfer.models.signature import call_parameters, pipeline_class
-from ddinfer.recovery import attempt_id
 from ddinfer.request import Result
-from ddinfer.storage.deaths import hopeless_prompts, record_deaths, split_suspects
+from ddinfer.storage.crashes import hopeless_prompts, record_deaths, split_suspects
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobDescription, JobFolder, read_job
 from ddinfer.storage.job_record import Shard

@@ -19,7 +19,7 @@ from ddinfer import tiny
 from ddinfer.config import RESERVED_CALL_ARGUMENTS, JobConfig
 from ddinfer.distributed.partition import contiguous_slice, cut_batches
 from ddinfer.errors import UsageError
-from ddinfer.prompts import read_prompts
+from ddinfer.prompts.files import read_prompts
 from ddinfer.request import Prompt, Request, resolve_requests
 
 #: Libraries whose version can change an image.

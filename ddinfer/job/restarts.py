@@ -11,8 +11,8 @@ from ddinfer.config import JobConfig
 from ddinfer.distributed.launch import launch
 from ddinfer.distributed.server import RankServer
 from ddinfer.errors import ENDS_THE_JOB, RankError, StorageError
-from ddinfer.heartbeat import is_stuck
-from ddinfer.storage.deaths import record_deaths
+from ddinfer.job.watchdog import is_stuck
+from ddinfer.storage.crashes import record_deaths
 from ddinfer.storage.files import Files
 
 #: Seconds beyond the grace for ranks to write down what they have, before they are killed.

@@ -36,7 +36,7 @@ print(loaded)
 def test_torchs_libraries_are_there_before_torch_is_imported():
     said = said_by("""
 import sys
-import ddinfer.distributed.preloading as preloading
+import ddinfer.distributed.preload as preloading
 
 def is_linked():
     return any("/libtorch_cpu.so" in line for line in open("/proc/self/maps"))

@@ -17,11 +17,11 @@ from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, Engine
 from ddinfer.engines.select import load_engine
 from ddinfer.errors import RankError, UsageError
-from ddinfer.heartbeat import Heartbeat
-from ddinfer.job import settled
-from ddinfer.leader import Leader, Record, RunReport, Share
+from ddinfer.job.leader import Leader, Record, RunReport, Share
+from ddinfer.job.prepare import settled
+from ddinfer.job.shutdown import Stop
+from ddinfer.job.watchdog import Heartbeat
 from ddinfer.request import Result
-from ddinfer.stopping import Stop
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import read_job, start_writer
 from ddinfer.storage.lease import Lease

@@ -35,7 +35,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NoReturn
 
 from ddinfer.errors import InputError
-from ddinfer.prompt_fields import (
+from ddinfer.prompts.fields import (
     IMAGE_INPUTS,
     FieldChecker,
     is_text_field,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddinfer.storage.deaths import record_deaths, split_suspects
+from ddinfer.storage.crashes import record_deaths, split_suspects
 from ddinfer.storage.files import Files
 from ddinfer.storage.journal import JournalHeader, JournalWriter, read_journals
 

@@ -1,0 +1,1 @@
+"""Inside a program of the user's: generate, and splitting and gathering anything."""
