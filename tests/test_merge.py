@@ -47,7 +47,7 @@ def test_parts_are_whole_batches_and_cover_the_job_in_order(num_requests, num_pa
     covered = []
     for part in range(1, num_parts + 1):
         config = JobConfig(shard=f"{part}/{num_parts}", batch_size=batch_size)
-        job = Job(config, "model", "model", make_requests(num_requests))
+        job = Job(config, "model", "model", "Pipeline", {}, make_requests(num_requests), {}, ())
         images = job.images()
         covered += images
         cut = [batch for batch in job.batches() if batch.start in images]

@@ -9,11 +9,8 @@ from typing import Any
 from ddinfer.config import JobConfig
 from ddinfer.distributed.partition import slice_of_batches
 from ddinfer.distributed.replica import Replica
-from ddinfer.engines.select import check_placement, check_stages
-from ddinfer.engines.whole import check_call
 from ddinfer.errors import EXIT_OK
-from ddinfer.job.prepare import prepare_job, resolve_model
-from ddinfer.models.signature import call_parameters, pipeline_class
+from ddinfer.job.prepare import prepare, resolve_config
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import estimate_disk
 
@@ -28,14 +25,7 @@ def print_plan(config: JobConfig, num_ranks: int) -> int:
 
 
 def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
-    model, name, _ = resolve_model(config)
-    hub = {"revision": config.revision, "token": config.token}
-    parameters = call_parameters(model, config.trust_remote_code, **hub)
-    job = prepare_job(config, parameters=parameters)
-    pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
-    check_call(pipeline, parameters, job.call_arguments(), config.batch_size)
-    check_placement(config)
-    cut = check_stages(model, config)
+    job = prepare(resolve_config(config))
     images = job.images()
     requests = job.requests[images.start : images.stop]
     all_batches = [batch for batch in job.batches() if batch.start in images]
@@ -56,14 +46,14 @@ def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
         )
     disk = estimate_disk(Files(), config.output, requests)
     return {
-        "model": name,
-        "pipeline": pipeline,
+        "model": job.model_name,
+        "pipeline": job.pipeline,
         "output": config.output,
         "shard": config.shard,
         "images": len(requests),
         "batches": len(all_batches),
         "slices": slices,
-        "stages": {name: [asdict(s) for s in stages] for name, stages in cut.items()},
+        "stages": {name: [asdict(s) for s in stages] for name, stages in job.stages.items()},
         "disk": str(disk),
         "disk_bytes": disk.needed_bytes,
         "free_bytes": disk.free_bytes,

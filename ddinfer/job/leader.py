@@ -18,20 +18,12 @@ from ddinfer.distributed.partition import slice_of_batches
 from ddinfer.distributed.progress import RankTimes, evenness
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch
-from ddinfer.engines.select import check_placement, check_stages
-from ddinfer.engines.whole import check_call, gpu_numbers
+from ddinfer.engines.whole import gpu_numbers
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, StorageError, exit_code_of
-from ddinfer.job.prepare import (
-    job_identity,
-    job_of_folder,
-    library_versions,
-    prepare_job,
-    resolve_model,
-)
+from ddinfer.job.prepare import job_identity, library_versions, prepare
 from ddinfer.job.restarts import attempt_id
 from ddinfer.models.fingerprint import model_fingerprint
 from ddinfer.models.repository import pipeline_folder, scheduler_name
-from ddinfer.models.signature import call_parameters, pipeline_class
 from ddinfer.request import Result
 from ddinfer.storage.crashes import hopeless_prompts, record_deaths, split_suspects
 from ddinfer.storage.files import Files
@@ -140,24 +132,17 @@ class Leader:
         """
         self.config, self.world, self.files = config, world, Files()
         self.started = time.monotonic()
-        hub = {"revision": config.revision, "token": config.token}
-        model, _, _ = resolve_model(config)
-        parameters = call_parameters(model, config.trust_remote_code, **hub)
+        requests = None
         if retry_failed:
-            begun = JobFolder.look(self.files, config.output)
-            self.job = job_of_folder(config, begun.all_requests)
-        else:
-            self.job = prepare_job(config, parameters=parameters, stdin=stdin)
-        pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
-        check_call(pipeline, parameters, self.job.call_arguments(), config.batch_size)
-        check_placement(config, gpu_numbers(world))
-        check_stages(model, config)
+            requests = JobFolder.look(self.files, config.output).all_requests
+        self.job = prepare(config, stdin=stdin, requests=requests, gpus=gpu_numbers(world))
         model_folder = pipeline_folder(
-            model,
+            self.job.model,
+            revision=config.revision,
+            token=config.token,
             variant=config.variant,
             trust_remote_code=config.trust_remote_code,
             allow_pickle=config.allow_pickle,
-            **hub,
         )
         self.num_threads = self._num_threads()
         identity = job_identity(
@@ -168,14 +153,15 @@ class Leader:
         )
         self.info = {
             **identity,
-            "pipeline": pipeline,
+            "pipeline": self.job.pipeline,
             "scheduler": scheduler_name(model_folder),
             "version": __version__,
             "versions": library_versions(),
             "call_defaults": {
-                name: parameters[name].default
+                name: self.job.parameters[name].default
                 for name in ("num_inference_steps", "guidance_scale")
-                if name in parameters and isinstance(parameters[name].default, (int, float))
+                if name in self.job.parameters
+                and isinstance(self.job.parameters[name].default, (int, float))
             },
         }
         self.folder = JobFolder.open(

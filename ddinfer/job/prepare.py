@@ -1,4 +1,4 @@
-"""A `Job`: everything that is decided before a weight is read. Needs no ranks and no GPU.
+"""`prepare`: everything that is decided before a weight is read. Needs no ranks and no GPU.
 
 Requests, batches and the fingerprint are functions of the configuration and the prompt file
 alone, so that every run of the same command, on any number of ranks, means the same images.
@@ -12,8 +12,8 @@ import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ddinfer import tiny
 from ddinfer.config import RESERVED_CALL_ARGUMENTS, JobConfig
@@ -22,25 +22,34 @@ from ddinfer.errors import UsageError
 from ddinfer.prompts.files import read_prompts
 from ddinfer.request import Prompt, Request, resolve_requests
 
+if TYPE_CHECKING:
+    from ddinfer.engines.ring import StagePlan
+
 #: Libraries whose version can change an image.
 VERSIONED = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be made.
+    """What a job generates, and with which pipeline.
 
     Attributes:
         model: folder or hub id of the pipeline.
-        model_name: what picture metadata call it: no path, which may differ between machines.
+        model_name: its name in image metadata: no path, which may differ between machines.
+        pipeline: name of its class.
+        parameters: of the class's ``__call__``.
+        stages: how ``--pipeline_parallel`` cuts each denoiser, by its name; else empty.
         notes: what the user should know before the job runs, one sentence each.
     """
 
     config: JobConfig
     model: str
     model_name: str
+    pipeline: str
+    parameters: Mapping[str, inspect.Parameter]
     requests: Sequence[Request]
-    notes: tuple[str, ...] = field(default=())
+    stages: Mapping[str, Sequence[StagePlan]]
+    notes: tuple[str, ...]
 
     def batches(self, segments: Sequence[int] = ()) -> list[range]:
         """Ranges of Request indices that share a pipeline call; they cover all in order.
@@ -81,54 +90,65 @@ class Job:
     def batch(self, indices: Sequence[int]) -> list[Request]:
         return [self.requests[k] for k in indices]
 
-    def call_arguments(self) -> set[str]:
-        """Names of all pipeline arguments that any Request sets."""
-        names: set[str] = set()
-        for request in self.requests:
-            names.update(request.parameters())
-            if request.negative_prompt is not None:
-                names.add("negative_prompt")
-        return names
 
-
-def prepare_job(
+def prepare(
     config: JobConfig,
     *,
-    parameters: Mapping[str, inspect.Parameter],
     stdin: bytes | None = None,
+    requests: Sequence[Request] | None = None,
+    gpus: Sequence[int] | None = None,
 ) -> Job:
-    """Read the prompts and resolve them to Requests.
+    """Read and check all that can be known before a folder is made and a weight is read.
+
+    Called by rank 0 of a job and by ``--dry_run``, so that both find the same errors. Of a hub
+    model only configuration files are downloaded.
 
     Args:
-        parameters: of the pipeline's ``__call__``: what a prompt may set.
+        config: as `resolve_config` returns it.
         stdin: what ``prompts="-"`` reads; default: this process's standard input.
+        requests: of a job that exists already; default: read from the prompts.
+        gpus: the numbers of those that this rank drives; default: not known yet.
 
     Raises:
         InputError: the prompt file, with file and line.
-        UsageError: an option that does not fit the pipeline.
+        UsageError: an option that does not fit the pipeline or this machine.
     """
+    # They import torch; names and prompt files are checked before that.
+    from ddinfer.engines.select import check_placement, check_stages
+    from ddinfer.engines.whole import check_call
+    from ddinfer.models.signature import call_parameters, pipeline_class
+
     model, model_name, defaults = resolve_model(config)
-    allowed = [n for n in parameters if n not in RESERVED_CALL_ARGUMENTS]
-    prompts = _prompts(config, allowed, stdin)
-    if config.limit is not None:
-        prompts = prompts[: config.limit]
-    requests = resolve_requests(
-        prompts,
-        base_seed=config.seed,
-        num_images=config.num_images_per_prompt,
-        defaults={**defaults, **config.call_defaults()},
-    )
-    notes = _demonstration_note(requests) if model_name in tiny.PIPELINES else []
-    return Job(config, model, model_name, requests, tuple(notes))
+    hub = {"revision": config.revision, "token": config.token}
+    pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
+    parameters = call_parameters(model, config.trust_remote_code, **hub)
+    notes: list[str] = []
+    if requests is None:
+        allowed = [name for name in parameters if name not in RESERVED_CALL_ARGUMENTS]
+        requests = resolve_requests(
+            _prompts(config, allowed, stdin)[: config.limit],
+            base_seed=config.seed,
+            num_images=config.num_images_per_prompt,
+            defaults={**defaults, **config.call_defaults()},
+        )
+        notes = _demonstration_note(requests) if model_name in tiny.PIPELINES else []
+    check_call(pipeline, parameters, call_arguments(requests), config.batch_size)
+    check_placement(config, gpus)
+    stages = check_stages(model, config)
+    return Job(config, model, model_name, pipeline, parameters, requests, stages, tuple(notes))
 
 
-def job_of_folder(config: JobConfig, requests: Sequence[Request]) -> Job:
-    """A job that was begun before, from its Requests instead of its prompts."""
-    model, model_name, _ = resolve_model(config)
-    return Job(config, model, model_name, requests)
+def call_arguments(requests: Sequence[Request]) -> set[str]:
+    """Names of all pipeline arguments that any Request sets."""
+    names: set[str] = set()
+    for request in requests:
+        names.update(request.parameters())
+        if request.negative_prompt is not None:
+            names.add("negative_prompt")
+    return names
 
 
-def settled(config: JobConfig) -> JobConfig:
+def resolve_config(config: JobConfig) -> JobConfig:
     """The configuration with absolute paths and what follows from the model filled in."""
     config = config.with_absolute_paths()
     if config.dtype == "auto" and (config.model or tiny.DEFAULT) in tiny.PIPELINES:

@@ -18,7 +18,7 @@ from ddinfer.engines.base import Batch, Engine
 from ddinfer.engines.select import load_engine
 from ddinfer.errors import RankError, UsageError
 from ddinfer.job.leader import Leader, Record, RunReport, Share
-from ddinfer.job.prepare import settled
+from ddinfer.job.prepare import resolve_config
 from ddinfer.job.shutdown import Stop
 from ddinfer.job.watchdog import Heartbeat
 from ddinfer.request import Result
@@ -55,7 +55,7 @@ def run_job(
         Stopped: ``stop`` was asked for; what was made is safe.
     """
     stop = Stop() if stop is None else stop
-    config = settled(config)
+    config = resolve_config(config)
     if world is None:
         world = World.detect(config.device, gpus_per_rank=config.gpus_per_rank)
         if not world.is_launched and config.nproc_per_node not in (None, 1, "1"):
