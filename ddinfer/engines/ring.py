@@ -24,6 +24,7 @@ from ddinfer.models.opening import OpenModel
 from ddinfer.models.source import DENOISER_NAMES, PipelineSource
 from ddinfer.parallel.blocks import module_bytes, ring_blocks
 from ddinfer.parallel.flow import PlanError
+from ddinfer.parallel.image_state import check_pipeline_class
 from ddinfer.parallel.ring import Ring
 from ddinfer.parallel.stages import block_stages
 from ddinfer.request import Result
@@ -162,6 +163,7 @@ def plan_stages(source: PipelineSource, num_stages: int) -> dict[str, list[Stage
     Raises:
         UsageError: the pipeline has no denoiser that can be cut into ``num_stages``.
     """
+    check_pipeline_class(source.kind)
     plans = {}
     for name in source.model_names():
         if name in DENOISER_NAMES:

@@ -7,10 +7,9 @@ before the first call (encoding the prompt) and from the decoder on runs beside 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from ddinfer.errors import UsageError
+from ddinfer.parallel.image_state import PipelineCopies, converts_decoder, refuse_changes
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,17 @@ class Studio:
 
     Args:
         pipe: a diffusers pipeline; each image gets a copy with a scheduler of its own.
-        models: the denoisers. Their ``forward`` is ours while `open` lasts.
+        models: the denoisers by component name. Their ``forward`` is ours while `open` lasts.
+
+    Raises:
+        UsageError: ``pipe`` keeps something that cannot be copied for each image.
     """
 
-    def __init__(self, pipe: Any, models: Sequence[nn.Module], device: torch.device):
-        self.pipe, self.models, self.device = pipe, list(models), device
+    def __init__(self, pipe: Any, models: Mapping[str, nn.Module], device: torch.device):
+        self.pipe, self.models, self.device = pipe, list(models.values()), device
+        self._named = dict(models)
+        self._copies = PipelineCopies(pipe)
+        self._alone = converts_decoder(pipe.components)  # no two images run at once
         self._changed = threading.Condition()
         self._beside = threading.Lock()  # one image at a time beside the ring
         self._mine = threading.local()
@@ -97,8 +103,12 @@ class Studio:
                     patched.append((component, "decode", component.__dict__.get("decode")))
                     component.decode = _Decode(self, decode)  # type: ignore[assignment]
         waits = True
+        guard = refuse_changes(
+            self._named, type(self.pipe).__name__, lambda: self.current() is not None
+        )
         try:
-            yield
+            with guard:
+                yield
         except (Exception, GeneratorExit):
             raise
         except BaseException:  # whoever ends a program does not wait for what hangs
@@ -141,7 +151,7 @@ class Studio:
             torch.cuda.set_device(self.device)  # a thread starts on device 0
         self._beside.acquire()
         try:
-            image.value = job(self._copy())
+            image.value = job(self._copies.make())
         except Cancelled:
             pass
         except BaseException as error:  # noqa: BLE001 - the driver decides what it means
@@ -153,15 +163,6 @@ class Studio:
                 image.done, image._watched = True, False
                 self._images.remove(image)
                 self._changed.notify_all()
-
-    def _copy(self) -> Any:
-        # Not by setattr: a pipeline's setattr would enter the copy into the shared config.
-        pipe = copy.copy(self.pipe)
-        pipe.__dict__ = dict(self.pipe.__dict__)
-        if getattr(self.pipe, "scheduler", None) is not None:
-            pipe.__dict__["scheduler"] = copy.deepcopy(self.pipe.scheduler)
-        pipe.__dict__["_progress_bar_config"] = {"disable": True}
-        return pipe
 
     def current(self) -> Image | None:
         return getattr(self._mine, "image", None)
@@ -185,6 +186,9 @@ class Studio:
             image.num_calls += 1
             self._changed.notify_all()
         image._resume.acquire()
+        if self._alone:
+            self._beside.acquire()
+            image._beside = True
         output, error = image._reply
         image._reply = None
         if error is not None:

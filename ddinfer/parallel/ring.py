@@ -22,6 +22,7 @@ from ddinfer.models.source import DENOISER_NAMES
 from ddinfer.parallel.admission import Queue
 from ddinfer.parallel.blocks import drop_weights, ring_blocks
 from ddinfer.parallel.flow import Plan, PlanError, StagedModel, call_key
+from ddinfer.parallel.image_state import check_pipeline_class
 from ddinfer.parallel.images import Call, Studio
 from ddinfer.parallel.link import Link
 from ddinfer.parallel.messages import END, ERROR, WORK, Exchange, Message
@@ -106,6 +107,9 @@ class Ring:
             models = dict(denoisers or find_denoisers(pipe))
             if self.link.is_first and pipe is None:
                 raise UsageError("the first rank of a ring needs the whole pipeline")
+            if self.link.is_first:
+                check_pipeline_class(type(pipe))
+                self._studio = Studio(pipe, models, self.link.device)
             for name, model in models.items():
                 self._staged.append(self._stage(name, model, head_bytes))
         except Exception as failure:  # noqa: BLE001 - raised again, on every rank
@@ -115,8 +119,6 @@ class Ring:
         self._numbers: list[dict[str, int]] = [{} for _ in self._staged]
         self._inspected: list[frozenset[int]] = [frozenset() for _ in self._staged]
         self._exchange = Exchange(self.link, self._layout, self._learn)
-        if self.link.is_first:
-            self._studio = Studio(pipe, [staged.model for staged in self._staged], self.link.device)
 
     def _stage(self, name: str, model: nn.Module, head_bytes: int) -> StagedModel:
         _refuse(name, model)
