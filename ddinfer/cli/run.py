@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ddinfer.cli.logging import own_process
 from ddinfer.cli.options import parse_config
 from ddinfer.config import JobConfig
-from ddinfer.errors import EXIT_OK, InputError
+from ddinfer.errors import EXIT_OK
 
 if TYPE_CHECKING:
     from ddinfer.distributed.server import RankServer
@@ -37,17 +37,16 @@ PRELOAD = (
 #: Options with which no rank is started.
 _NO_LAUNCH = {"__help", "_h", "__print_config", "__dry_run"}
 
-#: Names of this process's own open files: another process has others under them, or none.
-_OWN_FILES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
-
 
 def main(argv: Sequence[str]) -> int:
     with _begun(argv) as server:
         config = parse_config(argv)
         if config.print_config:
-            import yaml
+            if _is_first_rank():
+                import yaml
 
-            sys.stdout.write(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+                data = config.to_dict()
+                sys.stdout.write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
             return EXIT_OK
         return run_configured(config, server=server)
 
@@ -86,20 +85,22 @@ def run_configured(
         config.nproc_per_node, config.device, os.environ, gpus_per_rank=config.gpus_per_rank
     )
     Replica.of(0, plan.num_ranks, config.pipeline_parallel)  # raises before ranks are started
-    if plan.note and os.environ.get("RANK", "0") == "0":
+    if plan.note and _is_first_rank():
         print(f"ddinfer: {plan.note}", file=sys.stderr)
     if config.dry_run:
+        if not _is_first_rank():
+            return EXIT_OK
         from ddinfer.cli.dry_run import print_plan
 
         return print_plan(config, plan.num_ranks)
     if plan.kind != "join":
         _check_names(config)
-    config, stdin = (config, None) if retry_failed else _with_prompts_read(config)
     # A rank that may die and be started again needs somebody who does it.
     if plan.kind == "join" or (plan.num_ranks == 1 and not config.max_restarts):
         if server is not None:
             server.close()
-        return _run_here(config, stdin, retry_failed)
+        return _run_here(config, retry_failed)
+    config, stdin = (config, None) if retry_failed else _read_own_prompts(config)
     return _run_in_ranks(config, plan.num_ranks, stdin, retry_failed, server)
 
 
@@ -118,30 +119,31 @@ def _check_names(config: JobConfig) -> None:
         kind_of_prompt_file(config.prompts)
 
 
-def _with_prompts_read(config: JobConfig) -> tuple[JobConfig, bytes | None]:
-    """Prompts that only this process can read, such as those of ``<(command)``, read for its ranks.
+def _read_own_prompts(config: JobConfig) -> tuple[JobConfig, bytes | None]:
+    """Read prompts that only this process can read (a pipe) for the ranks that it starts."""
+    from ddinfer.prompts.files import is_open_file, read_open_file
 
-    They are read like standard input: by their first line, since such a name has no ending.
-    """
-    if config.prompts == "-":
-        return config, sys.stdin.buffer.read()
-    if config.prompts is None or not config.prompts.startswith(_OWN_FILES):
+    if config.prompts is None or not is_open_file(config.prompts):
         return config, None
-    try:
-        with open(config.prompts, "rb") as file:
-            return replace(config, prompts="-"), file.read()
-    except OSError as error:
-        raise InputError(error.strerror or str(error), file=config.prompts) from None
+    return replace(config, prompts="-"), read_open_file(config.prompts)
 
 
-def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int:
-    """This process is a rank: of torchrun's, or the only one."""
+def _is_first_rank() -> bool:
+    """Whether this process is rank 0, or no launcher has made it a rank."""
+    return os.environ.get("RANK") in (None, "", "0")
+
+
+def _run_here(config: JobConfig, retry_failed: bool) -> int:
+    """Run the job on this process, a rank of torchrun's or the only one.
+
+    Prompts of standard input are read by rank 0 within `run_job`, after the ranks have met: the
+    others wait for it without a timeout.
+    """
     from ddinfer.distributed.preload import import_for_good
     from ddinfer.distributed.process import leave
     from ddinfer.job.shutdown import Stop
 
-    speaks = os.environ.get("RANK", "0") == "0"
-    with Stop(config.grace_seconds, says_so=speaks).on_signals() as stop:
+    with Stop(config.grace_seconds, says_so=_is_first_rank()).on_signals() as stop:
         # Seconds of imports: a signal is heard from before them.
         import_for_good(PRELOAD, partial(import_model_classes, config))
         from ddinfer.cli.summary import print_summary
@@ -150,7 +152,7 @@ def _run_here(config: JobConfig, stdin: bytes | None, retry_failed: bool) -> int
 
         world = World.detect(config.device, gpus_per_rank=config.gpus_per_rank)
         own_process(world.rank)
-        report = run_job(config, world, stdin=stdin, retry_failed=retry_failed, stop=stop)
+        report = run_job(config, world, retry_failed=retry_failed, stop=stop)
     if world.rank == 0:
         print_summary(report, as_json=config.json)
     # One rank tells torchrun how it went; a second would look like a second failure.

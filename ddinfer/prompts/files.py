@@ -13,8 +13,9 @@ How a file is read:
   known one (``sede``), which is an error.
 - **json**: a list of strings or objects. **jsonl**: a string or an object a line. An unknown
   field is an error; ``null`` says nothing.
-- ``-``: standard input; jsonl where its first line starts with ``{"``, else txt. What is not a
-  regular file (a pipe such as ``<(command)``) and has no known ending is read so, too.
+- ``-``: standard input; jsonl where its first line starts with ``{"``, else txt. The names of this
+  process's open files (``/dev/stdin``, ``/dev/fd/63`` of ``<(command)``) and pipes without a known
+  ending are read in the same way.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ from ddinfer.prompts.fields import (
 from ddinfer.request import Prompt, Request, resolve_requests
 
 _log = logging.getLogger(__name__)
+
+#: Names that stand for an open file of the process that uses them.
+_OPEN_FILE = re.compile(r"/dev/stdin|(?:/dev|/proc/self)/fd/(?P<descriptor>\d+)")
 
 #: A line number (1-based) and what stands there.
 _Row = tuple[int, Any]
@@ -80,12 +84,40 @@ def read_prompts(
     return prompts
 
 
+def is_open_file(path: str | None) -> bool:
+    """Whether a path names an open file of this process: ``-``, ``/dev/stdin``, ``/dev/fd/N``.
+
+    Exactly one process can read such a file, and only once.
+    """
+    return path == "-" or (path is not None and _OPEN_FILE.fullmatch(path) is not None)
+
+
+def read_open_file(path: str) -> bytes:
+    """All bytes of a file that `is_open_file` names, up to its end.
+
+    Raises:
+        InputError: the file is closed or cannot be read.
+    """
+    found = _OPEN_FILE.fullmatch(path)
+    try:
+        if found is not None:
+            with open(int(found["descriptor"] or 0), "rb", closefd=False) as file:
+                return file.read()
+        if sys.stdin is None:
+            raise InputError("standard input is closed; expected prompts", file="<stdin>")
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise InputError(error.strerror or str(error), file=path) from None
+
+
 def kind_of_prompt_file(path: str) -> str | None:
     """How a prompt file would be read, by its name; ``None``: its first line must say.
 
     Raises:
         InputError: it is not there, may not be read, is a folder, or has an unknown ending.
     """
+    if is_open_file(path):
+        return None
     kind: str | None = os.path.splitext(path.lower().removesuffix(".gz"))[1].lstrip(".")
     kind = {"ndjson": "jsonl"}.get(str(kind), kind)
     try:
@@ -141,8 +173,10 @@ def prompt_from_fields(
 
 def _read_bytes(path: str, source: str, stdin: BinaryIO | None) -> tuple[bytes, str | None]:
     """The file's bytes, unpacked, and its kind (``None``: decide by its first line)."""
-    if path == "-":
-        return (stdin or sys.stdin.buffer).read(), None
+    if path == "-" and stdin is not None:
+        return stdin.read(), None
+    if is_open_file(path):
+        return read_open_file(path), None
     kind = kind_of_prompt_file(path)
     try:
         with open(path, "rb") as file:
