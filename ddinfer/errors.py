@@ -1,6 +1,6 @@
-"""The errors ddinfer raises, each with the exit code its command line ends with.
+"""The errors that ddinfer raises, each with the exit code of the command line.
 
-Every message says what was found, what was expected, and the way out.
+Every message says what was found, what was expected, and how to fix it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EXIT_IO = 74
 EXIT_INTERRUPTED = 75
 EXIT_CTRL_C = 130
 
-#: Whatever rank ends with one of these, no other can or should go on.
+#: When a rank ends with one of these, no other rank can or should continue.
 ENDS_THE_JOB = (EXIT_USAGE, EXIT_IO, EXIT_INTERRUPTED, EXIT_CTRL_C)
 
 
@@ -52,23 +52,23 @@ def _input_error(detail: str, file: str | None, line: int | None) -> InputError:
 
 
 class StorageError(DdinferError):
-    """The disk said no. Names the path and the cause; the job can be resumed."""
+    """An I/O operation failed. Names the path and the cause; the job can be resumed."""
 
     exit_code = EXIT_IO
 
 
-def explained(error: OSError) -> str:
-    """The system's word for an error, its name, and the way out where one is known."""
+def describe_os_error(error: OSError) -> str:
+    """The system's message for an error, its name, and a hint where there is one."""
     code = errno.errorcode.get(error.errno or 0, "")
-    return f"{error.strerror or error}{f' ({code})' if code else ''}{_WAYS_OUT.get(code, '')}"
+    return f"{error.strerror or error}{f' ({code})' if code else ''}{_HINTS.get(code, '')}"
 
 
-def is_of_the_machine(error: OSError) -> bool:
-    """Whether a full or broken disk, or a limit, is to blame and not what was asked for."""
-    return error.errno in _MACHINES
+def is_environment_error(error: OSError) -> bool:
+    """Whether a full or broken disk or a resource limit is the cause, and not the request."""
+    return error.errno in _ENVIRONMENT_ERRORS
 
 
-_MACHINES = (
+_ENVIRONMENT_ERRORS = (
     errno.EFBIG,
     errno.EMFILE,
     errno.ENFILE,
@@ -77,9 +77,9 @@ _MACHINES = (
     errno.EIO,
     errno.EROFS,
 )
-_WAYS_OUT = {
-    "ENOSPC": "; free some space, then run the same command again: it goes on where it was",
-    "EDQUOT": "; free some quota, then run the same command again: it goes on where it was",
+_HINTS = {
+    "ENOSPC": "; free some space, then run the same command again: it resumes where it stopped",
+    "EDQUOT": "; free some quota, then run the same command again: it resumes where it stopped",
     "EMFILE": "; raise the limit of open files (ulimit -n), then run the same command again",
     "EFBIG": "; raise the limit of a file's size (ulimit -f), then run the same command again",
     "EROFS": "; choose another --output, or remount it writable",
@@ -112,12 +112,12 @@ class ErrorRecord:
 
 
 class RankError(DdinferError):
-    """A rank failed. Raised on every other rank and by the launcher.
+    """A rank failed. Raised on all other ranks and by the launcher.
 
     Attributes:
         rank: global rank that failed first.
         phase: what it was doing ("joining", "loading", "running", "saving", "gathering", …).
-        record: the exception as it was on that rank, or ``None`` where the process just died.
+        record: the exception on that rank; ``None`` if its process died without one.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class RankError(DdinferError):
             text = f"rank {rank} was killed by {signal.Signals(-exitcode).name} while {phase}"
         else:
             text = (
-                f"rank {rank} ended with exit status {exitcode} before its work was done, "
+                f"rank {rank} exited with status {exitcode} before its work was complete, "
                 f"while {phase}"
             )
         super().__init__(text)
@@ -155,21 +155,22 @@ def _rank_error(
 
 
 class PromptsFailed(DdinferError):
-    """Everything ran; some prompts could not be made (``generate(errors="raise")``)."""
+    """Everything ran; some prompts failed (``generate(errors="raise")``)."""
 
     exit_code = EXIT_FAILED_PROMPTS
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end, and it did what was left to do.
+    """A signal asked this process to end, and it has shut down in order.
 
-    Like ``KeyboardInterrupt`` it is no ``Exception``: nobody may take it for a failed prompt.
+    Like ``KeyboardInterrupt`` it is not an ``Exception``, so that no handler takes it for a failed
+    prompt.
     """
 
     def __init__(self, signal_number: int):
         self.signal_number = signal_number
         name = signal.Signals(signal_number).name
-        super().__init__(f"{name} came; the same command again goes on from here")
+        super().__init__(f"received {name}; run the same command again to resume")
 
     def __reduce__(self):
         return Stopped, (self.signal_number,)
@@ -183,6 +184,6 @@ def exit_code_of(error: BaseException) -> int:
     """The exit code that the command line ends with after ``error``."""
     if isinstance(error, DdinferError | Stopped):
         return error.exit_code
-    if isinstance(error, OSError) and is_of_the_machine(error):
+    if isinstance(error, OSError) and is_environment_error(error):
         return EXIT_IO
     return EXIT_CTRL_C if isinstance(error, KeyboardInterrupt) else EXIT_BUG

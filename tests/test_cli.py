@@ -134,7 +134,7 @@ def test_more_ranks_than_gpus_and_half_an_environment_are_errors(moody, tmp_path
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [("kill", "rank 1 was killed by SIGKILL"), ("exit", "rank 1 ended with exit status 0")],
+    [("kill", "rank 1 was killed by SIGKILL"), ("exit", "rank 1 exited with status 0")],
 )
 def test_a_rank_that_dies_is_named_and_the_same_command_goes_on(moody, tmp_path, prompt, message):
     file = tmp_path / "p.txt"

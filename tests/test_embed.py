@@ -181,7 +181,7 @@ def hear(moody, num_ranks, prompts, options=None):
 def test_failed_prompts_are_raised_on_every_rank_after_all_have_run(moody):
     kind, text = hear(moody, 3, ["x", "fail one", "y", "z", "fail two"])
     assert kind is PromptsFailed
-    assert text.startswith("2 of 5 prompts failed (errors='return' gives the rest):\n")
+    assert text.startswith("2 of 5 prompts failed (errors='return' returns the rest):\n")
     assert "1 ('fail one'): ValueError: cannot draw one" in text
     assert "4 ('fail two'): ValueError: cannot draw two" in text
 
@@ -301,7 +301,7 @@ def die_in_generate(world, model, folder):
 
 
 def test_the_death_of_a_rank_is_an_error_on_the_others(moody, tmp_path):
-    with pytest.raises(RankError, match="rank 1 ended with exit status 0"):
+    with pytest.raises(RankError, match="rank 1 exited with status 0"):
         launch(
             die_in_generate, moody, str(tmp_path), nproc_per_node=2, device="cpu", grace_seconds=60
         )

@@ -273,7 +273,7 @@ def fail_and_hear(world, folder, how):
     ("how", "first_line"),
     [
         ("raise", "rank 1 failed while running: ZeroDivisionError: mine"),
-        ("exit", "rank 1 ended with exit status 0 before its work was done, while running"),
+        ("exit", "rank 1 exited with status 0 before its work was complete, while running"),
         ("kill", "rank 1 was killed by SIGKILL while running prompt 11"),
     ],
 )

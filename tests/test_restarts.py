@@ -58,7 +58,7 @@ def test_a_rank_that_leaves_with_exit_status_0_is_no_end_of_a_job(moody, tmp_pat
     prompts = ["a", "b", "c", "d", f"leave {tmp_path / 'left'}", "e"]
     command = [*MAIN, *job(moody, tmp_path, prompts, "--nproc_per_node=2")]
     done = run([*command, f"--max_restarts={restarts}"])
-    assert "rank 1 ended with exit status 0 before its work was done" in done.stderr
+    assert "rank 1 exited with status 0 before its work was complete" in done.stderr
     if not restarts:
         assert done.returncode == 70, done.stderr
         assert set(made(tmp_path)) in ({0, 1, 2}, {0, 1, 2, 3}), "what it had written, and no more"
@@ -115,7 +115,7 @@ def test_nobody_reads_running_of_a_job_whose_first_rank_was_killed(moody, tmp_pa
     assert (said["state"], said["holder"]) == ("interrupted", None)
     shown = "\n".join(lines_of(said))
     assert "no process holds the folder" in shown
-    assert "the same command again goes on from here" in shown
+    assert "run the same command again to resume" in shown
 
 
 def status_says(folder):

@@ -52,7 +52,7 @@ def test_a_read_that_the_signal_did_not_interrupt_is_given_up_after_the_grace(nu
     wait_for_words(process, f"{number.name} came; what is in hand may take 0.2 s more")
     assert end(process)[0] == code
     assert process.stdout.read() == (
-        f": {number.name} came; the same command again goes on from here\n"
+        f": {number.name} came; run the same command again to resume\n"
     )
 
 
@@ -62,7 +62,7 @@ def test_a_main_thread_that_nothing_interrupts_does_not_keep_the_process():
     wait_for_words(process, "SIGTERM came; what is in hand")
     code, err = end(process)
     assert code == 75
-    assert "the same command again goes on from here" in err
+    assert "run the same command again to resume" in err
 
 
 def test_a_second_signal_ends_a_main_thread_that_nothing_interrupts():

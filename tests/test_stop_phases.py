@@ -128,7 +128,7 @@ def test_a_phase_that_takes_longer_than_the_grace_is_abandoned(models, tmp_path,
         # What was handed to the writer is waited for a little longer; it hangs, and so nobody is
         # left to write down how the job ended.
         assert code == 75, err
-        assert "the same command again goes on from here" in err
+        assert "run the same command again to resume" in err
         assert status_of(Files(), str(tmp_path / "out"))["state"] == "interrupted"
     else:
         check_stopped_with_75(held, code, err)

@@ -1,4 +1,4 @@
-"""The command line: one file a command. The library never imports this package."""
+"""The command line: one file per command. The library never imports this package."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ddinfer.errors import (
     DdinferError,
     RankError,
     Stopped,
-    explained,
-    is_of_the_machine,
+    describe_os_error,
+    is_environment_error,
 )
 
-#: Command → what it does, in one line. Each is a module of this package with a ``main(argv)``.
+#: Command → what it does, in one line. Each is a module of this package with ``main(argv)``.
 COMMANDS = {
-    "run": "make the images of a prompt file (the default command)",
-    "plan": "what a model needs and where it would lie, before a weight is read",
-    "status": "how a job stands, while it runs and after",
-    "verify": "is every image there, with the bytes that were written?",
-    "retry-failed": "make a job's failed prompts again, from its folder alone",
+    "run": "generate the images of a prompt file (the default command)",
+    "plan": "what memory a model needs and where it would be placed; reads no weights",
+    "status": "progress of a job, while it runs and afterwards",
+    "verify": "check that every image is present with the bytes that were written",
+    "retry-failed": "generate the failed prompts of a job again, from its folder alone",
     "merge": "join the parts of a job that was split with --shard",
     "template": "print the script that starts a job under Slurm, Kubernetes or torchrun",
-    "replay": "make one image again from its own metadata and compare",
+    "replay": "generate one image again from its own metadata and compare",
 }
 
 
@@ -48,16 +48,16 @@ def dispatch(argv: Sequence[str]) -> int:
         print(f"ddinfer: error: {_message(error)}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if not is_of_the_machine(error):
+        if not is_environment_error(error):
             raise
         path = "" if error.filename is None else f"{error.filename2 or error.filename}: "
-        print(f"ddinfer: error: {path}{explained(error)}", file=sys.stderr)
+        print(f"ddinfer: error: {path}{describe_os_error(error)}", file=sys.stderr)
         return EXIT_IO
     except Stopped as stopped:
         print(f"ddinfer: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("ddinfer: interrupted; the same command again goes on from here", file=sys.stderr)
+        print("ddinfer: interrupted; run the same command again to resume", file=sys.stderr)
         return EXIT_CTRL_C
 
 
@@ -73,7 +73,7 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
     hint = f"; did you mean {close[0]}?" if close else "."
     print(
         f"ddinfer: error: no command {name!r}{hint} The commands are: {', '.join(COMMANDS)}. "
-        "A prompt goes behind --prompt.",
+        "Pass a prompt with --prompt.",
         file=sys.stderr,
     )
     return None, []
@@ -87,8 +87,8 @@ def _usage() -> str:
 
 
 def _message(error: DdinferError) -> str:
-    """A user's mistake is told in its own words, without the traceback of the rank it met."""
-    told = isinstance(error, RankError) and error.exit_code in ENDS_THE_JOB
-    if told and isinstance(error, RankError) and error.record is not None:
+    """For a user's mistake its own message, without the traceback of the rank that found it."""
+    is_usage = isinstance(error, RankError) and error.exit_code in ENDS_THE_JOB
+    if is_usage and isinstance(error, RankError) and error.record is not None:
         return f"{error.record.message} (found by rank {error.rank} while {error.phase})"
     return str(error)

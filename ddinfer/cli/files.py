@@ -1,4 +1,4 @@
-"""The files that a command is told to write."""
+"""Checks of the files that a command writes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from ddinfer.errors import UsageError
 
 
 def check_can_write(option: str, path: str, ending: str) -> None:
-    """Tell before time is spent why ``path`` cannot be written.
+    """Check, before time is spent, that ``path`` can be written.
 
     Raises:
-        UsageError: it ends otherwise, is a folder, or its folder is not there or not ours.
+        UsageError: another ending, a directory, or in a directory that is missing or not
+            writable.
     """
     folder = os.path.dirname(path) or "."
     if not path.endswith(ending):
         raise UsageError(f"{option} {path} must end in {ending}")
     if os.path.isdir(path):
-        raise UsageError(f"{option} {path} is a folder; a file's name was expected")
+        raise UsageError(f"{option} {path} is a directory; expected the name of a file")
     if not os.path.isdir(folder):
-        raise UsageError(f"{option} {path}: there is no folder {folder}; make it first")
+        raise UsageError(f"{option} {path}: the directory {folder} does not exist; create it first")
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise UsageError(f"{option} {path} may not be written by this user")
+        raise UsageError(f"{option} {path} is not writable by this user")

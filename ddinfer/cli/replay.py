@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ddinfer.cli.files import check_can_write
-from ddinfer.cli.logging import own_process
+from ddinfer.cli.logging import configure_logging
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, UsageError
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         check_can_write("--save", options.save, ".png")
     record = read_metadata(options.image)
     batch, missing = _batch_of(record, options.image)
-    own_process(0)
+    configure_logging(0)
     device = World.detect(options.device).device
     model, _, _ = resolve_model(JobConfig(model=options.model or _model_of(record, options.image)))
     made = _make(record, batch, model, device, options.trust_remote_code)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ddinfer.cli.logging import own_process
+from ddinfer.cli.logging import configure_logging
 from ddinfer.cli.options import parse_config
 from ddinfer.config import JobConfig
 from ddinfer.errors import EXIT_OK
@@ -151,7 +151,7 @@ def _run_here(config: JobConfig, retry_failed: bool) -> int:
         from ddinfer.job.run import run_job
 
         world = World.detect(config.device, gpus_per_rank=config.gpus_per_rank)
-        own_process(world.rank)
+        configure_logging(world.rank)
         report = run_job(config, world, retry_failed=retry_failed, stop=stop)
     if world.rank == 0:
         print_summary(report, as_json=config.json)
@@ -204,5 +204,5 @@ def run_on_rank(
     from ddinfer.job.shutdown import Stop
 
     with Stop(config.grace_seconds, says_so=world.rank == 0).on_signals() as stop:
-        own_process(world.rank)
+        configure_logging(world.rank)
         return run_job(config, world, stdin=stdin, retry_failed=retry_failed, stop=stop)

@@ -138,5 +138,5 @@ def lines_of(status: Mapping[str, Any]) -> list[str]:
     if status["state"] == "interrupted":
         lines.append("  no process holds the folder: the job was killed, or its machine went down")
     if status["state"] in ("stopped", "interrupted"):
-        lines.append("  the same command again goes on from here")
+        lines.append("  run the same command again to resume")
     return lines

@@ -1,8 +1,8 @@
-"""Inside somebody's program: `generate` and `stream` over the process group that is there.
+"""`generate` and `stream`: inference inside a caller's program, over its process group.
 
-The group is borrowed, and the pipeline between two batches is as its program left it. No files,
-no signal handlers, no logging, no environment, and no random numbers but those of the images' own
-generators.
+The group stays the caller's, and between two batches the pipeline is as the caller left it. They
+write no files, install no signal handlers, configure no logging, set no environment variables and
+draw no random numbers except from the images' own generators.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddinfer.config import RESERVED_CALL_ARGUMENTS
 from ddinfer.distributed.collectives import place_by_index, require_same
 from ddinfer.distributed.partition import contiguous_slice, cut_batches
 from ddinfer.distributed.process_group import Group
-from ddinfer.embed.inference_state import borrowed
+from ddinfer.embed.inference_state import inference_state
 from ddinfer.engines.base import Batch
 from ddinfer.engines.lockstep import (
     LockstepEngine,
@@ -45,21 +45,21 @@ def generate(
     errors: Literal["raise", "return"] = "raise",
     **call: Any,
 ) -> list[Result]:
-    """Make an image for every prompt, each rank its contiguous share.
+    """Generate an image for every prompt, each rank its contiguous slice.
 
-    Every rank of the group calls this with the same full list; without a group one process makes
-    everything. The images are those of plain diffusers called prompt by prompt (with
+    Every rank of the group calls this with the same full list; without a group one process
+    generates everything. The images are those of plain diffusers called prompt by prompt (with
     ``batch_size=1``) with ``torch.Generator("cpu").manual_seed(seed + k)`` for prompt k.
 
     Args:
         pipe: a diffusers pipeline on this rank's device.
         prompts: strings, dicts (``prompt``, ``id``, ``seed``, ``num_images``, … as in a jsonl
             prompt file) or `Request`s.
-        seed: of the first image, where a prompt has none of its own.
-        batch_size: neighbours with equal parameters that share a pipeline call, at most.
+        seed: of the first image, for prompts that set none of their own.
+        batch_size: the most consecutive prompts with equal parameters that share a pipeline call.
         group: a ``torch.distributed`` process group; default: the whole world.
         gather: "all": every rank gets every Result with its image; "first": rank 0 of the group
-            does, others get ``[]``; "none": each rank keeps its own share.
+            does, others get ``[]``; "none": each rank keeps its own slice.
         errors: "raise" raises after everything has run; "return" leaves errors in the Results.
         call: arguments of the pipeline's ``__call__`` for all prompts.
 
@@ -81,16 +81,16 @@ def generate(
         return _plan(ranks, pipe, prompts, seed, batch_size, call, options)
 
     ranks = Group.borrow(group)
-    plan = _agreed(ranks, check)
-    mine = list(_run_share(ranks, pipe, plan, call))
+    plan = _plan_on_all_ranks(ranks, check)
+    mine = list(_run_slice(ranks, pipe, plan, call))
     ranks.enter("gathering")
     pictures = gather == "all"
-    told = ranks.all_gather_object(mine if pictures else [r.without_pictures() for r in mine])
-    everyone = place_by_index(told, len(plan.requests), lambda r: r.index)
+    gathered = ranks.all_gather_object(mine if pictures else [r.without_pictures() for r in mine])
+    everyone = place_by_index(gathered, len(plan.requests), lambda r: r.index)
     if gather == "first":
         shares = ranks.gather_object(mine)
         everyone = [result for share in shares for result in share]
-    failed = [r for share in told for r in share if r.error is not None]
+    failed = [r for share in gathered for r in share if r.error is not None]
     if failed and errors == "raise":
         raise PromptsFailed(_failure_message(failed, len(plan.requests)))
     return mine if gather == "none" else everyone
@@ -105,16 +105,16 @@ def stream(
     group: Any = None,
     **call: Any,
 ) -> Iterator[Result]:
-    """Like `generate`, but yields this rank's Results as they are made; nothing is gathered.
+    """Like `generate`, but yields this rank's Results as they are generated; gathers nothing.
 
-    Errors of prompts are in the Results. The check that all ranks were given the same list is
-    the only exchange, at the first step of the iteration. Between two Results the pipeline is as
-    it was, so that the program may train on. A rank that fails as a whole is a `RankError` on the
-    others at their next batch.
+    Errors of prompts are in the Results. The only communication is the check that all ranks were
+    given the same list, at the first step of the iteration. Between two Results the pipeline is
+    in the caller's state, so that training may continue. When a rank fails as a whole, the others
+    raise `RankError` at their next batch.
     """
     ranks = Group.borrow(group)
-    plan = _agreed(ranks, lambda: _plan(ranks, pipe, prompts, seed, batch_size, call))
-    yield from _run_share(ranks, pipe, plan, call)
+    plan = _plan_on_all_ranks(ranks, lambda: _plan(ranks, pipe, prompts, seed, batch_size, call))
+    yield from _run_slice(ranks, pipe, plan, call)
 
 
 def as_requests(
@@ -171,12 +171,13 @@ def _expanded(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What all ranks agree on.
+    """What is equal on all ranks.
 
     Attributes:
-        is_sharded: forwards are exchanges, so that all ranks must run equally many.
-        is_shared: forwards add up what all ranks make, so that all must run the same batches.
-        digest: short text that stands for all of it; equal on all ranks.
+        is_sharded: forwards are collectives (FSDP), so all ranks must run equally many.
+        is_shared: forwards combine the ranks' inputs (tensor parallel), so all ranks must run the
+            same batches.
+        digest: short text that identifies the plan; equal on all ranks.
     """
 
     requests: Sequence[Request]
@@ -227,13 +228,13 @@ def _content_hash(request: Request) -> str:
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"prompts[{request.index}] ({request.prompt[:60]!r}): {error}; a prompt's own "
-            "arguments are plain values or paths of images. Give other objects to all prompts, as "
-            "keyword arguments"
+            "arguments are plain values or paths of images. Pass other objects as keyword "
+            "arguments, which apply to all prompts"
         ) from None
 
 
 def _plain(value: Any) -> Any:
-    """The value where text can stand for it, else its type: a tensor may lie on each rank's GPU."""
+    """The value if it can be written as JSON, else its type: a tensor may be on each rank's GPU."""
     try:
         canonical_json(value)
     except (TypeError, ValueError):
@@ -241,14 +242,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _agreed(ranks: Group, check: Callable[[], _Plan]) -> _Plan:
-    """Every rank's own check, then that they came to the same; what fails is raised on all."""
+def _plan_on_all_ranks(ranks: Group, check: Callable[[], _Plan]) -> _Plan:
+    """Run ``check`` on every rank and compare the plans; a failure is raised on all ranks."""
     ranks.enter("preparing")
     plan: _Plan | None = None
     failure: Exception | None = None
     try:
         plan = check()
-    except Exception as error:  # noqa: BLE001 - told to every rank, then raised
+    except Exception as error:  # noqa: BLE001 - sent to every rank, then raised
         failure = error
     digest = None if plan is None else plan.digest
     require_same(ranks, "prompts and arguments", digest, failure)
@@ -256,14 +257,14 @@ def _agreed(ranks: Group, check: Callable[[], _Plan]) -> _Plan:
     return plan
 
 
-def _run_share(ranks: Group, pipe: Any, plan: _Plan, call: Mapping[str, Any]) -> Iterator[Result]:
+def _run_slice(ranks: Group, pipe: Any, plan: _Plan, call: Mapping[str, Any]) -> Iterator[Result]:
     share = contiguous_slice(len(plan.batches), ranks.group_size, ranks.group_rank)
     engine = WholeEngine(pipe, rank=ranks.world.rank, call=call)
-    turns = [(k, True) for k in share]  # batch, and whether this rank keeps what comes of it
+    turns = [(k, True) for k in share]  # batch, and whether this rank keeps its Results
     if plan.is_sharded:
         engine = LockstepEngine(pipe, ranks, call=call)
         num_surplus = math.ceil(len(plan.batches) / ranks.group_size) - len(share)
-        turns += [(len(plan.batches) - 1, False)] * num_surplus  # to keep pace
+        turns += [(len(plan.batches) - 1, False)] * num_surplus  # as many forwards as the others
     if plan.is_shared:
         turns = [(k, k in share) for k in range(len(plan.batches))]
     for k, is_kept in turns:
@@ -276,22 +277,22 @@ def _run_share(ranks: Group, pipe: Any, plan: _Plan, call: Mapping[str, Any]) ->
 
 
 def _run_batch(ranks: Group, engine: WholeEngine, batch: Batch) -> list[Result]:
-    """A batch at once, so that the pipeline is its owner's again before a Result is shown."""
+    """Run a whole batch, so that the pipeline is restored before a Result is yielded."""
     try:
-        with borrowed(engine.pipe, ranks.device):
+        with inference_state(engine.pipe, ranks.device):
             return list(engine.run([batch]))
     except BaseException as error:
         first = ranks.report_failure(error)
         if isinstance(error, Exception):
             raise first from error
-        raise  # Ctrl-C stays Ctrl-C where it was pressed; the others get the RankError
+        raise  # Ctrl-C stays KeyboardInterrupt on this rank; the others get the RankError
 
 
 def _failure_message(failed: Sequence[Result], num_requests: int) -> str:
     lines = [f"  {r.index} ({r.prompt[:60]!r}): {r.error}" for r in failed[:10]]
     more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
     return (
-        f"{len(failed)} of {num_requests} prompts failed (errors='return' gives the rest):\n"
+        f"{len(failed)} of {num_requests} prompts failed (errors='return' returns the rest):\n"
         + "\n".join(lines)
         + more
     )

@@ -1,4 +1,4 @@
-"""A pipeline lent by somebody's program, and handed back as it came."""
+"""Temporarily put a caller's pipeline into inference mode, then restore it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 
 @contextlib.contextmanager
-def borrowed(pipe: Any, device: torch.device) -> Iterator[None]:
-    """Inside, ``pipe`` is ready to draw; afterwards everything about it is as it was.
+def inference_state(pipe: Any, device: torch.device) -> Iterator[None]:
+    """Put ``pipe`` into inference mode; restore it on exit.
 
-    Inside: eval mode, copies of its schedulers, no progress bar, and in place of a model wrapped
-    in ``DistributedDataParallel`` the model itself, since the wrapper has no ``config`` and its
-    forward would talk to the other ranks. Random numbers that the pipeline draws from torch's
-    global generators (of the CPU and of ``device``) are put back.
+    Inside: eval mode, copies of its schedulers, no progress bar, and a model wrapped in
+    ``DistributedDataParallel`` is replaced by the model itself, since the wrapper has no
+    ``config`` and its forward would communicate with the other ranks. The states of torch's
+    global random generators (of the CPU and of ``device``) are restored as well.
     """
     attributes = vars(pipe)
     modules = {n: value for n, value in attributes.items() if isinstance(value, torch.nn.Module)}
@@ -43,7 +43,7 @@ def borrowed(pipe: Any, device: torch.device) -> Iterator[None]:
 
 
 def without_ddp(module: torch.nn.Module) -> torch.nn.Module:
-    """What ``DistributedDataParallel`` wraps, also where the wrapper was compiled."""
+    """The model inside ``DistributedDataParallel``, also where the wrapper was compiled."""
     inner = getattr(module, "_orig_mod", module)  # what torch.compile(module) wraps
     if isinstance(inner, torch.nn.parallel.DistributedDataParallel):
         return without_ddp(inner.module)

@@ -1,6 +1,6 @@
-"""Lists and tensors over ranks: `split` them, `gather` them, and let the first rank go first.
+"""`split` and `gather` of lists and tensors over ranks, and `first_rank_first`.
 
-`split` is arithmetic and exchanges nothing. `gather` is met by every rank of the group.
+`split` is arithmetic and communicates nothing. `gather` is a collective.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _SPLITS = "a list, tuple, range, tensor, numpy array, datasets.Dataset, or a dic
 
 
 def split(items: Any, group: Any = None, pad: bool = False) -> Any:
-    """This rank's contiguous share of ``items``; the first ranks get one more.
+    """This rank's contiguous slice of ``items``; the first ranks get one more.
 
-    Every rank passes the same items, since nothing is exchanged. Without a process group the
-    environment says which rank this is (torchrun's), and a process alone gets everything.
+    Every rank passes the same items; nothing is communicated. Without a process group, rank and
+    world size are those of torchrun's environment; a single process gets everything.
 
     Args:
         items: a list, tuple, range, tensor, numpy array (first dim), ``datasets.Dataset``, or a
-            dict of those, nested too, all of one length. It is not changed.
+            dict of those (may be nested), all of one length. It is not modified.
         group: a ``torch.distributed`` process group; default: the whole world.
         pad: repeat the last item of all, so that every rank gets equally many; ``gather`` with
-            ``num_items`` drops it again. There is no padding of nothing: 0 items stay 0.
+            ``num_items`` drops it again. 0 items stay 0.
 
     Returns:
         the same type as ``items``; a padded range is a list.
 
     Raises:
-        TypeError: ``items`` is a string, a number, a generator or whatever else has no parts.
+        TypeError: ``items`` is a string, a number, a generator or anything else without a length.
         UsageError: the values of a dict have different lengths.
     """
     lengths = dict(_lengths(items, "items"))
@@ -61,20 +61,20 @@ def split_between_processes(items: Any, group: Any = None, pad: bool = False) ->
 
 
 def gather(items: Any, num_items: int | None = None, group: Any = None) -> Any:
-    """What every rank passes, joined in rank order, on every rank.
+    """Concatenate what every rank passes, in rank order, on every rank.
 
     Args:
         items: a list or tuple of any picklable objects; or a tensor or numpy array whose first
             dim may differ between ranks (one number counts as one row). A rank without rows may
             pass any shape. Tensors come back on the device they were on, without a gradient.
-        num_items: of the whole that `split` was given: its padding is dropped, by its own rule.
+        num_items: length of what `split` was given; its padding is dropped.
         group: a ``torch.distributed`` process group; default: the whole world.
 
     Raises:
         TypeError: ``items`` is something else, such as a string or a dict; on every rank.
-        UsageError: ranks pass different types, dtypes or shapes, or numbers that `split` would
-            not give them; on every rank.
-        RankError: one rank alone passed something wrong; on every rank.
+        UsageError: ranks pass different types, dtypes or shapes, or lengths that `split` does
+            not produce; on every rank.
+        RankError: only one rank passed something wrong; on every rank.
     """
     ranks = Group.borrow(group)
     ranks.enter("gathering")
@@ -90,26 +90,26 @@ def gather(items: Any, num_items: int | None = None, group: Any = None) -> Any:
         keep = _kept(list(map(len, parts)), num_items)
         joined = [item for part, k in zip(parts, keep, strict=True) for item in part[:k]]
         return joined if isinstance(items, list) else tuple(joined)
+    mine = items.detach().cpu() if isinstance(items, torch.Tensor) else items
+    rows = _concatenable(ranks.all_gather_object(mine if mine.ndim else mine.reshape(1)), ranks)
+    kept = _kept_rows([len(part) for part in rows], num_items)
     if isinstance(items, torch.Tensor):
-        return _gather_tensor(ranks, items.detach(), num_items)
-    array = np.ascontiguousarray(items)
-    shapes = _gather_shapes(ranks, array.shape)
-    parts = [part for part in ranks.all_gather_object(array) if len(part)] or [array]
-    return np.concatenate(parts)[_kept_rows(shapes, num_items)]
+        return torch.cat(rows)[torch.from_numpy(kept)].to(items.device)
+    return np.concatenate(rows)[kept]
 
 
 def is_first_rank(group: Any = None) -> bool:
-    """Whether this is rank 0 of the group; a process alone is."""
+    """Whether this is rank 0 of the group; a single process is."""
     return _place(group)[0] == 0
 
 
 @contextlib.contextmanager
 def first_rank_first(group: Any = None) -> Iterator[None]:
-    """The first rank runs the body, then the others do: to download once, or to fill a cache.
+    """Rank 0 of the group runs the body first, then the others: to download or to cache once.
 
     Raises:
-        RankError: on the others, instead of their bodies, when the first rank's body raised; they
-            do not wait for ever. The first rank raises its own error.
+        RankError: on the other ranks, before their bodies, when the first rank's body raised. The
+            first rank raises its own error.
     """
     ranks = Group.borrow(group)
     ranks.enter("going first" if ranks.group_rank == 0 else "waiting for the first rank")
@@ -148,7 +148,7 @@ def _padded_length(num_items: int, num_ranks: int) -> int:
 
 
 def _is_dataset(items: Any) -> bool:
-    datasets = sys.modules.get("datasets")  # nobody has one who has not imported it
+    datasets = sys.modules.get("datasets")  # a Dataset exists only where it was imported
     return datasets is not None and isinstance(items, datasets.Dataset)
 
 
@@ -159,7 +159,7 @@ def _lengths(items: Any, name: str) -> Iterator[tuple[str, int]]:
             yield from _lengths(value, f"{name}[{key!r}]")
     elif isinstance(items, (torch.Tensor, np.ndarray)):
         if items.ndim == 0:
-            raise TypeError(f"{name} is one number, which has no parts; split takes {_SPLITS}")
+            raise TypeError(f"{name} is a scalar, which cannot be split; split takes {_SPLITS}")
         yield name, len(items)
     elif isinstance(items, (list, tuple, range)) or _is_dataset(items):
         yield name, len(items)
@@ -170,7 +170,7 @@ def _lengths(items: Any, name: str) -> Iterator[tuple[str, int]]:
 def _what(items: Any) -> str:
     name = type(items).__name__
     if isinstance(items, (str, bytes)):
-        return f"one {name}: put it into a list"
+        return f"a single {name}: put it into a list"
     if isinstance(items, Iterator):
         return f"a {name}, which can be read only once: make a list of it"
     return f"a {name}"
@@ -210,55 +210,29 @@ def _kind(items: Any) -> str:
     )
 
 
-def _gather_tensor(ranks: Group, tensor: torch.Tensor, num_items: int | None) -> torch.Tensor:
-    if tensor.ndim == 0:
-        tensor = tensor.reshape(1)
-    shapes = _gather_shapes(ranks, tuple(tensor.shape))
-    # As bytes, since no backend moves every dtype.
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    sizes = [math.prod(shape) * tensor.element_size() for shape in shapes]
-    parts = _gather_bytes(ranks, flat, sizes)
-    num_rows = sum(shape[0] for shape in shapes)
-    whole = torch.cat(parts).view(tensor.dtype).reshape(num_rows, *shapes[0][1:])
-    keep = torch.from_numpy(_kept_rows(shapes, num_items))
-    return whole[keep.to(whole.device)].to(tensor.device)
+def _concatenable(parts: Sequence[Any], ranks: Group) -> list[Any]:
+    """The ranks' arrays; an empty one gets the row shape of the others.
 
-
-def _gather_shapes(ranks: Group, shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """Every rank's shape, one that has no rows like that of the others."""
-    shapes: list[tuple[int, ...]] = ranks.all_gather_object(tuple(shape))
-    rows = {each[1:] for each in shapes if each[0]} or {tuple(shape[1:])}
-    if len(rows) > 1:
+    Raises:
+        UsageError: rows of different shapes.
+    """
+    shapes = {tuple(part.shape[1:]) for part in parts if len(part)} or {tuple(parts[0].shape[1:])}
+    if len(shapes) > 1:
         found = ", ".join(
-            f"rank {ranks.global_rank(k)}: {each}" for k, each in enumerate(shapes) if each[0]
+            f"rank {ranks.global_rank(k)}: {tuple(part.shape)}"
+            for k, part in enumerate(parts)
+            if len(part)
         )
         raise UsageError(f"gather joins along the first dim, the others must be equal; {found}")
-    (row,) = rows
-    return [(each[0], *row) for each in shapes]
-
-
-def _gather_bytes(ranks: Group, flat: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Every rank's bytes, on the device that its backend moves them on."""
-    if ranks.device_group is None or not max(sizes):
-        return [flat[:size] for size in sizes]
-    import torch.distributed as dist
-
-    on_gpu = flat.is_cuda and ranks.device.type == "cuda"
-    device, group = (
-        (flat.device, ranks.device_group) if on_gpu else (torch.device("cpu"), ranks.object_group)
-    )
-    mine = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
-    mine[: len(flat)] = flat
-    parts = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(parts, mine, group=group)
-    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    (shape,) = shapes
+    return [part.reshape(len(part), *shape) for part in parts]
 
 
 def _kept(counts: Sequence[int], num_items: int | None) -> list[int]:
-    """How many of each rank's items are no padding.
+    """How many of each rank's items are not padding.
 
     Raises:
-        UsageError: the counts are not what `split` gives, padded or not.
+        UsageError: the counts are not those of `split`, with or without padding.
     """
     if num_items is None:
         return list(counts)
@@ -267,15 +241,15 @@ def _kept(counts: Sequence[int], num_items: int | None) -> list[int]:
     padded = [_padded_length(num_items, num_ranks)] * num_ranks
     if any(count not in pair for count, *pair in zip(counts, shares, padded, strict=True)):
         raise UsageError(
-            f"num_items={num_items} over {num_ranks} ranks makes {_listed(shares)} items, padded "
-            f"{_listed(padded)}, but the ranks passed {_listed(counts)}"
+            f"num_items={num_items} over {num_ranks} ranks gives {_comma_separated(shares)} items, "
+            f"with padding {_comma_separated(padded)}, but the ranks passed "
+            f"{_comma_separated(counts)}"
         )
     return shares
 
 
-def _kept_rows(shapes: Sequence[tuple[int, ...]], num_items: int | None) -> np.ndarray:
-    """Indices, in the joined rows, of those that are no padding."""
-    counts = [shape[0] for shape in shapes]
+def _kept_rows(counts: Sequence[int], num_items: int | None) -> np.ndarray:
+    """Indices of the concatenated rows that are not padding."""
     starts = np.cumsum([0, *counts[:-1]])
     kept = _kept(counts, num_items)
     return np.concatenate(
@@ -283,5 +257,5 @@ def _kept_rows(shapes: Sequence[tuple[int, ...]], num_items: int | None) -> np.n
     ).astype(np.int64)
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def _comma_separated(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))

@@ -23,8 +23,8 @@ from ddinfer.errors import (
     RankError,
     StorageError,
     UsageError,
-    explained,
-    is_of_the_machine,
+    describe_os_error,
+    is_environment_error,
 )
 from ddinfer.models.loading import find_denoiser, load_pipeline
 from ddinfer.models.placement import Placement
@@ -141,10 +141,10 @@ class WholeEngine:
         except (torch.OutOfMemoryError, MemoryError) as error:
             return _Failure(ErrorRecord.of(error), out_of_memory=True)
         except Exception as error:  # recorded with its traceback and counted
-            if isinstance(error, OSError) and is_of_the_machine(error):
+            if isinstance(error, OSError) and is_environment_error(error):
                 # No prompt is to blame, and the next would meet it, too.
                 path = "" if error.filename is None else f"{error.filename}: "
-                raise StorageError(f"the pipeline met {path}{explained(error)}") from error
+                raise StorageError(f"the pipeline met {path}{describe_os_error(error)}") from error
             return _Failure(ErrorRecord.of(error), out_of_memory=_is_out_of_memory(error))
 
     def _arguments(self, part: list[Request]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
-from ddinfer.errors import StorageError, explained
+from ddinfer.errors import StorageError, describe_os_error
 
 TEMPORARY_ENDING = ".tmp"
 
@@ -243,7 +243,7 @@ def _named(verb: str, path: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # not the system's: gzip's complaint about bytes, for one
             raise
-        raise StorageError(f"cannot {verb} {path}: {explained(error)}") from error
+        raise StorageError(f"cannot {verb} {path}: {describe_os_error(error)}") from error
 
 
 def is_temporary(name: str) -> bool:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ddinfer.errors import ErrorRecord, StorageError, explained
+from ddinfer.errors import ErrorRecord, StorageError, describe_os_error
 from ddinfer.request import Result
 from ddinfer.storage.files import Files, write_and_rename
 from ddinfer.storage.images import (
@@ -154,7 +154,7 @@ class Writer:
                 data = None if result.error is not None else self._encode(result)
                 error = result.error
             except (OSError, MemoryError, ImportError) as problem:  # the machine's, not its
-                why = explained(problem) if isinstance(problem, OSError) else problem
+                why = describe_os_error(problem) if isinstance(problem, OSError) else problem
                 raise StorageError(f"cannot encode image {result.index}: {why}") from problem
             except Exception as problem:  # noqa: BLE001  a picture that cannot be encoded
                 data, error = None, ErrorRecord.of(problem)
