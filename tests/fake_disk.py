@@ -206,13 +206,6 @@ class FakeDisk(Disk):
             file.node.data[offset : offset + len(data)] = data
             return len(data)
 
-    def pread(self, fd: int, count: int, offset: int) -> bytes:
-        with self._mutex:
-            file = self._open[fd]
-            self._operation("read", file.path)
-            assert file.node.data is not None
-            return bytes(file.node.data[offset : offset + count])
-
     def fsync(self, fd: int) -> None:
         with self._mutex:
             file = self._open[fd]

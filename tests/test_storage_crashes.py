@@ -113,7 +113,7 @@ def undisturbed(**options) -> tuple[dict[str, bytes], list[str]]:
     platter = Platter()
     disk = FakeDisk(platter)
     run_job(disk, **options)
-    return visible(platter), [re.sub(r"\.[0-9a-f]{8}\.tmp", ".tmp", line) for line in disk.log]
+    return visible(platter), [re.sub(r"-[0-9a-f]{8}\.tmp", ".tmp", line) for line in disk.log]
 
 
 def visible(platter: Platter) -> dict[str, bytes]:

@@ -42,7 +42,7 @@ def test_writes_go_on_after_a_short_one():
 
 def test_reading_what_may_not_be_there(tmp_path):
     files = Files()
-    assert files.read_if_there(str(tmp_path / "none")) is None
+    assert files.read_or_none(str(tmp_path / "none")) is None
     assert files.list(str(tmp_path / "none")) == []
     assert files.size(str(tmp_path / "none")) is None
     files.remove(str(tmp_path / "none"))
@@ -89,15 +89,15 @@ def test_the_fake_disk_and_the_real_one_agree(tmp_path):
         assert files.list(f"{root}/f") == ["b"]
         assert files.size(f"{root}/f/b") == 3
         assert files.read(f"{root}/f/b") == b"abc"
-        first = files.open_in_place(f"{root}/lock")
-        second = files.open_in_place(f"{root}/lock")
+        first = files.open_lock(f"{root}/lock")
+        second = files.open_lock(f"{root}/lock")
         assert files.lock(first, exclusive=True)
         assert not files.lock(second, exclusive=False)
         assert files.lock(first, exclusive=False)
         assert files.lock(second, exclusive=False)
         assert not files.lock(first, exclusive=True)
         files.write_at_start(first, b"xyz")
-        assert files.read_at_start(second, 9) == b"xyz"
+        assert files.read(f"{root}/lock") == b"xyz"
         files.close(first)
         assert files.lock(second, exclusive=True)
         files.close(second)

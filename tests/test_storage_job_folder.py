@@ -12,6 +12,7 @@ from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
 from ddinfer.storage.job_folder import JobFolder, JobReport
 from ddinfer.storage.job_record import read_job
+from ddinfer.storage.metadata import write_requests
 from ddinfer.storage.verify import check_room, estimate_disk, rebuild_metadata, verify
 from tests.fake_disk import FakeDisk, Platter
 from tests.storage_jobs import describe, make_requests, run_job
@@ -121,7 +122,7 @@ def test_a_folder_of_somebody_else_is_left_alone(out):
     (out / "images").mkdir(parents=True)
     (out / "images" / "holiday.png").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match=r"has images but no job\.json"):
+        with pytest.raises(UsageError, match=r"contains images but no job\.json"):
             run_job(out, make_requests(2), overwrite=overwrite)
     assert (out / "images" / "holiday.png").read_text() == "mine"
 
@@ -135,13 +136,13 @@ def test_a_folder_with_other_things_in_it_is_fine(out):
 def test_leftovers_of_a_crash_are_swept(out):
     run_job(out, make_requests(2), stop_after=0)
     (out / "images" / "0000").mkdir()
-    left = out / "images" / "0000" / ".00000000.png.ab.tmp"
+    left = out / "images" / "0000" / ".00000000.png.ddinfer-0123abcd.tmp"
     left.write_text("half")
     run_job(out, make_requests(2))
     assert not left.exists()
 
 
-def test_lost_requests_are_written_anew_and_a_damaged_record_can_be_overwritten(out):
+def test_lost_requests_are_written_anew_and_nothing_is_deleted_on_a_damaged_record(out):
     requests = make_requests(3)
     run_job(out, requests)
     (out / "requests.jsonl.gz").write_bytes(b"spoilt")
@@ -150,9 +151,20 @@ def test_lost_requests_are_written_anew_and_a_damaged_record_can_be_overwritten(
     run_job(out, requests)
     assert check(out).is_good
     (out / "job.json").write_text("{")
-    with pytest.raises(StorageError, match=r"job\.json is damaged"):
-        run_job(out, requests)
-    assert run_job(out, requests, overwrite=True).is_complete
+    for overwrite in (False, True):
+        with pytest.raises(StorageError, match=r"job\.json is damaged: .*choose another --output"):
+            run_job(out, requests, overwrite=overwrite)
+    assert len(images(out)) == 3
+
+
+def test_requests_that_are_not_the_job_s_are_written_anew(out):
+    """Ranks read their Requests from this file, so that a valid file of others will not do."""
+    requests = make_requests(3)
+    run_job(out, requests, stop_after=1)
+    before = (out / "requests.jsonl.gz").read_bytes()
+    write_requests(Files(), str(out), [replace(r, prompt="another") for r in requests])
+    run_job(out, requests)
+    assert (out / "requests.jsonl.gz").read_bytes() == before
 
 
 def test_looking_needs_no_prompts_and_no_lock(out):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,11 @@ from ddinfer.errors import ErrorRecord, RankError
 from ddinfer.request import Request
 from ddinfer.storage.files import Files
 from ddinfer.storage.journal import (
-    JOURNAL_FOLDER,
     JournalHeader,
     JournalState,
     JournalWriter,
     decode_line,
+    journal_paths,
 )
 
 #: So many deaths in company, and prompts run one by one; so many alone, and one has failed.
@@ -41,9 +40,8 @@ def record_deaths(
         num_stages: so many neighbouring ranks work on the batches of the first of them.
     """
     count = 0
-    journal = os.path.join(folder, JOURNAL_FOLDER)
-    for name in files.list(journal):
-        header, in_hand, reason = _last_words(files, os.path.join(journal, name), run_id)
+    for path in journal_paths(files, folder):
+        header, in_hand, reason = _last_words(files, path, run_id)
         if header is None:
             continue
         number = _what_killed(header.rank, reason, signals, num_stages)

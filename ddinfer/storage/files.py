@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from typing import BinaryIO
 
 from ddinfer.errors import StorageError, describe_os_error
 
-TEMPORARY_ENDING = ".tmp"
+_TEMPORARY = re.compile(r"\..+\.ddinfer-[0-9a-f]{8}\.tmp")
 
 #: Not every file system can fsync a folder; where none can, there is nothing to wait for.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
@@ -26,30 +27,21 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 class Disk:
     """The operating system's file operations. Everything raises `OSError`."""
 
-    def mkdir(self, path: str) -> None:
-        os.mkdir(path)
+    mkdir = staticmethod(os.mkdir)
+    write = staticmethod(os.write)  # may write less than all of it; returns how many bytes
+    pwrite = staticmethod(os.pwrite)
+    fsync = staticmethod(os.fsync)
+    close = staticmethod(os.close)
+    replace = staticmethod(os.replace)
+    unlink = staticmethod(os.unlink)
+    rmdir = staticmethod(os.rmdir)
+    listdir = staticmethod(os.listdir)
 
     def open(self, path: str, flags: int) -> int:
         return os.open(path, flags | os.O_CLOEXEC, 0o666)
 
-    def write(self, fd: int, data: bytes | memoryview) -> int:
-        """May write less than all of it; returns how many bytes."""
-        return os.write(fd, data)
-
-    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
-        return os.pwrite(fd, data, offset)
-
-    def pread(self, fd: int, count: int, offset: int) -> bytes:
-        return os.pread(fd, count, offset)
-
-    def fsync(self, fd: int) -> None:
-        os.fsync(fd)
-
-    def close(self, fd: int) -> None:
-        os.close(fd)
-
-    def replace(self, source: str, target: str) -> None:
-        os.replace(source, target)
+    def open_read(self, path: str) -> BinaryIO:
+        return open(path, "rb")
 
     def fsync_folder(self, path: str) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -58,30 +50,17 @@ class Disk:
         finally:
             os.close(fd)
 
-    def unlink(self, path: str) -> None:
-        os.unlink(path)
-
-    def rmdir(self, path: str) -> None:
-        os.rmdir(path)
-
-    def listdir(self, path: str) -> list[str]:
-        return os.listdir(path)
-
     def size(self, path: str) -> int:
-        """Bytes of a file."""
         return os.stat(path).st_size
 
-    def open_read(self, path: str) -> BinaryIO:
-        return open(path, "rb")
-
     def lock(self, fd: int, exclusive: bool) -> None:
-        """flock without waiting: ``EWOULDBLOCK`` where somebody else holds it."""
+        """flock without waiting: ``EWOULDBLOCK`` where another process holds it."""
         import fcntl
 
         fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
 
     def free_bytes(self, path: str) -> int:
-        """What an ordinary user can still write there."""
+        """Bytes that an ordinary user can still write there."""
         stat = os.statvfs(path)
         return stat.f_bavail * stat.f_frsize
 
@@ -106,11 +85,14 @@ class Files:
         """Open a new file for appending; it must not exist."""
         return self._open("create", path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
 
-    def open_in_place(self, path: str) -> int:
-        """Open for reading and writing, made where it does not exist."""
-        return self._open("open", path, os.O_RDWR | os.O_CREAT)
+    def open_lock(self, path: str) -> int:
+        """Open for writing, created where it does not exist; a link is not followed."""
+        return self._open("open", path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
 
-    def open_only_to_lock(self, path: str) -> int:
+    def open_to_write(self, path: str) -> int:
+        return self._open("open", path, os.O_WRONLY)
+
+    def open_to_read(self, path: str) -> int:
         return self._open("open", path, os.O_RDONLY)
 
     def _open(self, verb: str, path: str, flags: int) -> int:
@@ -130,10 +112,6 @@ class Files:
         with _named("write", self._paths[fd]):
             if self.disk.pwrite(fd, data, 0) != len(data):
                 raise OSError(errno.EIO, "wrote only a part")
-
-    def read_at_start(self, fd: int, count: int) -> bytes:
-        with _named("read", self._paths[fd]):
-            return self.disk.pread(fd, count, 0)
 
     def sync(self, fd: int) -> None:
         with _named("fsync", self._paths[fd]):
@@ -199,7 +177,7 @@ class Files:
         with self.open_read(path) as file, _named("read", path):
             return file.read()
 
-    def read_if_there(self, path: str) -> bytes | None:
+    def read_or_none(self, path: str) -> bytes | None:
         return self.read(path) if self.exists(path) else None
 
     def open_read(self, path: str) -> BinaryIO:
@@ -213,17 +191,21 @@ class Files:
         with self.open_read(path) as file, _named("read", path):
             yield file
 
-    def lock(self, fd: int, *, exclusive: bool) -> bool:
-        """Take or change a flock without waiting; ``False`` where somebody else holds it."""
+    def lock(self, fd: int, *, exclusive: bool) -> bool | None:
+        """Take or convert a flock without waiting.
+
+        Returns:
+            ``False`` where another process holds it, ``None`` where the file system has no flock.
+        """
         with _named("lock", self._paths[fd]):
             try:
                 self.disk.lock(fd, exclusive)
             except BlockingIOError:
                 return False
             except OSError as error:
-                # No flock on this file system: the heartbeat in the file is what is left.
                 if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                     raise
+                return None
         return True
 
     def free_bytes(self, path: str) -> int:
@@ -233,7 +215,7 @@ class Files:
     def temporary_name(self, path: str) -> str:
         """A hidden name in the same folder, so that `replace` stays within one file system."""
         folder, name = os.path.split(path)
-        return os.path.join(folder, f".{name}.{self._token}{TEMPORARY_ENDING}")
+        return os.path.join(folder, f".{name}.ddinfer-{self._token}.tmp")
 
 
 @contextmanager
@@ -247,7 +229,8 @@ def _named(verb: str, path: str) -> Iterator[None]:
 
 
 def is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(TEMPORARY_ENDING)
+    """Whether a crash of ddinfer has left this name."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def write_and_rename(files: Files, path: str, data: bytes) -> None:

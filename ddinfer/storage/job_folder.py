@@ -13,7 +13,7 @@ The straight line of a job, seen from the disk::
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from ddinfer.errors import StorageError, UsageError
 from ddinfer.request import Request
 from ddinfer.storage import metadata
 from ddinfer.storage.files import Files, is_temporary
-from ddinfer.storage.images import IMAGES_FOLDER, image_path
+from ddinfer.storage.images import IMAGES_FOLDER, IMAGES_PER_FOLDER, image_path
 from ddinfer.storage.job_record import (
     JobDescription,
     JobRecord,
@@ -35,13 +35,19 @@ from ddinfer.storage.journal import (
     JournalHeader,
     JournalState,
     JournalWriter,
+    journal_paths,
     read_journals,
 )
 from ddinfer.storage.lease import Lease
 from ddinfer.storage.writer import Writer
 
-#: What a job writes besides its lock; without a job.json they are somebody else's.
-_PRECIOUS = (IMAGES_FOLDER, JOURNAL_FOLDER, metadata.METADATA_FILE, metadata.FAILURES_FILE)
+#: Files of a job beside job.json, images and journals.
+_JOB_FILES = (
+    metadata.METADATA_FILE,
+    metadata.FAILURES_FILE,
+    metadata.STATUS_FILE,
+    metadata.REQUESTS_FILE,
+)
 
 B = TypeVar("B", bound=Sequence[int])
 
@@ -112,11 +118,14 @@ class JobFolder:
             FolderInUse: another process writes there.
         """
         path = os.path.abspath(path)
+        _reject_foreign(files, path)  # before anything is written there
         _make_folders(files, path)
         lease = Lease.acquire(files, path, run_id, notify=notify)
         try:
-            record, is_resumed = _settle(files, path, job, overwrite, extend, accept_versions)
-            _remove_temporaries(files, path)
+            record, is_resumed = _create_or_resume(
+                files, path, job, overwrite, extend, accept_versions
+            )
+            _remove_temporaries(files, path, record)
             for name in (JOURNAL_FOLDER, IMAGES_FOLDER):
                 files.make_folder(os.path.join(path, name))
             _make_journals_durable(files, path)
@@ -234,7 +243,7 @@ def list_images(files: Files, path: str, capacity: int) -> bytearray:
     return present
 
 
-def _settle(
+def _create_or_resume(
     files: Files,
     path: str,
     job: JobDescription,
@@ -242,27 +251,29 @@ def _settle(
     extend: bool,
     accept_versions: bool,
 ) -> tuple[JobRecord, bool]:
-    """Make ``job.json`` this job's → the record, and whether the folder held it already."""
+    """Make ``job.json`` this job's → the record, and whether the directory held it already.
+
+    Raises:
+        UsageError: the directory holds another job, or files of other origin.
+    """
     new = record_of(job)
     name = os.path.join(path, metadata.JOB_FILE)
-    if not files.exists(name):
-        _refuse_foreign(files, path)
-    elif overwrite:
-        delete_job(files, path)
-    else:
-        old = read_job(files, path)
-        if old is not None:
-            record = same_or_extended(
-                files, path, job, old, new, extend=extend, accept_versions=accept_versions
-            )
-            if record != old or not metadata.requests_are_sound(files, path):
-                # First the list, whose beginning is the old one, then the record that counts.
-                metadata.write_requests(files, path, job.requests)
-            if record != old:
-                metadata.write_json(files, name, asdict(record))
-            return record, True
-    metadata.write_requests(files, path, job.requests)
+    old = _reject_foreign(files, path)
+    if old is not None and not overwrite:
+        record = same_or_extended(
+            files, path, job, old, new, extend=extend, accept_versions=accept_versions
+        )
+        if record != old or not metadata.holds_requests(files, path, job.requests):
+            # First the list, which begins with the old one, then the record that refers to it.
+            metadata.write_requests(files, path, job.requests)
+        if record != old:
+            metadata.write_json(files, name, asdict(record))
+        return record, True
+    if old is not None:
+        _delete_job(files, path, old)
+    # job.json first: the other files of a job never lie in a directory without one.
     metadata.write_json(files, name, asdict(new))
+    metadata.write_requests(files, path, job.requests)
     return new, False
 
 
@@ -286,46 +297,51 @@ def _make_folders(files: Files, path: str) -> None:
         files.sync_folder_of_others(folder)
 
 
-def _refuse_foreign(files: Files, path: str) -> None:
-    found = [name for name in files.list(path) if name in _PRECIOUS]
-    if found:
-        raise UsageError(
-            f"{path} has {', '.join(found)} but no {metadata.JOB_FILE}: ddinfer did not make it, "
-            "or it is damaged. Choose another --output, or move these away"
-        )
+def _reject_foreign(files: Files, path: str) -> JobRecord | None:
+    """The record of the job that the directory holds; ``None`` where there is none.
 
-
-def delete_job(files: Files, path: str) -> None:
-    """Delete what a job wrote, and nothing else.
-
-    Journals first, durably: at no moment does a journal speak of an image that is gone.
-    ``job.json`` last: until then the folder is known as a job's.
+    Raises:
+        UsageError, StorageError: ``job.json`` is not ddinfer's, or files that a job would
+            overwrite are there without one.
     """
-    journal = os.path.join(path, JOURNAL_FOLDER)
-    for name in files.list(journal):
-        if name.endswith(".jsonl"):
-            files.remove(os.path.join(journal, name))
-    if files.exists(journal):
-        files.sync_folder(journal)
-        files.remove_empty_folder(journal)
-    images = os.path.join(path, IMAGES_FOLDER)
-    for folder in files.list(images):
-        for name in files.list(os.path.join(images, folder)):
-            if is_temporary(name) or name.endswith(".png"):
-                files.remove(os.path.join(images, folder, name))
-        if folder.isdigit():
-            files.remove_empty_folder(os.path.join(images, folder))
-    files.remove_empty_folder(images)
-    for name in (
-        metadata.METADATA_FILE,
-        metadata.FAILURES_FILE,
-        metadata.STATUS_FILE,
-        metadata.REQUESTS_FILE,
-    ):
+    record = read_job(files, path)
+    if record is None:
+        ours = (IMAGES_FOLDER, JOURNAL_FOLDER, *_JOB_FILES)
+        found = [name for name in files.list(path) if name in ours]
+        if found:
+            raise UsageError(
+                f"{path} contains {', '.join(found)} but no {metadata.JOB_FILE}: ddinfer did not "
+                "write them, or it is lost. Choose another --output, or move these away"
+            )
+    return record
+
+
+def _delete_job(files: Files, path: str, record: JobRecord) -> None:
+    """Delete what this job wrote, by name, and nothing else; ``job.json`` stays to be replaced.
+
+    Journals first, durably: at no moment does a journal refer to an image that is gone.
+    """
+    for name in journal_paths(files, path):
+        files.remove(name)
+    if files.exists(os.path.join(path, JOURNAL_FOLDER)):
+        files.sync_folder(os.path.join(path, JOURNAL_FOLDER))
+    for folder, indices in _image_folders(path, record):
+        own = {os.path.basename(image_path(index)) for index in indices}
+        for name in files.list(folder):
+            if name in own or is_temporary(name):
+                files.remove(os.path.join(folder, name))
+        files.remove_empty_folder(folder)
+    for name in _JOB_FILES:
         files.remove(os.path.join(path, name))
     files.sync_folder(path)
-    files.remove(os.path.join(path, metadata.JOB_FILE))
-    files.sync_folder(path)
+
+
+def _image_folders(path: str, record: JobRecord) -> Iterator[tuple[str, range]]:
+    """Directories of the job's images, each with the indices of those in it."""
+    indices = range(record.num_requests)
+    for first in indices[::IMAGES_PER_FOLDER]:
+        folder = os.path.dirname(os.path.join(path, image_path(first)))
+        yield folder, indices[first : first + IMAGES_PER_FOLDER]
 
 
 def _make_journals_durable(files: Files, path: str) -> None:
@@ -333,29 +349,23 @@ def _make_journals_durable(files: Files, path: str) -> None:
 
     This run is going to build on them, so they must not be lost with the power after it.
     """
-    journal = os.path.join(path, JOURNAL_FOLDER)
-    for name in files.list(journal):
-        fd = files.open_in_place(os.path.join(journal, name))
+    for name in journal_paths(files, path):
+        fd = files.open_to_write(name)
         try:
             files.sync(fd)
         finally:
             files.close(fd)
-    files.sync_folder(journal)
+    files.sync_folder(os.path.join(path, JOURNAL_FOLDER))
 
 
-def _remove_temporaries(files: Files, path: str) -> None:
-    images = os.path.join(path, IMAGES_FOLDER)
-    folders = [path, *(os.path.join(images, name) for name in files.list(images))]
-    for folder in folders:
+def _remove_temporaries(files: Files, path: str, record: JobRecord) -> None:
+    """Remove what a crash of this job has left half written."""
+    for folder in [path, *(folder for folder, _ in _image_folders(path, record))]:
         for name in files.list(folder):
             if is_temporary(name):
                 files.remove(os.path.join(folder, name))
 
 
 def _next_attempt(files: Files, path: str) -> int:
-    numbers = [
-        int(name[:6])
-        for name in files.list(os.path.join(path, JOURNAL_FOLDER))
-        if name[:6].isdigit()
-    ]
-    return 1 + max(numbers, default=-1)
+    names = map(os.path.basename, journal_paths(files, path))
+    return 1 + max((int(name.partition("-")[0]) for name in names), default=-1)

@@ -88,14 +88,25 @@ class JobRecord:
 
 
 def read_job(files: Files, path: str) -> JobRecord | None:
-    """``job.json``, or ``None`` where there is none."""
+    """``job.json``, or ``None`` where there is none.
+
+    Raises:
+        UsageError: another program's.
+        StorageError: damaged, or of another format version.
+    """
     name = os.path.join(path, metadata.JOB_FILE)
-    data = metadata.read_json(files, name)
+    try:
+        data = metadata.read_json(files, name)
+    except metadata.DamagedFile as error:
+        raise StorageError(f"{error}; {_NO_RECORD}") from None
     if data is None:
         return None
-    if data.get("version") != JOB_VERSION or "fingerprint" not in data:
+    if "fingerprint" not in data or "requests_sha256" not in data:
+        raise UsageError(f"{name} is not the record of a ddinfer job; choose another --output")
+    if data.get("version") != JOB_VERSION:
         raise StorageError(
-            f"{name} is of format {data.get('version')}, this ddinfer reads {JOB_VERSION}"
+            f"{name} has format version {data.get('version')}, this ddinfer reads {JOB_VERSION}; "
+            "choose another --output, or finish the job with the ddinfer that began it"
         )
     try:
         if data.get("shard") is not None:
@@ -105,12 +116,15 @@ def read_job(files: Files, path: str) -> JobRecord | None:
     except (TypeError, AttributeError, IndexError) as error:
         raise StorageError(f"{name} is damaged: {error}; {_NO_RECORD}") from None
     if not is_sound:
-        raise StorageError(f"{name} is damaged: its fingerprint is not its own; {_NO_RECORD}")
+        raise StorageError(
+            f"{name} is damaged: its fingerprint is not that of its content; {_NO_RECORD}"
+        )
     return record
 
 
-#: The way out where ``job.json`` is lost.
-_NO_RECORD = "put back a copy of it, or start the job again with --overwrite"
+#: The fix where ``job.json`` is lost. Without it nothing proves that the files are ddinfer's, so
+#: that --overwrite does not delete them.
+_NO_RECORD = "restore a copy of it, or choose another --output"
 
 
 def _is_sound(record: JobRecord) -> bool:

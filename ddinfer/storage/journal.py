@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from array import array
 from collections.abc import Collection, Mapping, Sequence
@@ -29,6 +30,9 @@ from ddinfer.storage.files import Files
 
 JOURNAL_FOLDER = "journal"
 JOURNAL_VERSION = 1
+
+#: ``ATTEMPT-RANK.jsonl``, or ``ATTEMPT-RANK-K.jsonl`` where that name is taken.
+_NAME = re.compile(r"\d{6,}-\d{5,}(-\d+)?\.jsonl")
 
 _PENDING, _FAILED, _DONE = 0, 1, 2
 _CRC_BYTES = len(',"crc":"00000000"}\n')
@@ -64,6 +68,12 @@ def decode_line(line: bytes) -> dict[str, Any] | None:
         return json.loads(body + b"}")
     except ValueError:
         return None
+
+
+def journal_paths(files: Files, folder: str) -> list[str]:
+    """The journal files below ``folder``, in the order of their attempts and ranks."""
+    journal = os.path.join(folder, JOURNAL_FOLDER)
+    return [os.path.join(journal, name) for name in files.list(journal) if _NAME.fullmatch(name)]
 
 
 class JournalWriter:
@@ -253,10 +263,8 @@ def read_journals(
         JournalError: anything broken but a torn last line, or a journal of another job.
     """
     state = JournalState(num_requests)
-    journal = os.path.join(folder, JOURNAL_FOLDER)
-    for name in files.list(journal):
-        if name.endswith(".jsonl"):
-            _read_file(files, os.path.join(journal, name), fingerprints, state)
+    for path in journal_paths(files, folder):
+        _read_file(files, path, fingerprints, state)
     return state
 
 

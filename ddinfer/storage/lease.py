@@ -1,13 +1,17 @@
-"""``lock``: one job writes into a folder at a time.
+"""``lock``: one job at a time writes into a directory.
 
-On one machine the kernel knows: a flock is gone with the last process that held it, so after a
-crash nobody waits. Between machines a heartbeat in the same file tells: rank 0 counts it up, and
-who finds a count from another machine watches it. A count that stands still for 60 s is nobody's.
-The restarts of one torchrun run take over from one another at once.
+On one machine the kernel's flock decides: it ends with the last process of the job, so nobody
+waits after a crash. Between machines, and on file systems without flock, a heartbeat in the same
+file decides: rank 0 increments it every 10 s, and a lease whose heartbeat has not changed for 60 s
+has expired. The restarts of one run take over from one another at once.
+
+Rank 0 alone locks a second file, ``rank0.lock``. `is_held` tests that one, with a shared lock, so
+that looking at a job never prevents a job from starting.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -21,24 +25,30 @@ from ddinfer.errors import StorageError, UsageError
 from ddinfer.storage.files import Files
 
 LOCK_FILE = "lock"
-SILENCE_SECONDS = 60.0
-BEAT_SECONDS = 10.0
+RANK0_FILE = "rank0.lock"
+EXPIRY_SECONDS = 60.0
+HEARTBEAT_SECONDS = 10.0
+
+#: Without flock, seconds after which a job that has written its name looks whether it is still
+#: there: two jobs that start together both write, and the first one sees the second.
+CONFIRM_SECONDS = 2.0
 
 _RECORD_BYTES = 512  # rewritten in place, and always whole
+_RECORD_START = b'{"machine": "'
 
 
 class FolderInUse(UsageError):
-    """Another job writes into the folder."""
+    """Another job writes into the directory."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease.
+    """The content of ``lock``: which process holds the lease.
 
     Attributes:
         machine: the kernel's boot id, the same for containers of one machine.
-        run_id: of the torchrun run; empty where there is none.
-        beat: counts up while it lives; -1 once it has ended in order.
+        run_id: hash of the launcher's run id; empty where there is none.
+        beat: the heartbeat; -1 once the process has released the lease.
     """
 
     machine: str
@@ -47,6 +57,18 @@ class Holder:
     run_id: str = ""
     beat: int = 0
 
+    @classmethod
+    def of_this_process(cls, run_id: str = "") -> Holder:
+        """Every field is short and ASCII, so that the record fits its 512 bytes."""
+        host = ascii(socket.gethostname())[1:-1][:64]
+        try:
+            with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+                machine = file.read().strip()
+        except OSError:
+            machine = host
+        hashed = hashlib.sha256(run_id.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return cls(machine, host, os.getpid(), hashed if run_id else "")
+
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
@@ -54,11 +76,12 @@ class Holder:
 class Lease:
     """A held lock. Release it, or leave the ``with`` block."""
 
-    def __init__(self, files: Files, fd: int, holder: Holder | None):
-        self._files, self._fd, self._holder = files, fd, holder
+    def __init__(self, files: Files, folder: str, holder: Holder | None = None):
+        self._files, self._folder, self._holder = files, folder, holder
+        self._fds: list[int] = []
         self._lock = threading.Lock()
         self._error: Exception | None = None
-        self._ended = threading.Event()
+        self._is_released = threading.Event()
         self._thread: threading.Thread | None = None
 
     @classmethod
@@ -71,63 +94,78 @@ class Lease:
         sleep: Callable[[float], object] = time.sleep,
         notify: Callable[[str], object] = lambda text: None,
     ) -> Lease:
-        """Take the folder for a job. On rank 0; the others `join`.
+        """Take the directory for a job. Rank 0 calls this; the other ranks `join`.
 
         Args:
-            notify: told when there is something to wait for.
+            notify: called with a sentence when there is something to wait for.
 
         Raises:
-            FolderInUse: naming who has it.
+            FolderInUse: another job holds it; names the process.
+            UsageError: ``lock`` is a file that ddinfer did not write.
         """
-        fd = files.open_in_place(os.path.join(folder, LOCK_FILE))
+        me = Holder.of_this_process(run_id)
+        _require_own_file(files, folder)
+        lease = cls(files, folder, me)
         try:
-            me = Holder(_machine(), socket.gethostname(), os.getpid(), run_id)
-            _take_flock(files, fd, folder, run_id, sleep, notify)
-            _watch_heartbeat(files, fd, folder, me, sleep, notify)
+            fd = lease._open(LOCK_FILE)
+            has_flock = _take_flock(files, fd, folder, me, sleep, notify)
+            _wait_for_expiry(files, folder, me, has_flock, sleep, notify)
             files.write_at_start(fd, _encode(me))
             files.sync(fd)
-            # Shared from here on: the job's other ranks hold it, too, and keep others out for
-            # as long as any of them lives.
-            _must(files.lock(fd, exclusive=False), files, fd, folder)
+            if has_flock:
+                _lock_rank0(files, lease._open(RANK0_FILE), folder, sleep)
+                # Shared from here on: the job's other ranks hold it as well, so that it lasts
+                # for as long as any of them lives.
+                _require(files.lock(fd, exclusive=False), files, folder)
+            else:
+                sleep(CONFIRM_SECONDS)
+                _require(read_holder(files, folder) == me, files, folder)
         except BaseException:
-            files.close(fd)
+            lease._close()
             raise
-        lease = cls(files, fd, me)
         lease._thread = threading.Thread(target=lease._beat, name="ddinfer-lease", daemon=True)
         lease._thread.start()
         return lease
 
     @classmethod
     def join(cls, files: Files, folder: str) -> Lease:
-        """Hold the lease that rank 0 of this job has acquired."""
-        fd = files.open_in_place(os.path.join(folder, LOCK_FILE))
+        """Hold the lease that rank 0 of this job has acquired. Every rank calls this."""
+        lease = cls(files, folder)
         try:
-            _must(files.lock(fd, exclusive=False), files, fd, folder)
+            fd = lease._open(LOCK_FILE)
+            _require(files.lock(fd, exclusive=False) is not False, files, folder)
         except BaseException:
-            files.close(fd)
+            lease._close()
             raise
-        return cls(files, fd, None)
+        return lease
 
     def check(self) -> None:
-        """Raise `StorageError` where the heartbeat failed or another job took the folder."""
+        """Raise `StorageError` if the last heartbeat failed or found another job's."""
         if self._error is not None:
             raise self._error
 
+    def confirm(self) -> None:
+        """`check`, with a look at the file now."""
+        self.check()
+        if self._holder is not None:
+            self._require_mine(self._holder)
+
     def release(self) -> None:
-        """Let go. Nobody waits for a heartbeat after this."""
-        self._ended.set()
+        """Give the directory back. Nobody waits for a heartbeat after this."""
+        self._is_released.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         with self._lock:
-            if self._fd < 0:
+            if not self._fds:
                 return
-            fd, self._fd = self._fd, -1
             try:
                 if self._holder is not None and self._error is None:
-                    self._files.write_at_start(fd, _encode(replace(self._holder, beat=-1)))
+                    self._require_mine(self._holder)
+                    ended = replace(self._holder, beat=-1)
+                    self._files.write_at_start(self._fds[0], _encode(ended))
             finally:
-                self._files.close(fd)
+                self._close()
 
     def __enter__(self) -> Lease:
         return self
@@ -136,107 +174,147 @@ class Lease:
         if kind is None:
             self.release()
         else:
-            with suppress(StorageError):  # the error on its way is the one to tell
+            with suppress(StorageError):  # the error on its way is the one to report
                 self.release()
 
+    def _open(self, name: str) -> int:
+        self._fds.append(self._files.open_lock(os.path.join(self._folder, name)))
+        return self._fds[-1]
+
+    def _close(self) -> None:
+        while self._fds:
+            self._files.close(self._fds.pop())
+
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
+        while not self._is_released.wait(HEARTBEAT_SECONDS):
             with self._lock:
-                if self._fd < 0 or self._holder is None:
+                if not self._fds or self._holder is None:
                     return
                 try:
-                    self._beat_once(self._holder)
+                    self._require_mine(self._holder)
+                    self._holder = replace(self._holder, beat=self._holder.beat + 1)
+                    self._files.write_at_start(self._fds[0], _encode(self._holder))
+                    self._files.sync(self._fds[0])
                 except Exception as error:  # noqa: BLE001  raised by check()
                     self._error = error
                     return
 
-    def _beat_once(self, mine: Holder) -> None:
-        found = _decode(self._files.read_at_start(self._fd, _RECORD_BYTES))
+    def _require_mine(self, mine: Holder) -> None:
+        found = read_holder(self._files, self._folder)
         if found is not None and replace(found, beat=0) != replace(mine, beat=0):
             raise StorageError(
-                f"{found} has taken the output folder: this process was silent for more than "
-                f"{SILENCE_SECONDS:.0f} s and counted as dead"
+                f"{found} has taken {self._folder}: the heartbeat of this process had not changed "
+                f"for {EXPIRY_SECONDS:.0f} s, so its lease had expired"
             )
-        self._holder = replace(mine, beat=mine.beat + 1)
-        self._files.write_at_start(self._fd, _encode(self._holder))
-        self._files.sync(self._fd)
 
 
 def read_holder(files: Files, folder: str) -> Holder | None:
-    """Who holds or last held the folder; for ``ddinfer status``."""
-    data = files.read_if_there(os.path.join(folder, LOCK_FILE))
-    return None if data is None else _decode(data)
+    """The process that holds or last held the directory, as far as ``lock`` says."""
+    # Opened anew each time: on network file systems that is what brings the current content.
+    data = files.read_or_none(os.path.join(folder, LOCK_FILE))
+    try:
+        return None if data is None else Holder(**json.loads(data))
+    except (ValueError, TypeError):
+        return None  # empty: just created, or lost in a power failure
 
 
 def is_held(files: Files, folder: str) -> bool:
-    """Whether a job is at work in the folder, as far as can be told without waiting.
+    """Whether a job is running in the directory, as far as can be told without waiting.
 
-    On one machine the kernel knows. Of another machine's job, its last heartbeat is believed.
+    On one machine the kernel knows whether rank 0 lives. Of a job on another machine, or on a
+    file system without flock, the last heartbeat counts, however old it is.
     """
     holder = read_holder(files, folder)
+    path = os.path.join(folder, RANK0_FILE)
     if holder is None:
         return False
-    if holder.machine != _machine():
-        return holder.beat >= 0
-    fd = files.open_only_to_lock(os.path.join(folder, LOCK_FILE))
-    try:
-        return not files.lock(fd, exclusive=True)  # given back at once
-    finally:
-        files.close(fd)
+    is_local = holder.machine == Holder.of_this_process().machine
+    if is_local and files.exists(path):
+        fd = files.open_to_read(path)  # enough for a shared lock, also on NFS
+        try:
+            is_free = files.lock(fd, exclusive=False)  # released at once
+        finally:
+            files.close(fd)
+        if is_free is not None:
+            return not is_free
+    return holder.beat >= 0
+
+
+def _require_own_file(files: Files, folder: str) -> None:
+    path = os.path.join(folder, LOCK_FILE)
+    data = files.read_or_none(path)
+    if data is None or not data.strip(b"\0"):  # lost in a power failure
+        return
+    if len(data) > _RECORD_BYTES or not data.startswith(_RECORD_START):
+        raise UsageError(
+            f"{path} is not a lock that ddinfer wrote; choose another --output, or move it away"
+        )
 
 
 def _take_flock(
     files: Files,
     fd: int,
     folder: str,
-    run_id: str,
-    sleep: Callable[[float], object],
-    notify: Callable[[str], object],
-) -> None:
-    waited = 0.0
-    while not files.lock(fd, exclusive=True):
-        holder = _decode(files.read_at_start(fd, _RECORD_BYTES))
-        same_run = holder is not None and run_id != "" and holder.run_id == run_id
-        if not same_run or waited >= SILENCE_SECONDS:
-            raise _in_use(folder, holder)
-        if waited == 0:  # processes of this run's last attempt are on their way out
-            notify(f"waiting for {holder} of the attempt before to end")
-        sleep(0.5)
-        waited += 0.5
-
-
-def _watch_heartbeat(
-    files: Files,
-    fd: int,
-    folder: str,
     me: Holder,
     sleep: Callable[[float], object],
     notify: Callable[[str], object],
+) -> bool:
+    """Lock exclusively → whether the file system has flock."""
+    waited = 0.0
+    while (is_locked := files.lock(fd, exclusive=True)) is False:
+        holder = read_holder(files, folder)
+        same_run = holder is not None and me.run_id != "" and holder.run_id == me.run_id
+        if not same_run or waited >= EXPIRY_SECONDS:
+            raise _in_use(folder, holder)
+        if waited == 0:  # processes of this run's previous attempt are exiting
+            notify(f"waiting for {holder} of the previous attempt to exit")
+        sleep(0.5)
+        waited += 0.5
+    return is_locked is not None
+
+
+def _wait_for_expiry(
+    files: Files,
+    folder: str,
+    me: Holder,
+    has_flock: bool,
+    sleep: Callable[[float], object],
+    notify: Callable[[str], object],
 ) -> None:
-    """Return once nobody on another machine can be alive."""
-    found = _decode(files.read_at_start(fd, _RECORD_BYTES))
-    if found is None or found.beat < 0 or found.machine == me.machine:
+    """Return once the heartbeat says that no other job can be running."""
+    found = read_holder(files, folder)
+    if found is None or found.beat < 0 or (me.run_id and found.run_id == me.run_id):
         return
-    if me.run_id and found.run_id == me.run_id:
+    if has_flock and found.machine == me.machine:
         return
+    why = "on another machine" if found.machine != me.machine else "and flock is missing here"
     notify(
-        f"{folder} was last written by {found}, another machine: waiting "
-        f"{SILENCE_SECONDS:.0f} s to see whether it lives"
+        f"{folder} was last written by {found}, {why}: waiting {EXPIRY_SECONDS:.0f} s to see "
+        "whether its heartbeat changes"
     )
     waited = 0.0
-    while waited < SILENCE_SECONDS:
+    while waited < EXPIRY_SECONDS:
         sleep(1.0)
         waited += 1.0
-        now = _decode(files.read_at_start(fd, _RECORD_BYTES))
+        now = read_holder(files, folder)
         if now is not None and now.beat < 0:
             return
         if now != found:
             raise _in_use(folder, now)
 
 
-def _must(locked: bool, files: Files, fd: int, folder: str) -> None:
-    if not locked:
-        raise _in_use(folder, _decode(files.read_at_start(fd, _RECORD_BYTES)))
+def _lock_rank0(files: Files, fd: int, folder: str, sleep: Callable[[float], object]) -> None:
+    """Only `is_held` of another process can be in the way, for some microseconds."""
+    for _ in range(1000):
+        if files.lock(fd, exclusive=True) is not False:
+            return
+        sleep(0.01)
+    raise _in_use(folder, read_holder(files, folder))
+
+
+def _require(is_held: bool | None, files: Files, folder: str) -> None:
+    if not is_held:
+        raise _in_use(folder, read_holder(files, folder))
 
 
 def _in_use(folder: str, holder: Holder | None) -> FolderInUse:
@@ -248,21 +326,4 @@ def _in_use(folder: str, holder: Holder | None) -> FolderInUse:
 
 
 def _encode(holder: Holder) -> bytes:
-    host = holder.host[:64]
-    text = json.dumps(asdict(replace(holder, host=host, run_id=holder.run_id[:128])))
-    return text.encode().ljust(_RECORD_BYTES - 1) + b"\n"
-
-
-def _decode(data: bytes) -> Holder | None:
-    try:
-        return Holder(**json.loads(data))
-    except (ValueError, TypeError):
-        return None  # empty: just made, or lost with the power
-
-
-def _machine() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return socket.gethostname()
+    return json.dumps(asdict(holder)).encode().ljust(_RECORD_BYTES - 1) + b"\n"

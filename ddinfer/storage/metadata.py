@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from ddinfer.errors import StorageError
@@ -25,6 +26,10 @@ STATUS_FILE = "status.json"
 _CHUNK_BYTES = 1 << 20
 
 
+class DamagedFile(StorageError):
+    """A file whose content is not JSON."""
+
+
 # --- small JSON files --------------------------------------------------------------------------
 
 
@@ -36,15 +41,15 @@ def write_json(files: Files, path: str, value: Any) -> None:
 
 def read_json(files: Files, path: str) -> dict[str, Any] | None:
     """A JSON object, or ``None`` where there is no such file."""
-    data = files.read_if_there(path)
+    data = files.read_or_none(path)
     if data is None:
         return None
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise StorageError(f"{path} is damaged: {error}") from None
+        raise DamagedFile(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
-        raise StorageError(f"{path} is damaged: not an object")
+        raise DamagedFile(f"{path} is damaged: not a JSON object")
     return value
 
 
@@ -89,18 +94,17 @@ def read_requests(files: Files, folder: str, limit: int | None = None) -> list[R
     return requests
 
 
-def requests_are_sound(files: Files, folder: str) -> bool:
-    """Whether ``requests.jsonl.gz`` is there and its checksum is right."""
+def holds_requests(files: Files, folder: str, requests: Sequence[Request]) -> bool:
+    """Whether ``requests.jsonl.gz`` is there and holds exactly these."""
     path = os.path.join(folder, REQUESTS_FILE)
     if not files.exists(path):
         return False
     try:
         with files.reading(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
-            while unpacked.read(_CHUNK_BYTES):
-                pass
+            expected = (_encode(request.to_dict()) for request in requests)
+            return all(a == b for a, b in zip_longest(unpacked, expected))
     except (EOFError, gzip.BadGzipFile, zlib.error):
         return False
-    return True
 
 
 class _Sink(io.RawIOBase):
@@ -229,21 +233,20 @@ def failure_rows(requests: Sequence[Request], state: JournalState) -> Iterator[d
             yield {"id": request.id, "index": request.index, "prompt": request.prompt, **error}
 
 
+_encode_row = json.JSONEncoder(ensure_ascii=False, separators=(", ", ": "), allow_nan=False).encode
+
+
+def _encode(row: Mapping[str, Any]) -> bytes:
+    # An error message may contain a lone surrogate; no other text can.
+    return _encode_row(row).encode("utf-8", "backslashreplace") + b"\n"
+
+
 def _write_lines(write: Callable[[bytes], Any], rows: Iterator[dict[str, Any]]) -> None:
-    encode = json.JSONEncoder(ensure_ascii=False, separators=(", ", ": "), allow_nan=False).encode
-    pending: list[str] = []
-    size = 0
+    pending = bytearray()
     for row in rows:
-        line = encode(row)
-        pending.append(line)
-        size += len(line)
-        if size >= _CHUNK_BYTES:
-            write(_joined(pending))
-            pending, size = [], 0
+        pending += _encode(row)
+        if len(pending) >= _CHUNK_BYTES:
+            write(bytes(pending))
+            pending.clear()
     if pending:
-        write(_joined(pending))
-
-
-def _joined(lines: list[str]) -> bytes:
-    # An error message may hold a lone surrogate; no other text can.
-    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+        write(bytes(pending))
