@@ -180,7 +180,7 @@ class JobConfig:
 
     # What to do with the folder and the output
     overwrite: bool = False
-    """Delete what is in the output folder and start again."""
+    """Delete the job in the output folder and start again; files of other origin stay."""
     extend: bool = False
     """Accept prompts that were appended since the job in the folder was begun."""
     accept_versions: bool = False
