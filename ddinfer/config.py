@@ -1,19 +1,21 @@
-"""`JobConfig`: everything a job can be told.
+"""`JobConfig`: all options of a job.
 
-The command line's options are derived from it by tyro, as cli/options.py says.
+tyro derives the command line's options from it; pydantic validates every one of its values,
+wherever they come from.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
-from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Annotated, Any, Literal, get_type_hints
+
+import pydantic
+import tyro
+from typing_extensions import TypedDict
 
 from ddinfer.errors import UsageError
 from ddinfer.request import GIVEN_BY_DDINFER
@@ -54,107 +56,125 @@ def parse_json_object(text: str) -> dict[str, Any]:
     return value
 
 
-# What follows is called when tyro asks for the annotations of JobConfig, which are strings until
-# then: ranks, which parse nothing, do without tyro.
-
-
 def _arg(metavar: str, *aliases: str, default: str = "") -> Any:
     """How an option shows in ``--help``; ``default`` is shown where the text does not say it."""
-    import tyro
-
     hint = f"(default: {default})" if default else ""
     return tyro.conf.arg(metavar=metavar, aliases=aliases or None, help_behavior_hint=hint)
 
 
-def _may_be_repeated() -> Any:
-    import tyro
+_JSON_OBJECT = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="JSON",
+    instance_from_str=lambda args: parse_json_object(args[0]),
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [json.dumps(value)],
+)
 
-    return tyro.conf.UseAppendAction
+
+def _from_path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _json_object() -> Any:
-    import tyro
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not true or false")
+    return value
 
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=lambda args: parse_json_object(args[0]),
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [json.dumps(value)],
-    )
+
+Path = Annotated[str, pydantic.BeforeValidator(_from_path)]
+Int = Annotated[int, pydantic.BeforeValidator(_no_bool)]
+Count = Annotated[Int, pydantic.Field(ge=1)]
+Seconds = Annotated[float, pydantic.BeforeValidator(_no_bool), pydantic.Field(ge=0)]
+Timeout = Annotated[Seconds, pydantic.Field(gt=0)]
+
+
+class OptionError(UsageError):
+    """A value that an option cannot have.
+
+    Attributes:
+        option: its name, a field of `JobConfig`.
+    """
+
+    def __init__(self, option: str, message: str):
+        self.option = option
+        super().__init__(message)
+
+    def __reduce__(self):
+        return OptionError, (self.option, str(self))
 
 
 @dataclass(frozen=True)
 class JobConfig:
     """Run a diffusers pipeline over many prompts on many GPUs."""
 
-    # What to draw
-    model: Annotated[str | None, _arg("MODEL", "-m")] = None
-    """Folder or hub id of a diffusers pipeline. Default: the embedded demonstration model."""
-    prompts: Annotated[str | None, _arg("FILE", "-p")] = None
+    # What to generate
+    model: Annotated[Path | None, _arg("MODEL", "-m")] = None
+    """Directory or hub id of a diffusers pipeline. Default: the embedded demonstration model."""
+    prompts: Annotated[Path | None, _arg("FILE", "-p")] = None
     """Prompt file: .txt, .csv, .tsv, .json, .jsonl (.gz too); - reads standard input."""
-    prompt: Annotated[tuple[str, ...], _may_be_repeated(), _arg("TEXT")] = ()
-    """A prompt, repeatable. Default: a dozen that the embedded model knows."""
-    output: Annotated[str, _arg("DIR", "-o", default="ddinfer-out")] = "ddinfer-out"
-    """Folder for images and records. The same job in it is finished, another one refused."""
-    limit: Annotated[int | None, _arg("N")] = None
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("TEXT")] = ()
+    """A prompt; may be repeated. Default: a dozen that the embedded model knows."""
+    output: Annotated[Path, _arg("DIR", "-o", default="ddinfer-out")] = "ddinfer-out"
+    """Directory for images and records. The same job in it is resumed, another job refused."""
+    limit: Annotated[Count | None, _arg("N")] = None
     """Take only the first N prompts."""
 
-    # How each image is made
-    seed: Annotated[int, _arg("INT", default="0")] = 0
-    """Image k has seed SEED + k where its prompt says nothing else."""
-    num_inference_steps: Annotated[int | None, _arg("N", "--steps")] = None
+    # How each image is generated
+    seed: Annotated[Int, pydantic.Field(ge=0, lt=2**63), _arg("INT", default="0")] = 0
+    """Image k has seed SEED + k unless its prompt sets one."""
+    num_inference_steps: Annotated[Count | None, _arg("N", "--steps")] = None
     """Denoising steps. Default: the pipeline's own."""
     guidance_scale: Annotated[float | None, _arg("X")] = None
     """Guidance scale. Default: the pipeline's own."""
-    height: Annotated[int | None, _arg("PIXELS")] = None
+    height: Annotated[Count | None, _arg("PIXELS")] = None
     """Height in pixels. Default: the pipeline's own."""
-    width: Annotated[int | None, _arg("PIXELS")] = None
+    width: Annotated[Count | None, _arg("PIXELS")] = None
     """Width in pixels. Default: the pipeline's own."""
     negative_prompt: Annotated[str | None, _arg("TEXT")] = None
-    """Negative prompt for prompts that have none of their own."""
-    num_images_per_prompt: Annotated[int, _arg("N", default="1")] = 1
+    """Negative prompt for prompts that set none."""
+    num_images_per_prompt: Annotated[Count, _arg("N", default="1")] = 1
     """Images of each prompt, with seeds in sequence."""
-    pipeline_kwargs: Annotated[dict[str, Any], _json_object()] = field(default_factory=dict)
+    pipeline_kwargs: Annotated[dict[str, Any], _JSON_OBJECT] = field(default_factory=dict)
     """Any further arguments of the pipeline's __call__, as a JSON object."""
-    fps: Annotated[int, _arg("N", default="8")] = 8
-    """Frames per second of the animated file that a video pipeline's frames go into."""
+    fps: Annotated[Count, _arg("N", default="8")] = 8
+    """Frames per second of the files that a video pipeline's frames are saved in."""
 
-    # Who makes it
+    # On which ranks
     nproc_per_node: Annotated[int | str | None, _arg("N|auto|gpu|cpu")] = None
     """Ranks on this machine. Default: one for each GPU, else one."""
     device: Annotated[str, _arg("auto|cpu|cuda", default="auto")] = "auto"
     """auto takes the GPUs where there are any and fails where this torch cannot use them."""
-    num_threads: Annotated[int | None, _arg("N")] = None
+    num_threads: Annotated[Count | None, _arg("N")] = None
     """CPU threads of each rank. Default: OMP_NUM_THREADS, else cores / ranks."""
-    batch_size: Annotated[int, _arg("N", default="1")] = 1
+    batch_size: Annotated[Count, _arg("N", default="1")] = 1
     """Neighbouring prompts with equal parameters that share one pipeline call."""
 
     schedule: Literal["static", "dynamic"] = "static"
-    """static: each rank has its share. dynamic: who is free takes the next batch. Same images."""
+    """static: each rank has its slice. dynamic: idle ranks take the next batch from a shared queue.
+    Same images."""
     shard: Annotated[str | None, _arg("K/N")] = None
-    """Make the K-th of N parts of the job (1/8 … 8/8), on machines that share nothing."""
+    """Generate the K-th of N parts of the job (1/8 … 8/8), on machines that share nothing."""
 
     # A model larger than a GPU
-    placement: Annotated[str | None, _arg("auto|balanced|staged|FILE.json")] = None
-    """Spread each rank's model over its GPUs, host memory and disk; staged: encode, denoise and
-    decode one after another. Default: all on one device."""
+    placement: Annotated[Path | None, _arg("auto|balanced|staged|FILE.json")] = None
+    """Place each rank's model on its GPUs, host memory and disk; staged: encode, denoise and decode
+    one after another. Default: all on one device."""
     max_memory: Annotated[str | None, _arg("0=16GB,cpu=64GB")] = None
     """What --placement may use, per device of a rank. Default: what is free."""
-    gpus_per_rank: Annotated[int, _arg("G", default="1")] = 1
+    gpus_per_rank: Annotated[Count, _arg("G", default="1")] = 1
     """GPUs that each rank drives, for --placement: those from local rank * G on."""
-    pipeline_parallel: Annotated[int, _arg("S", default="1")] = 1
+    pipeline_parallel: Annotated[Count, _arg("S", default="1")] = 1
     """Cut the denoiser into S stages, held by S neighbouring ranks; several
     images are in flight."""
 
     # When something goes wrong
-    max_restarts: Annotated[int, _arg("N", default="0")] = 0
+    max_restarts: Annotated[Int, pydantic.Field(ge=0), _arg("N", default="0")] = 0
     """Start the ranks again up to N times after one died. Under torchrun, torchrun does it."""
-    grace_seconds: Annotated[float, _arg("SECONDS", default="20")] = 20.0
-    """After SIGTERM or Ctrl-C the batch in hand may take this long; then it is abandoned."""
+    grace_seconds: Annotated[Seconds, _arg("SECONDS", default="20")] = 20.0
+    """After SIGTERM or Ctrl-C the current batch may take this long; then it is abandoned."""
 
-    stuck_timeout: Annotated[float | None, _arg("SECONDS")] = None
-    """End a run of which a rank has not moved for so long, loading included. Default: warn only."""
+    stuck_timeout: Annotated[Timeout | None, _arg("SECONDS")] = None
+    """End a run when a rank makes no progress for so long, loading included. Default: warn only."""
 
     # How the model is loaded
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -164,9 +184,9 @@ class JobConfig:
     revision: Annotated[str | None, _arg("REV")] = None
     """Branch, tag or commit of a hub repository."""
     token: Annotated[str | None, _arg("TOKEN")] = None
-    """Hub token. Never saved; better set HF_TOKEN."""
+    """Hub token. Never saved; setting HF_TOKEN is safer."""
     trust_remote_code: bool = False
-    """Run pipeline code that the model's repository brings."""
+    """Run the pipeline code in the model's repository."""
     allow_pickle: bool = False
     """Load .bin weights, which can run code. Default: safetensors only."""
     attention_backend: Annotated[str | None, _arg("NAME")] = None
@@ -178,40 +198,27 @@ class JobConfig:
     compile: bool = False
     """torch.compile the denoiser: its repeated blocks where it has them, else the whole."""
 
-    # What to do with the folder and the output
+    # What to do with the directory and the output
     overwrite: bool = False
-    """Delete the job in the output folder and start again; files of other origin stay."""
+    """Delete the job in the output directory and start again; other files stay."""
     extend: bool = False
-    """Accept prompts that were appended since the job in the folder was begun."""
+    """Accept prompts that were appended since the job in the directory was started."""
     accept_versions: bool = False
-    """Go on with the job in the folder though library versions have changed."""
+    """Resume the job in the directory although library versions have changed."""
     dry_run: bool = False
     """Print slices, batches, disk estimate and the first requests; load and write nothing."""
     json: bool = False
     """Print the plan or the closing summary as JSON on standard output."""
-    config: Annotated[str | None, _arg("FILE")] = None
+    config: Annotated[Path | None, _arg("FILE")] = None
     """YAML or JSON file with any of these options, or a job.json to run again."""
     print_config: bool = False
     """Print the resolved configuration as YAML and stop."""
 
     def __post_init__(self) -> None:
-        check = _Checks()
-        check.types(self)
-        for name in ("limit", "num_inference_steps", "height", "width", "num_threads"):
-            check.at_least_one(name, getattr(self, name))
-        for name in ("batch_size", "num_images_per_prompt", "fps"):
-            check.at_least_one(name, getattr(self, name))
-        for name in ("gpus_per_rank", "pipeline_parallel"):
-            check.at_least_one(name, getattr(self, name))
-        check.holding_the_model(self)
-        for name in ("max_restarts", "grace_seconds"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name} {getattr(self, name)} is negative")
-        if self.stuck_timeout is not None and self.stuck_timeout <= 0:
-            raise UsageError(f"--stuck_timeout {self.stuck_timeout} must be more than 0 seconds")
+        for name, value in _validated(vars(self)).items():
+            object.__setattr__(self, name, value)
+        self._check_placement()
         _ = self.shard_of  # raises
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed} is negative; torch seeds are 0 … 2**63 - 1")
         if self.prompts is not None and self.prompt:
             raise UsageError(
                 f"--prompts {self.prompts} and --prompt {self.prompt[0]!r} were both given; "
@@ -220,6 +227,43 @@ class JobConfig:
         for name in self.pipeline_kwargs:
             if name in RESERVED_CALL_ARGUMENTS:
                 raise UsageError(f"--pipeline_kwargs {name}: {RESERVED_CALL_ARGUMENTS[name]}")
+
+    def _check_placement(self) -> None:
+        """The options that say how a rank, or several, hold the model."""
+        placement = self.placement
+        if self.compile and self.pipeline_parallel > 1:
+            raise UsageError(
+                f"--compile does not go with --pipeline_parallel {self.pipeline_parallel}: a "
+                "denoiser cut over ranks is followed block by block; leave one out"
+            )
+        if placement is None:
+            for name in ("max_memory", "gpus_per_rank"):
+                value = getattr(self, name)
+                if value not in (None, 1):
+                    raise UsageError(
+                        f"--{name} {value} says what a placement may use, but there is no "
+                        "--placement; add --placement balanced, auto or staged"
+                    )
+            return
+        if placement not in PLACEMENTS and not placement.endswith(".json"):
+            raise UsageError(
+                f"--placement {placement} is none of {', '.join(PLACEMENTS)}, nor a FILE.json"
+            )
+        if placement not in PLACEMENTS and self.max_memory is not None:
+            raise UsageError(
+                f"--max_memory {self.max_memory} and --placement {placement}: a file says where "
+                "everything goes; use one of them"
+            )
+        if self.pipeline_parallel > 1:
+            raise UsageError(
+                f"--placement {placement} and --pipeline_parallel {self.pipeline_parallel} are "
+                "two ways to hold a large model; use one of them"
+            )
+        if self.compile:
+            raise UsageError(
+                "--compile does not go with --placement: weights that come and go would be "
+                "compiled again; leave one out"
+            )
 
     @property
     def shard_of(self) -> tuple[int, int] | None:
@@ -269,79 +313,18 @@ class JobConfig:
         return replace(self, **changes)
 
 
-class _Checks:
-    def types(self, config: JobConfig) -> None:
-        """What a program gives; files, the environment and options are converted before."""
-        for name, expected in field_types().items():
-            value = getattr(config, name)
-            if isinstance(value, os.PathLike) and _fits("", expected):
-                object.__setattr__(config, name, os.fspath(value))
-            elif not _fits(value, expected):
-                raise UsageError(
-                    f"--{name} {value!r}: expected {inspect.formatannotation(expected)}"
-                )
-
-    def at_least_one(self, name: str, value: int | None) -> None:
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value} must be at least 1")
-
-    def holding_the_model(self, config: JobConfig) -> None:
-        """The options that say how a rank, or several, hold the model."""
-        placement = config.placement
-        if config.compile and config.pipeline_parallel > 1:
-            raise UsageError(
-                f"--compile does not go with --pipeline_parallel {config.pipeline_parallel}: a "
-                "denoiser cut over ranks is followed block by block; leave one out"
-            )
-        if placement is None:
-            for name in ("max_memory", "gpus_per_rank"):
-                value = getattr(config, name)
-                if value not in (None, 1):
-                    raise UsageError(
-                        f"--{name} {value} says what a placement may use, but there is no "
-                        "--placement; add --placement balanced, auto or staged"
-                    )
-            return
-        if placement not in PLACEMENTS and not placement.endswith(".json"):
-            raise UsageError(
-                f"--placement {placement} is none of {', '.join(PLACEMENTS)}, nor a FILE.json"
-            )
-        if placement not in PLACEMENTS and config.max_memory is not None:
-            raise UsageError(
-                f"--max_memory {config.max_memory} and --placement {placement}: a file says where "
-                "everything goes; use one of them"
-            )
-        if config.pipeline_parallel > 1:
-            raise UsageError(
-                f"--placement {placement} and --pipeline_parallel {config.pipeline_parallel} are "
-                "two ways to hold a large model; use one of them"
-            )
-        if config.compile:
-            raise UsageError(
-                "--compile does not go with --placement: weights that come and go would be "
-                "compiled again; leave one out"
-            )
+@cache
+def _adapter() -> pydantic.TypeAdapter[Any]:
+    """Validates the values of all fields, by their names."""
+    types = get_type_hints(JobConfig, include_extras=True)
+    return pydantic.TypeAdapter(TypedDict("Options", types))  # type: ignore[operator]
 
 
-@lru_cache(maxsize=1)
-def field_types() -> dict[str, Any]:
-    """Field → its type, without what tyro wants to know of it, and so without tyro."""
-    of_tyro = (_arg, _may_be_repeated, _json_object)
-    return get_type_hints(
-        JobConfig, localns={function.__name__: lambda *_, **__: None for function in of_tyro}
-    )
-
-
-def _fits(value: Any, expected: Any) -> bool:
-    """Whether a value has one of the types that `JobConfig` names; any sequence is a tuple."""
-    origin, parts = get_origin(expected), get_args(expected)
-    if origin is UnionType:
-        return any(_fits(value, part) for part in parts)
-    if origin is Literal:
-        return value in parts
-    if origin is tuple:
-        is_one = isinstance(value, str) or not isinstance(value, Sequence)
-        return not is_one and all(_fits(item, parts[0]) for item in value)
-    if isinstance(value, bool):
-        return expected is bool
-    return isinstance(value, (int, float) if expected is float else origin or expected)
+def _validated(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return _adapter().validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        problem = first["msg"][0].lower() + first["msg"][1:]
+        raise OptionError(name, f"--{name} {values[name]!r}: {problem}") from None

@@ -13,7 +13,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ddinfer.config import JobConfig, field_types, parse_json_object
+import tyro
+
+from ddinfer.config import JobConfig, OptionError, parse_json_object
 from ddinfer.errors import UsageError
 
 ENVIRONMENT_PREFIX = "DDINFER_"
@@ -30,14 +32,16 @@ def parse_config(
     """
     environ = os.environ if environ is None else environ
     path = _option_value(argv, "config") or environ.get(ENVIRONMENT_PREFIX + "CONFIG")
-    layers = _read_file(path) if path else {}
-    layers = _overlay(layers, _read_environment(environ))
+    layers, sources = _read_file(path) if path else ({}, {})
+    layers_above, variables = _read_environment(environ)
+    layers = _overlay(layers, layers_above)
+    sources.update(variables)
     prompts_below = {k: layers.pop(k) for k in ("prompt", "prompts") if k in layers}
-    import tyro
-
-    given = tyro.cli(
-        JobConfig, prog=prog, args=list(argv), default=JobConfig(**layers), use_underscores=True
-    )
+    try:
+        default = JobConfig(**layers)
+    except OptionError as error:
+        raise UsageError(f"{sources[error.option]}: {error}") from None
+    given = tyro.cli(JobConfig, prog=prog, args=list(argv), default=default, use_underscores=True)
     if not given.prompt and given.prompts is None:
         given = replace(given, **prompts_below)
     return given
@@ -60,7 +64,8 @@ def _option_value(argv: Sequence[str], name: str) -> str | None:
     return found
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def _read_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """→ (option → value, option → where it was found)."""
     import yaml
 
     try:
@@ -75,50 +80,38 @@ def _read_file(path: str) -> dict[str, Any]:
         raise UsageError(
             f"--config {path}: expected a mapping of options, got {type(data).__name__}"
         )
-    return {_known(str(k), f"{path}: ", ""): _typed(str(k), v, path) for k, v in data.items()}
+    values = {_known(str(key), f"{path}: ", ""): value for key, value in data.items()}
+    return values, dict.fromkeys(values, path)
 
 
-def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    out = {}
+def _read_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """→ (option → value, option → its variable)."""
+    values: dict[str, Any] = {}
+    sources = {}
     for variable, text in environ.items():
         if not variable.startswith(ENVIRONMENT_PREFIX):
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         name = _known(name, "environment variable ", ENVIRONMENT_PREFIX)
-        value: Any = text
-        if name == "prompt":
-            value = [text]
-        elif name == "pipeline_kwargs":
+        sources[name] = variable
+        values[name] = [text] if name == "prompt" else text
+        if name == "pipeline_kwargs":
             try:
-                value = parse_json_object(text)
+                values[name] = parse_json_object(text)
             except ValueError as error:
                 raise UsageError(f"{variable}: {error}") from None
-        out[name] = _typed(name, value, variable)
-    return out
+    return values, sources
 
 
 def _known(name: str, where: str, prefix: str) -> str:
     plain = name.replace("-", "_")
-    if plain in _option_names() and plain != "config":
-        return plain
-    if prefix and plain == "config":
+    if plain in _option_names() and (prefix or plain != "config"):
         return plain
     close = difflib.get_close_matches(plain, _option_names(), n=1)
     spelt = (prefix + close[0].upper() if prefix else close[0]) if close else ""
     hint = f"; did you mean {spelt}?" if close else "; ddinfer --help lists the options"
     found = prefix + name.upper() if prefix else repr(name)
     raise UsageError(f"{where}{found} is not an option{hint}")
-
-
-def _typed(name: str, value: Any, source: str) -> Any:
-    import pydantic  # late: only where a file or the environment says something
-
-    name = name.replace("-", "_")
-    try:
-        return pydantic.TypeAdapter(field_types()[name]).validate_python(value)
-    except pydantic.ValidationError as error:
-        problem = error.errors()[-1]["msg"]
-        raise UsageError(f"{source}: {name} = {value!r}: {problem}") from None
 
 
 def _option_names() -> list[str]:
