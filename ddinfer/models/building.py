@@ -69,10 +69,24 @@ def build_on_meta(kind: Any, folder: Path, dtype: torch.dtype | None) -> torch.n
             if issubclass(kind, ModelMixin):
                 model = _build_diffusers(kind, config)
             else:
-                model = kind(kind.config_class.from_pretrained(folder))
+                model = kind(_transformers_config(kind, folder, dtype or torch.float32))
     finally:
         torch.set_default_dtype(previous)
     return model.eval()
+
+
+def _transformers_config(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A transformers model's config in ``folder``, of type ``dtype`` as ``from_pretrained`` has it.
+
+    Models inside others (the text model of a CLIPTextModelWithProjection, a vision tower) are built
+    in the type that their own config says, whatever the default type is.
+    """
+    config = kind.config_class.from_pretrained(folder)
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if getattr(config, name) is not None:
+            getattr(config, name).dtype = dtype
+    return config
 
 
 def _build_diffusers(kind: Any, config: dict[str, Any]) -> torch.nn.Module:
