@@ -112,7 +112,7 @@ MIXING = [minus_mean, across_softmax, with_each_other, first_row, backwards, run
 @pytest.mark.parametrize("use", MIXING)
 def test_rows_that_depend_on_one_another_are_refused(use):
     x, t = torch.randn(6, 8, generator=g(0)), torch.rand(6, 8, generator=g(1))
-    with pytest.raises(UsageError, match=r"Model looks at several rows of the batch at once"):
+    with pytest.raises(UsageError, match=r"Model may mix rows of the batch \(aten\."):
         prepare_pipeline(Model(use).eval(), (x, t), num_chunks=2)
 
 
@@ -158,10 +158,19 @@ def by_flag(x, t, u):
     return x + t.sum(0) if u.tolist()[0] else x
 
 
-def test_what_cannot_be_told_is_refused():
+def test_what_cannot_be_followed_needs_the_names_of_what_is_cut():
     x, t, flags = torch.randn(6, 8, generator=g(0)), torch.rand(6, 8), torch.ones(1)
-    with pytest.raises(UsageError, match=r"arguments 1 of Model have 6 rows like the batch"):
+    with pytest.raises(UsageError, match=r"name the arguments that are cut .* batched="):
         prepare_pipeline(Model(by_flag).eval(), (x, t, flags), num_chunks=3)
-    pipe = prepare_pipeline(Model(by_flag).eval(), (x, t[:5], flags), num_chunks=3)
-    assert close(pipe(x, t[:5], flags), Model(by_flag).eval()(x, t[:5], flags))
-    assert not close(pipe(x, t[1:], flags), Model(by_flag).eval()(x, t[:5], flags))
+    pipe = prepare_pipeline(Model(by_flag).eval(), (x, t, flags), num_chunks=3, batched=["x"])
+    assert close(pipe(x, t, flags), Model(by_flag).eval()(x, t, flags))
+    assert not close(pipe(x, t * 2, flags), Model(by_flag).eval()(x, t, flags))
+
+
+def test_batched_names_arguments_of_the_example():
+    x, t = torch.randn(6, 8, generator=g(0)), torch.rand(6, 8)
+    for wrong in ("x", [], ["y"], ["x", "u"]):
+        with pytest.raises(UsageError, match=r"batched is .*expected names out of x, t"):
+            prepare_pipeline(Model(row_by_row).eval(), (x, t), batched=wrong)
+    with pytest.raises(UsageError, match="expected tensors whose first dim is the batch"):
+        prepare_pipeline(Model(row_by_row).eval(), (x, t[:3]), batched=["x", "t"])

@@ -321,7 +321,7 @@ def blocks_on_ranks(group):
     torch.manual_seed(0)
     uncut = Undecided().eval()
     flags = torch.tensor([1, 0, 1])
-    pipe = prepare_pipeline(model, (rows_of(5), flags), num_chunks=2)
+    pipe = prepare_pipeline(model, (rows_of(5), flags), num_chunks=2, batched=["x"])
     assert pipe.how == "blocks"
     close = []
     for batch, chosen in ((5, flags), (2, flags), (4, 1 - flags), (7, flags)):
@@ -401,7 +401,8 @@ def refusals(group):
     refused("2 split_points make 3 stages for 2 ranks", make_mlp(), split_points=["2", "4"])
     refused("first stage would be empty", make_mlp(), split_points=["0"])
     refused("too few for 2 ranks", nn.Sequential(nn.Linear(8, 8)).eval())
-    refused("cannot be cut", Hopeless().eval())
+    refused("cannot be run on fake tensors", Hopeless().eval())
+    refused("cannot be cut", Hopeless().eval(), batched=["x"])
     refused("say with checkpoint=", make_mlp().to("meta"))
     refused("no checkpoint", make_mlp(), checkpoint="nowhere")
     refused("does not fall into rows", Mean().eval())
@@ -423,7 +424,7 @@ class Mean(nn.Module):
 
 
 def test_what_cannot_be_right_is_refused_on_every_rank_before_anything_runs():
-    assert run_ranks(refusals, 2) == [14, 14]
+    assert run_ranks(refusals, 2) == [15, 15]
 
 
 # --- failures -----------------------------------------------------------------------------------

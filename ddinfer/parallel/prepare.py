@@ -30,6 +30,7 @@ def prepare_pipeline(
     group: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
+    batched: Sequence[str] | None = None,
 ) -> PipelinedModel:
     """Cut ``model`` over the ranks of a group, one stage a rank, to run batches as a pipeline.
 
@@ -52,6 +53,8 @@ def prepare_pipeline(
         group: process group (default: all ranks; one rank where there is no process group).
         checkpoint: folder or file of safetensors from which each rank reads its own weights.
         device: where this rank computes (default: the current CUDA device with NCCL, else CPU).
+        batched: names of the arguments whose tensors are cut along their first dim, for a model
+            that keeps rows apart by operations that are not known to. Nothing is checked then.
 
     Returns:
         A callable with the model's signature. The first rank's arguments count, the others' are
@@ -73,7 +76,9 @@ def prepare_pipeline(
         )
         points = _checked_points(model, split_points, link.size)
         example = pytree.tree_leaves(_bound(inputs, example_args, kwargs))
-        inputs, outputs = settle_inputs(model, inputs, link.device)
+        if batched is not None:
+            inputs = inputs.cut_only(batched)
+        inputs, outputs = settle_inputs(model, inputs, link.device, is_given=batched is not None)
         cut = cut_model(model, inputs, outputs, example, points, checkpoint, link)
         prepared = PipelinedModel(model, cut, link, gather_output)
     except Exception as failure:  # noqa: BLE001 - raised again, on every rank

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,34 @@ class Inputs:
             for t in leaves
         )
         return cls(signature, spec, light, batched, sizes[0], -(-sizes[0] // num_chunks))
+
+    def cut_only(self, names: Sequence[str]) -> Inputs:
+        """These inputs where just the tensors in the named arguments are cut.
+
+        Raises:
+            UsageError: an argument that is not in the example, or one without rows.
+        """
+        arguments, found, first = self._example_arguments(), set[int](), 0
+        unknown = [name for name in names if name not in arguments]
+        if unknown or isinstance(names, str) or not names:
+            raise UsageError(
+                f"batched is {names!r}; expected names out of {', '.join(arguments)}, which the "
+                "example has"
+            )
+        for name, value in arguments.items():
+            leaves = pytree.tree_leaves(value)
+            if name in names:
+                found |= {first + k for k, t in enumerate(leaves) if isinstance(t, torch.Tensor)}
+            first += len(leaves)
+        rows = self.leaves[min(found)].shape[:1] if found else ()
+        if not rows or any(self.leaves[k].shape[:1] != rows for k in found):
+            raise UsageError(
+                f"batched names {', '.join(names)}; expected tensors whose first dim is the batch"
+            )
+        chunks = -(-self.example_rows // self.rows)
+        return replace(
+            self, batched=frozenset(found), example_rows=rows[0], rows=-(-rows[0] // chunks)
+        )
 
     @property
     def tensors(self) -> tuple[int, ...]:

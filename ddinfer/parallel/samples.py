@@ -10,29 +10,27 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ddinfer.errors import UsageError
 from ddinfer.parallel.flow import PlanError
-from ddinfer.parallel.mixing import (
-    CannotRun,
-    Mixing,
-    Run,
-    settle_rows,
-    settle_unwatched,
-    unused_sizes,
-)
+from ddinfer.parallel.mixing import CannotRun, Run, settle_rows, unused_sizes
+from ddinfer.parallel.row_flow import RowFlow
 from ddinfer.parallel.rows import Inputs, Outputs
 from ddinfer.parallel.trace import TraceFailed, faked, quiet
 
 
 def settle_inputs(
-    model: nn.Module, inputs: Inputs, device: torch.device
+    model: nn.Module, inputs: Inputs, device: torch.device, *, is_given: bool = False
 ) -> tuple[Inputs, Outputs | TraceFailed]:
     """Which tensors fall into rows, and how the output does, found without computing anything.
 
+    Args:
+        is_given: the caller has said which tensors are cut (``batched=``), and answers for it.
+
     Returns:
-        the inputs, and the outputs or why the model cannot be followed.
+        the inputs, and the outputs or (only if ``is_given``) why the model cannot be followed.
 
     Raises:
-        UsageError: the output does not fall into rows, or one row depends on others.
+        UsageError: the output does not fall into rows, or one row may depend on others.
     """
     name, mode = type(model).__name__, fake_mode()
 
@@ -41,26 +39,31 @@ def settle_inputs(
 
     with faked(model, mode, device):
         try:
-            settled = settle_rows(inputs, name, run, unused_sizes(model, inputs))
-            made = [run(settled, rows, {}) for rows in (inputs.rows, inputs.rows + 1)]
+            if not is_given:
+                inputs = settle_rows(inputs, name, run, unused_sizes(model, inputs))
+            made = [run(inputs, rows, {}) for rows in (inputs.rows, inputs.rows + 1)]
         except CannotRun as failed:
-            return inputs, TraceFailed(str(failed))
-    return settled, Outputs.of(made[0], made[1], inputs.rows, name)
+            if is_given:
+                return inputs, TraceFailed(str(failed))
+            raise UsageError(
+                f"{name} cannot be run on fake tensors ({failed}), so it cannot be shown that it "
+                "keeps the rows of the batch apart. If it does, name the arguments that are cut "
+                "along their first dim: batched=[...]"
+            ) from failed
+    return inputs, Outputs.of(made[0], made[1], inputs.rows, name)
 
 
-def settle_for_real(model: nn.Module, inputs: Inputs, run: Run) -> tuple[Inputs, Outputs]:
-    """The inputs and outputs of a model that cannot be followed without its arguments' contents.
+def outputs_for_real(name: str, inputs: Inputs, run: Run) -> Outputs:
+    """The outputs of a model that cannot be followed without its arguments' contents.
 
     Raises:
         PlanError: it does not run with another number of rows than the example's.
     """
-    name = type(model).__name__
     try:
-        settled = settle_unwatched(inputs, name, run, unused_sizes(model, inputs))
-        made = [run(settled, rows, {}, None) for rows in (inputs.rows, inputs.rows + 1)]
+        made = [run(inputs, rows, {}, None) for rows in (inputs.rows, inputs.rows + 1)]
     except CannotRun as error:
         raise PlanError(str(error)) from error
-    return settled, Outputs.of(made[0], made[1], inputs.rows, name)
+    return Outputs.of(made[0], made[1], inputs.rows, name)
 
 
 def fake_mode() -> Any:
@@ -95,20 +98,19 @@ def _run_fake(
     """The output of a model with fake weights.
 
     Args:
-        watching: a `Recorder` or `Mixing` that sees every operation.
+        watching: a `Recorder` or `RowFlow` that sees every operation.
     """
     args, kwargs = fake_sample(inputs, rows, mode, device, others)
-    if isinstance(watching, Mixing):
+    if isinstance(watching, RowFlow):
         leaves = pytree.tree_leaves((args, kwargs))
         for k in inputs.batched:
             watching.mark(leaves[k])
-        for k in others:
-            watching.mark_table(leaves[k])
     try:
         with quiet(), mode, watching or contextlib.nullcontext(), torch.no_grad():
             return model(*args, **kwargs)
     except Exception as error:
-        raise CannotRun(f"{type(error).__name__}: {str(error).splitlines()[:1]}") from error
+        first_line = next(iter(str(error).splitlines()), "")
+        raise CannotRun(f"{type(error).__name__}: {first_line}") from error
 
 
 def with_rows(
@@ -116,16 +118,14 @@ def with_rows(
     example: Sequence[Any],
     rows: int,
     device: torch.device,
-    others: Mapping[int, int] | None = None,
 ) -> list[Any]:
     """The example's leaves with this many rows, taken from its own as often as needed."""
     found = []
-    sizes = {**dict.fromkeys(inputs.batched, rows), **(others or {})}
     for k, leaf in enumerate(example):
         if isinstance(leaf, torch.Tensor):
             leaf = leaf.to(device)
-            if k in sizes:
-                index = torch.arange(sizes[k], device=device) % inputs.example_rows
+            if k in inputs.batched:
+                index = torch.arange(rows, device=device) % inputs.example_rows
                 leaf = leaf.index_select(0, index)
         found.append(leaf)
     return found

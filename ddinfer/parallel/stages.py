@@ -22,8 +22,8 @@ from ddinfer.parallel.rows import Inputs, Outputs
 from ddinfer.parallel.samples import (
     fake_mode,
     fake_sample,
+    outputs_for_real,
     rebuild,
-    settle_for_real,
     with_rows,
 )
 from ddinfer.parallel.trace import TracedCut, TraceFailed, faked, give_weights, trace
@@ -132,7 +132,7 @@ class _Whole:
             return
 
         def run(attempt: Inputs, rows: int, others: Mapping[int, int], watching: Any) -> Any:
-            leaves = with_rows(attempt, example, rows, link.device, others)
+            leaves = with_rows(attempt, example, rows, link.device)
             args, kwargs = rebuild(attempt, leaves)
             try:
                 with torch.no_grad():
@@ -141,7 +141,7 @@ class _Whole:
                 raise CannotRun(f"{type(error).__name__}: {error}") from error
 
         # Data decides its flow, so it is run for real.
-        self.inputs, self.outputs = settle_for_real(model, inputs, run)
+        self.outputs = outputs_for_real(type(model).__name__, inputs, run)
 
     def inputs_of(self, leaves: Sequence[Any]) -> dict[Any, Any]:
         return dict(enumerate(leaves))
@@ -254,12 +254,12 @@ class _Blocks:
         self._fresh: list[Plan] = []
 
         def run(attempt: Inputs, rows: int, others: Mapping[int, int], watching: Any) -> Any:
-            leaves = with_rows(attempt, example, rows, link.device, others)
+            leaves = with_rows(attempt, example, rows, link.device)
             try:
                 plan = self._learn(leaves)
+            except PlanError:
+                raise
             except Exception as error:
-                if isinstance(error, PlanError) and not others:
-                    raise
                 raise CannotRun(
                     f"it fails for {rows} rows of the example ({type(error).__name__}: {error}). "
                     "Tensors whose first dim equals the first tensor's are taken for batches; use "
@@ -267,7 +267,7 @@ class _Blocks:
                 ) from error
             return plan.output.fill(plan.output.empty)
 
-        self.inputs, self.outputs = settle_for_real(model, inputs, run)
+        self.outputs = outputs_for_real(type(model).__name__, inputs, run)
         self._fresh = []  # every rank has found these by itself
 
     def _learn(self, leaves: Sequence[Any]) -> Plan:
