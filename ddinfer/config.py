@@ -20,9 +20,14 @@ from typing_extensions import TypedDict
 from ddinfer.errors import UsageError
 from ddinfer.request import GIVEN_BY_DDINFER
 
-#: Options that are not part of the job: the secret one, and switches of a single run.
-_ONE_TIME = (
+#: Options that let what a model brings run as code on this machine. No file can switch them on,
+#: and none is written with them: files are handed on.
+TRUST_OPTIONS = ("trust_remote_code", "allow_pickle")
+
+#: Options that are not part of the job: the secret one, those of trust, and switches of one run.
+ONE_TIME_OPTIONS = (
     "token",
+    *TRUST_OPTIONS,
     "config",
     "print_config",
     "dry_run",
@@ -294,9 +299,9 @@ class JobConfig:
         return {**self.pipeline_kwargs, **{k: v for k, v in named.items() if v is not None}}
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved with the job: everything but the token and one-time switches."""
+        """What is saved with the job: everything but `ONE_TIME_OPTIONS`."""
         data = asdict(self)
-        for name in _ONE_TIME:
+        for name in ONE_TIME_OPTIONS:
             del data[name]
         data["prompt"] = list(self.prompt)
         return data

@@ -91,7 +91,22 @@ class Request:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Request:
-        return cls(**data)
+        """What `to_dict` wrote, read from a file that somebody may have edited.
+
+        Raises:
+            ValueError: a field is missing, not known or of a wrong type; says which.
+        """
+        try:
+            request = cls(**data)
+        except TypeError as error:  # names the field
+            raise ValueError(str(error).replace("Request.__init__()", "the request")) from None
+        for name, kinds in _FIELD_TYPES.items():
+            value = getattr(request, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"the request's {name} is {value!r:.60}")
+        if request.index < 0 or not 0 <= request.seed <= MAX_SEED:
+            raise ValueError(f"the request's index is {request.index}, its seed {request.seed}")
+        return request
 
     def parameters(self) -> dict[str, Any]:
         """What the pipeline is called with beside prompt, negative prompt and generator."""
@@ -119,6 +134,18 @@ class Request:
 
 #: Fields of a Request that may be left out, in its order.
 _OPTIONAL_FIELDS = ("negative_prompt", *CALL_FIELDS)
+
+#: What each field of a Request is, for those that come from a file.
+_FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
+    "index": (int,),
+    "id": (str,),
+    "prompt": (str,),
+    "seed": (int,),
+    "negative_prompt": (str, type(None)),
+    **{name: (int, float, type(None)) for name in CALL_FIELDS},
+    "kwargs": (Mapping,),
+    "input_hashes": (Mapping,),
+}
 
 
 @lru_cache(maxsize=1024)

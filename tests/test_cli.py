@@ -213,9 +213,10 @@ def test_printed_configuration_runs_again(moody, tmp_path):
     file = tmp_path / "again.yaml"
     file.write_text(printed)
     assert yaml.safe_load(printed)["seed"] == 4
-    done = run([*MAIN, "--config", file, "--output", tmp_path / "a"])
+    done = run([*MAIN, "--config", file, "--trust_remote_code", "--output", tmp_path / "a"])
     assert done.returncode == 0, done.stderr
-    done = run([*MAIN, "--config", tmp_path / "a/job.json", "--output", tmp_path / "b"])
+    again = ["--config", tmp_path / "a/job.json", "--trust_remote_code"]
+    done = run([*MAIN, *again, "--output", tmp_path / "b"])
     assert done.returncode == 0, done.stderr
     assert images(tmp_path / "a") == images(tmp_path / "b")
 

@@ -10,6 +10,7 @@ from ddinfer.job.run import run_job
 from ddinfer.storage.files import Files
 from ddinfer.storage.lease import Lease
 from tests.moody_pipeline import moody_pipeline
+from tests.test_cli import MAIN, images, options, run
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,17 @@ def test_retry_failed_needs_nothing_but_the_folder(finished, moody, tmp_path, ca
     assert all(f.read_bytes() == data for f, data in images.items())
     assert (finished / "failures.jsonl").read_bytes() == b""
     assert said(capsys, "verify", finished)[0] == 0
+
+
+def test_retry_failed_does_not_need_the_prompt_file(moody, tmp_path):
+    file, out = tmp_path / "prompts.txt", tmp_path / "out"
+    file.write_text(f"a\nneed {tmp_path / 'thing'}\n")
+    assert run([*MAIN, *options(moody, out, "--prompts", file)]).returncode == 3
+    (tmp_path / "thing").touch()
+    file.unlink()
+    done = run([*MAIN, "retry-failed", out, "--trust_remote_code"])
+    assert done.returncode == 0, done.stderr
+    assert sorted(images(out)) == ["00000000.png", "00000001.png"]
 
 
 def test_a_prompt_that_fails_again_is_listed_again(finished, moody, capsys):

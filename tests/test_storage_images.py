@@ -1,19 +1,23 @@
-import hashlib
+import dataclasses
+import json
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ddinfer.cli import dispatch
 from ddinfer.errors import InputError
 from ddinfer.request import Request
 from ddinfer.storage.images import (
+    ImageRecord,
     encode_animation,
     encode_png,
     image_path,
     image_text,
     read_metadata,
-    read_text,
 )
 
 #: How the web UI that made this format reads settings back (modules/infotext_utils.py).
@@ -76,7 +80,6 @@ def test_equal_pictures_have_equal_bytes_and_others_have_not():
 def test_text_comes_back(text, tmp_path):
     data = encode_png(noise(), {"parameters": text, "ddinfer": "{}"})
     assert decoded(data, tmp_path).text == {"parameters": text, "ddinfer": "{}"}
-    assert read_text(data) == {"parameters": text, "ddinfer": "{}"}
 
 
 def test_paths_are_by_index_alone():
@@ -90,9 +93,19 @@ def test_paths_are_by_index_alone():
 
 INFO = {
     "model": "a model, v2",
+    "model_hash": "ab",
+    "revision": None,
+    "variant": None,
     "scheduler": "EulerAncestralDiscreteScheduler",
     "version": "1.2",
+    "versions": {"torch": "2"},
     "dtype": "float32",
+    "device": "cpu",
+    "num_threads": 1,
+    "attention_backend": None,
+    "vae_tiling": False,
+    "vae_slicing": False,
+    "compile": False,
     "call_defaults": {"num_inference_steps": 50, "guidance_scale": 7.5},
 }
 
@@ -133,10 +146,10 @@ def test_the_ddinfer_chunk_has_what_remakes_the_image(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(encode_png(noise(), text))
     found = read_metadata(str(path))
-    assert Request.from_dict(found["request"]) == request
-    assert found["batch"] == [2, 3]
-    assert found["exact"] is False
-    assert found["dtype"] == "float32"
+    assert Request.from_dict(found.request) == request
+    assert found.batch == [2, 3]
+    assert found.dtype == "float32"
+    assert found.versions == {"torch": "2"}
 
 
 def test_where_an_input_lies_is_not_in_the_image():
@@ -148,25 +161,85 @@ def test_where_an_input_lies_is_not_in_the_image():
     assert '"input_hashes":{"image":"ab"}' in text["ddinfer"]
 
 
-def test_reading_metadata_says_what_is_wrong(tmp_path):
+def replayed(path, capsys):
+    """(exit code, message) of ``ddinfer replay``, which must end before anything is loaded."""
+    code = dispatch(["replay", str(path)])
+    return code, capsys.readouterr().err
+
+
+#: What replay reads of the ``ddinfer`` text.
+READ = [field.name for field in dataclasses.fields(ImageRecord)]
+RECORD = json.loads(image_text(Request(0, "a", "p", 1), INFO, size=(1, 1))["ddinfer"])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"no", "is not a PNG file, or is damaged"),
+        (b"", "is not a PNG file, or is damaged"),
+        (encode_png(noise()), "has no ddinfer chunk"),
+        (encode_png(noise(), {"ddinfer": "nonsense"}), "damaged ddinfer chunk: all of it: Invalid"),
+        (encode_png(noise(), {"ddinfer": "[]"}), "damaged ddinfer chunk: all of it"),
+        (encode_png(noise(), {"ddinfer": "{}"}), "damaged ddinfer chunk: request: Field required"),
+    ],
+)
+def test_a_file_that_cannot_be_replayed_is_named_with_the_reason(data, message, tmp_path, capsys):
     path = tmp_path / "a.png"
-    with pytest.raises(InputError, match="No such file"):
-        read_metadata(str(path))
-    path.write_bytes(b"no")
-    with pytest.raises(InputError, match="not a PNG"):
-        read_metadata(str(path))
-    data = encode_png(noise(), {"ddinfer": "{}"})
-    path.write_bytes(data[:-20])
-    with pytest.raises(InputError, match="cut off"):
-        read_metadata(str(path))
-    flipped = bytearray(data)
-    flipped[200] ^= 1
-    path.write_bytes(flipped)
-    with pytest.raises(InputError, match="checksum"):
-        read_metadata(str(path))
-    path.write_bytes(encode_png(noise()))
-    with pytest.raises(InputError, match="no ddinfer chunk"):
-        read_metadata(str(path))
+    path.write_bytes(data)
+    code, err = replayed(path, capsys)
+    assert (code, f"{path}: " in err, message in err) == (2, True, True), err
+
+
+WITHOUT_A_KEY = [(key, {k: v for k, v in RECORD.items() if k != key}) for key in READ]
+OF_A_WRONG_TYPE = [(key, {**RECORD, key: 1.5}) for key in READ]
+DAMAGED_REQUESTS = [
+    ("prompt", {**RECORD, "request": {"index": 0, "id": "a", "seed": 1}}),
+    ("colour", {**RECORD, "request": {**RECORD["request"], "colour": 1}}),
+    ("index", {**RECORD, "request": {**RECORD["request"], "index": "../../a"}}),
+    ("index", {**RECORD, "request": {**RECORD["request"], "index": -1}}),
+    ("seed", {**RECORD, "request": {**RECORD["request"], "seed": 2**63}}),
+    ("kwargs", {**RECORD, "request": {**RECORD["request"], "kwargs": []}}),
+    ("batch", {**RECORD, "batch": [1]}),
+    ("threads", {**RECORD, "num_threads": 0}),
+]
+
+
+@pytest.mark.parametrize(("named", "record"), WITHOUT_A_KEY + OF_A_WRONG_TYPE + DAMAGED_REQUESTS)
+def test_a_short_or_damaged_record_is_an_error_that_names_file_and_field(
+    named, record, tmp_path, capsys
+):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode_png(noise(), {"ddinfer": json.dumps(record)}))
+    code, err = replayed(path, capsys)
+    assert code == 2, err
+    assert f"{path}: has a damaged ddinfer chunk: " in err
+    assert named in err
+
+
+@pytest.mark.parametrize("length", range(0, 24, 3))
+def test_a_short_text_chunk_with_a_right_checksum_is_an_error(length, tmp_path, capsys):
+    path = tmp_path / "a.png"
+    body = ("ddinfer\0\0\0en\0é\0" + json.dumps(RECORD)).encode()[:length]
+    chunk = struct.pack(">I", length) + b"iTXt" + body
+    chunk += struct.pack(">I", zlib.crc32(b"iTXt" + body))
+    data = encode_png(noise())
+    path.write_bytes(data[:33] + chunk + data[33:])  # behind the header
+    code, err = replayed(path, capsys)
+    assert (code, f"{path}: has " in err) == (2, True), err
+
+
+def test_a_file_that_is_cut_off_or_has_a_flipped_bit_is_an_error_wherever(tmp_path):
+    path = tmp_path / "a.png"
+    data = encode_png(noise(size=(7, 5)), {"ddinfer": json.dumps(RECORD)})
+    path.write_bytes(data)
+    read_metadata(str(path))
+    for at in range(0, len(data) - len(b"....IEND...."), 7):
+        path.write_bytes(data[:at])
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            read_metadata(str(path))
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            read_metadata(str(path))
 
 
 # --- videos ------------------------------------------------------------------------------------
@@ -174,18 +247,16 @@ def test_reading_metadata_says_what_is_wrong(tmp_path):
 
 def test_frames_come_back_all_and_identical(tmp_path):
     frames = [noise(seed=k) for k in (1, 2, 2, 3)]  # equal neighbours stay two
-    data = encode_animation(frames, 8, {"ddinfer": '{"a":1}'})
+    text = {"ddinfer": json.dumps(RECORD)}
+    data = encode_animation(frames, 8, text)
     image = decoded(data, tmp_path)
     assert image.n_frames == 4
     for k, frame in enumerate(frames):
         image.seek(k)
         assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(frame))
         assert image.info["duration"] == 125
-    assert read_metadata(str(tmp_path / "image.png")) == {"a": 1}
-    assert (
-        hashlib.sha256(data).digest()
-        == hashlib.sha256(encode_animation(frames, 8, {"ddinfer": '{"a":1}'})).digest()
-    )
+    assert read_metadata(str(tmp_path / "image.png")).model == "a model, v2"
+    assert data == encode_animation(frames, 8, text)
 
 
 def test_one_frame_is_a_picture(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from ddinfer.config import JobConfig, OptionError, parse_json_object
+from ddinfer.config import TRUST_OPTIONS, JobConfig, OptionError, parse_json_object
 from ddinfer.errors import UsageError
 
 ENVIRONMENT_PREFIX = "DDINFER_"
@@ -27,12 +27,14 @@ def parse_config(
     """Resolve file < environment < command line.
 
     Raises:
-        UsageError: an unknown key or variable, or a value of the wrong type.
+        UsageError: an unknown key or variable, a value of the wrong type, or a file that asks for
+            one of the `TRUST_OPTIONS`.
         SystemExit: from tyro, with code 2 for a bad option and 0 for ``--help``.
     """
     environ = os.environ if environ is None else environ
     path = _option_value(argv, "config") or environ.get(ENVIRONMENT_PREFIX + "CONFIG")
     layers, sources = _read_file(path) if path else ({}, {})
+    wanted_by_file = [name for name in TRUST_OPTIONS if layers.pop(name, False)]
     layers_above, variables = _read_environment(environ)
     layers = _overlay(layers, layers_above)
     sources.update(variables)
@@ -42,6 +44,13 @@ def parse_config(
     except OptionError as error:
         raise UsageError(f"{sources[error.option]}: {error}") from None
     given = tyro.cli(JobConfig, prog=prog, args=list(argv), default=default, use_underscores=True)
+    for name in wanted_by_file:
+        if not getattr(given, name):
+            raise UsageError(
+                f"{path}: {name} is set, which lets code of {given.model} run on this machine. A "
+                f"file cannot switch that on: give --{name} on the command line if you trust the "
+                "model, else delete the line"
+            )
     if not given.prompt and given.prompts is None:
         given = replace(given, **prompts_below)
     return given

@@ -1,12 +1,12 @@
-"""``ddinfer replay IMAGE.png``: make an image again from its own metadata and compare."""
+"""``ddinfer replay IMAGE.png``: generate an image again from its own metadata and compare."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -20,7 +20,7 @@ from ddinfer.models.fingerprint import model_fingerprint
 from ddinfer.models.repository import pipeline_folder
 from ddinfer.request import Request
 from ddinfer.storage.files import Files
-from ddinfer.storage.images import read_metadata
+from ddinfer.storage.images import ImageRecord, read_metadata
 from ddinfer.storage.job_folder import read_job
 from ddinfer.storage.metadata import read_requests
 
@@ -30,18 +30,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """Make an image again, with the batch that it was made in, and say whether it is the same."""
+    """Generate an image again, in the batch that it was generated in, and compare the two."""
 
     image: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IMAGE")]
     """A PNG that ddinfer has written."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", aliases=("-m",))] = None
-    """Where the model is now, if not where it was."""
+    """Where the model is now. Default: where the job found it, else the name in the image."""
+    token: Annotated[str | None, tyro.conf.arg(metavar="TOKEN")] = None
+    """Hub token; better set HF_TOKEN."""
     trust_remote_code: bool = False
     """Run pipeline code that the model's repository brings."""
+    allow_pickle: bool = False
+    """Load .bin weights, which can run code. Default: safetensors only."""
     device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
-    """Where to make it. Another kind of device rounds differently."""
+    """Device to generate on. Another kind of device rounds differently."""
     save: Annotated[str | None, tyro.conf.arg(metavar="FILE.png")] = None
-    """Write the image made now to this file."""
+    """Write the new image to this file."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,48 +55,61 @@ def main(argv: Sequence[str]) -> int:
     if options.save is not None:
         check_can_write("--save", options.save, ".png")
     record = read_metadata(options.image)
-    batch, missing = _batch_of(record, options.image)
+    batch, notes = _batch_of(record, options.image)
+    config = _config_of(record, options)
     configure_logging(0)
     device = World.detect(options.device).device
-    model, _, _ = resolve_model(JobConfig(model=options.model or _model_of(record, options.image)))
-    made = _make(record, batch, model, device, options.trust_remote_code)
+    model, _, _ = resolve_model(config)
+    images = _generate(record, batch, model, config, device)
     if options.save is not None:
-        made[0].save(options.save, save_all=len(made) > 1, append_images=made[1:])
-    same, text = _compare(made, options.image)
+        images[0].save(options.save, save_all=len(images) > 1, append_images=images[1:])
+    same, text = _compare(images, options.image)
     print(text)
-    for line in [*missing, *_changes(record, model, device)]:
+    for line in [*notes, *_changes(record, model, config, device)]:
         print(f"  {line}")
     sys.stdout.flush()
     return EXIT_OK if same else EXIT_FAILED_PROMPTS
 
 
-def _batch_of(record: Mapping[str, Any], image: str) -> tuple[list[Request], list[str]]:
-    """The Requests that shared the image's call; those beside it are in the job folder."""
-    own = Request.from_dict(record["request"])
-    indices = record["batch"]
+def _config_of(record: ImageRecord, options: ReplayOptions) -> JobConfig:
+    """How the model was loaded, by the record; what of it may run, by the options alone."""
+    names = ("variant", "revision", "attention_backend", "vae_tiling", "vae_slicing", "compile")
+    return JobConfig(
+        model=options.model or _model_of(record, options.image),
+        dtype="auto" if record.dtype == "checkpoint" else record.dtype,
+        token=options.token,
+        trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
+        **{name: getattr(record, name) for name in names},
+    )
+
+
+def _batch_of(record: ImageRecord, image: str) -> tuple[list[Request], list[str]]:
+    """The Requests that shared the image's call → them, and notes. Others are in the job folder."""
+    own = Request.from_dict(record.request)
     out = _folder_of_job(image)
-    at_hand: dict[int, Request] = {}
+    found: dict[int, Request] = {}
     if os.path.isfile(os.path.join(out, "requests.jsonl.gz")):
-        needed = {*indices, own.index}
-        at_hand = {r.index: r for r in read_requests(Files(), out) if r.index in needed}
-    known = at_hand.get(own.index)
+        needed = {*record.batch, own.index}
+        found = {r.index: r for r in read_requests(Files(), out) if r.index in needed}
+    known = found.get(own.index)
     if known is not None and known.content_hash() != own.content_hash():
-        at_hand = {}  # the image has come here from another job
+        found = {}  # the folder belongs to another job than the image
         known = None
     if own.input_hashes:
         if known is None:
             raise UsageError(
-                f"{image} was made from image inputs, and the job folder that says where they "
-                f"are is not around it; expected requests.jsonl.gz in {out}"
+                f"{image} was generated from image inputs, and the job folder that records their "
+                f"paths is not around it; expected requests.jsonl.gz in {out}"
             )
         own = known
-    if all(k in at_hand for k in indices):
-        return [at_hand[k] for k in indices], []
-    if len(indices) == 1:
+    if all(k in found for k in record.batch):
+        return [found[k] for k in record.batch], []
+    if len(record.batch) == 1:
         return [own], []
     return [own], [
-        f"it was made in a batch of {len(indices)}, whose other requests are not around it: "
-        "made alone here, which can differ in last bits"
+        f"it was generated in a batch of {len(record.batch)}, whose other requests are not in "
+        f"{out}: generated alone here, which can differ in last bits"
     ]
 
 
@@ -101,31 +118,25 @@ def _folder_of_job(image: str) -> str:
     return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(image))))
 
 
-def _model_of(record: Mapping[str, Any], image: str) -> str:
-    """Where the job found its model; an image knows only its name."""
+def _model_of(record: ImageRecord, image: str) -> str:
+    """Where the job found its model; the image records its name only."""
     job = read_job(Files(), _folder_of_job(image))
-    if job is not None and job.identity["model_hash"] == record["model_hash"]:
-        return job.config["model"] or record["model"]
-    return record["model"]
+    if job is not None and job.identity.get("model_hash") == record.model_hash:
+        return job.config.get("model") or record.model
+    return record.model
 
 
-def _make(
-    record: Mapping[str, Any], batch: list[Request], model: str, device: str, trusted: bool
+def _generate(
+    record: ImageRecord, batch: list[Request], model: str, config: JobConfig, device: str
 ) -> list[Image.Image]:
     """The image, or the frames of the video."""
     import torch
 
     from ddinfer.engines.whole import load_whole_engine
 
-    torch.set_num_threads(record["num_threads"])
-    names = ("variant", "revision", "attention_backend", "vae_tiling", "vae_slicing", "compile")
-    config = JobConfig(
-        dtype="auto" if record["dtype"] == "checkpoint" else record["dtype"],
-        trust_remote_code=trusted,
-        **{name: record[name] for name in names},
-    )
+    torch.set_num_threads(record.num_threads)
     engine = load_whole_engine(model, config, world=World(device=device))
-    wanted = record["request"]["index"]
+    wanted = record.request["index"]
     (result,) = (r for r in engine.run([batch]) if r.index == wanted)
     if result.error is not None:
         raise DdinferError(f"the pipeline failed: {result.error}\n{result.error.traceback}")
@@ -143,8 +154,8 @@ def _compare(made: Sequence[Image.Image], path: str) -> tuple[bool, str]:
     now = [np.asarray(frame.convert("RGB")) for frame in made]
     if [f.shape for f in before] != [f.shape for f in now]:
         return False, (
-            f"different: {len(before)} pictures of shape {before[0].shape} in the file, "
-            f"{len(now)} of shape {now[0].shape} made now"
+            f"different: {len(before)} images of shape {before[0].shape} in the file, "
+            f"{len(now)} of shape {now[0].shape} now"
         )
     off = np.abs(np.stack(before).astype(int) - np.stack(now).astype(int))
     if not off.any():
@@ -155,16 +166,24 @@ def _compare(made: Sequence[Image.Image], path: str) -> tuple[bool, str]:
     )
 
 
-def _changes(record: Mapping[str, Any], model: str, device: str) -> list[str]:
-    """What is not as it was when the image was made, and could explain a difference."""
+def _changes(record: ImageRecord, model: str, config: JobConfig, device: str) -> list[str]:
+    """What differs from when the image was generated, and could explain another result."""
     lines = []
     now = library_versions()
-    for name, version in record["versions"].items():
+    for name, version in record.versions.items():
         if now.get(name) != version:
             lines.append(f"{name}: {version} then, {now.get(name)} now")
     kind = device.split(":")[0]
-    if kind != record["device"]:
-        lines.append(f"device: {record['device']} then, {kind} now")
-    if model_fingerprint(pipeline_folder(model, trust_remote_code=True)) != record["model_hash"]:
-        lines.append(f"model: the files of {model} are not those that it was made with")
+    if kind != record.device:
+        lines.append(f"device: {record.device} then, {kind} now")
+    folder = pipeline_folder(
+        model,
+        variant=config.variant,
+        revision=config.revision,
+        token=config.token,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+    )
+    if model_fingerprint(folder) != record.model_hash:
+        lines.append(f"model: the files of {model} are not those that it was generated with")
     return lines

@@ -1,4 +1,4 @@
-"""``ddinfer retry-failed OUT``: make a job's failed prompts again, from its folder alone."""
+"""``ddinfer retry-failed OUT``: generate a job's failed prompts again, from its folder alone."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from typing import Annotated, Any
 import tyro
 
 from ddinfer.cli.run import run_configured
-from ddinfer.config import JobConfig
+from ddinfer.config import ONE_TIME_OPTIONS, JobConfig
+from ddinfer.errors import UsageError
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobFolder
+from ddinfer.storage.metadata import JOB_FILE
 
 
 @dataclass(frozen=True)
 class RetryOptions:
-    """Make the failed prompts of a job again. Its folder knows all else; no prompt file is read."""
+    """Generate the failed prompts of a job again. Everything else is read from its folder."""
 
     output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """Output folder of a job."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", aliases=("-m",))] = None
-    """Where the model is now, if not where it was."""
+    """Where the model is now. Default: where the job found it."""
     nproc_per_node: Annotated[str | None, tyro.conf.arg(metavar="N|auto|gpu|cpu")] = None
-    """Ranks on this machine, if not as many as the job was begun with."""
+    """Ranks on this machine. Default: as many as the job was started with."""
     token: Annotated[str | None, tyro.conf.arg(metavar="TOKEN")] = None
     """Hub token; better set HF_TOKEN."""
     trust_remote_code: bool = False
-    """Run pipeline code that the model's repository brings. Not taken from the folder."""
+    """Run pipeline code that the model's repository brings."""
     allow_pickle: bool = False
-    """Load .bin weights, which can run code. Not taken from the folder."""
+    """Load .bin weights, which can run code. Default: safetensors only."""
     accept_versions: bool = False
-    """Go on though library versions have changed."""
+    """Continue although library versions have changed."""
     json: bool = False
     """Print the closing summary as JSON on standard output."""
 
@@ -45,18 +47,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def config_of(options: RetryOptions) -> JobConfig:
-    """The job's own configuration, with what this run says of itself.
+    """The configuration that the folder records, with the options of this run.
 
     Raises:
-        UsageError: no job there.
+        UsageError: the folder contains no job, or its configuration has a value of a wrong type.
     """
     path = os.path.abspath(options.output)
-    saved = JobFolder.look(Files(), path).record.config
-    known = {f.name for f in fields(JobConfig)}
-    values: dict[str, Any] = {name: value for name, value in saved.items() if name in known}
+    recorded = JobFolder.look(Files(), path).record.config
+    # Its Requests are read from the folder: the prompt file may be gone.
+    known = {f.name for f in fields(JobConfig)}.difference(ONE_TIME_OPTIONS, ("prompts", "prompt"))
+    values: dict[str, Any] = {name: value for name, value in recorded.items() if name in known}
     values.update(
         output=path,
-        prompt=tuple(values.get("prompt", ())),
         token=options.token,
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
@@ -66,4 +68,7 @@ def config_of(options: RetryOptions) -> JobConfig:
     for name in ("model", "nproc_per_node"):
         if getattr(options, name) is not None:
             values[name] = getattr(options, name)
-    return JobConfig(**values)
+    try:
+        return JobConfig(**values)
+    except UsageError as error:
+        raise UsageError(f"{os.path.join(path, JOB_FILE)}: {error}") from None

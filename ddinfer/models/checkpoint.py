@@ -190,7 +190,7 @@ def weight_files(
                     f"{stem}{tag}{suffix}.index.json",
                 ):
                     if index in names:
-                        return _shards(folder / index)
+                        return _shards(folder / index, suffix)
                 if f"{stem}{tag}{suffix}" in names:
                     return [folder / f"{stem}{tag}{suffix}"]
     pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
@@ -213,9 +213,16 @@ def has_variant(folder: Path, variant: str) -> bool:
     return any(f".{variant}." in p.name or f".{variant}-" in p.name for p in folder.iterdir())
 
 
-def _shards(index: Path) -> list[Path]:
+def _shards(index: Path, suffix: str) -> list[Path]:
+    """The files that an index names: all of its own kind, in its own folder or below."""
     weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not name.endswith(suffix) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(
+                f"{index} names {name}; expected {suffix} files in or below {index.parent}"
+            )
+    files = [index.parent / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(

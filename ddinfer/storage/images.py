@@ -12,7 +12,8 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from ddinfer.errors import InputError
 from ddinfer.request import Request, canonical_json
@@ -230,54 +231,74 @@ def _quoted(value: Any) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def read_text(data: bytes, name: str = "image") -> dict[str, str]:
-    """Text chunks of a PNG, every chunk's checksum checked.
+@dataclass(frozen=True)
+class ImageRecord:
+    """What is needed to generate an image again: the ``ddinfer`` text of its file.
+
+    Attributes:
+        request: a `Request` as a dict.
+        batch: indices of the Requests that shared the pipeline call, in call order.
+        model: name of the model; `model_hash` is of its files.
+        dtype: ``checkpoint``, where it was the checkpoint's own, or the dtype's name.
+        versions: of the libraries that made it.
+    """
+
+    request: dict[str, Any]
+    batch: list[int]
+    model: str
+    model_hash: str
+    revision: str | None
+    variant: str | None
+    dtype: Literal["checkpoint", "float32", "float16", "bfloat16"]
+    device: str
+    num_threads: int
+    attention_backend: str | None
+    vae_tiling: bool
+    vae_slicing: bool
+    compile: bool
+    versions: dict[str, str]
+
+
+def read_metadata(path: str) -> ImageRecord:
+    """Read the ``ddinfer`` text of a PNG file, the checksums of whose chunks are right.
 
     Raises:
-        InputError: not a PNG, or a damaged one.
+        InputError: no such file, not a PNG, damaged, not made by ddinfer, or its text lacks
+            something. Names the file.
     """
-    if not data.startswith(_SIGNATURE):
-        raise InputError("is not a PNG file", file=name)
-    out: dict[str, str] = {}
-    at = len(_SIGNATURE)
-    while True:
-        length, kind = struct.unpack_from(">I4s", data, at) if at + 8 <= len(data) else (0, b"")
-        body = data[at + 8 : at + 8 + length]
-        check = data[at + 8 + length : at + 12 + length]
-        if len(check) < 4:
-            raise InputError("is cut off: it has no IEND chunk", file=name)
-        if struct.unpack(">I", check)[0] != zlib.crc32(body, zlib.crc32(kind)):
-            raise InputError(f"is damaged: checksum of its {kind!r} chunk", file=name)
-        if kind == b"tEXt":
-            key, _, value = body.partition(b"\0")
-            out[key.decode("latin-1")] = value.decode("latin-1")
-        elif kind == b"iTXt" and body.partition(b"\0")[2][:2] == b"\0\0":
-            key, _, rest = body.partition(b"\0")
-            value = rest[2:].split(b"\0", 2)[2]
-            out[key.decode("latin-1")] = value.decode("utf-8")
-        elif kind == b"IEND":
-            return out
-        at += 12 + length
+    import PIL.Image
+    import pydantic
+    from PIL.PngImagePlugin import PngImageFile
 
-
-def read_metadata(path: str) -> dict[str, Any]:
-    """What is needed to remake an image that ddinfer made: its ``ddinfer`` chunk.
-
-    Raises:
-        InputError: no such file, not a PNG, damaged, or not made by ddinfer.
-    """
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        with PIL.Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+        with PIL.Image.open(path, formats=["PNG"]) as image:  # verify() leaves the other unusable
+            assert isinstance(image, PngImageFile)
+            text = image.text.get("ddinfer")
+    except (SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise InputError(f"is a damaged PNG file: {error}", file=path) from None
     except OSError as error:
-        raise InputError(error.strerror or str(error), file=path) from None
-    text = read_text(data, path).get("ddinfer")
+        reason = error.strerror or "is not a PNG file, or is damaged"
+        raise InputError(reason, file=path) from None
     if text is None:
         raise InputError("has no ddinfer chunk; was it made or saved by another tool?", file=path)
+    damaged = "has a damaged ddinfer chunk"
     try:
-        return json.loads(text)
+        record = pydantic.TypeAdapter(ImageRecord).validate_json(text, strict=True)
+        index = Request.from_dict(record.request).index
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        raise InputError(f"{damaged}: {where}: {first['msg']}", file=path) from None
     except ValueError as error:
-        raise InputError(f"has a ddinfer chunk that is not JSON: {error}", file=path) from None
+        raise InputError(f"{damaged}: {error}", file=path) from None
+    if index not in record.batch or record.num_threads < 1:
+        raise InputError(
+            f"{damaged}: image {index} of batch {record.batch}, {record.num_threads} threads",
+            file=path,
+        )
+    return record
 
 
 def sha256(data: bytes) -> str:

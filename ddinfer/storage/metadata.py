@@ -85,7 +85,10 @@ def read_requests(files: Files, folder: str, limit: int | None = None) -> list[R
                 if len(requests) == limit:
                     break
                 data = {"kwargs": nothing, "input_hashes": nothing, **json.loads(line)}
-                requests.append(Request.from_dict(data))
+                request = Request.from_dict(data)
+                if request.index != len(requests):  # names and places of images follow from it
+                    raise ValueError(f"index {request.index}, expected {len(requests)}")
+                requests.append(request)
     except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, TypeError) as error:
         raise StorageError(
             f"{path}:{number + 1}: damaged ({error}); run the job's own command again: it is "
