@@ -23,7 +23,7 @@ from ddinfer.models.activations import OneDevice
 from ddinfer.models.dispatch import dispatch_model, dispatch_pipeline
 from ddinfer.models.fetching import DiskSource, Fetcher, HostSource, Unit
 from ddinfer.models.loading import load_model, load_pipeline
-from ddinfer.models.parked import ParkedParameter
+from ddinfer.models.parked import ParkedParameter, is_parked
 from ddinfer.models.placement import Placement, PlacementError, plan_placement
 from ddinfer.models.planner import plan
 from ddinfer.models.sizes import tree_of, tree_of_model
@@ -197,6 +197,24 @@ def test_a_block_that_raises_leaves_its_stand_ins_in_place():
         assert all(isinstance(p, ParkedParameter) for p in model.parameters())
         assert model.eval()(torch.tensor([1])).shape == (1, 10)
     assert dispatched.fetcher._guess is None
+
+
+def test_an_interrupted_forward_leaves_its_stand_ins_in_place(tiny):
+    pipe = load_pipeline(tiny("flux"), placement="balanced", max_memory={"cpu": 400_000})
+    expected = draw(pipe, "flux")
+    weight = "transformer_blocks.0.attn.to_q"
+
+    def interrupt(*_: Any) -> None:
+        assert not is_parked(pipe.transformer.get_parameter(f"{weight}.weight"))
+        raise KeyboardInterrupt
+
+    handle = pipe.transformer.get_submodule(weight).register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, "flux")
+    handle.remove()
+    assert is_parked(pipe.transformer.get_parameter(f"{weight}.weight"))
+    assert torch.equal(draw(pipe, "flux"), expected)
+    assert is_parked(pipe.transformer.get_parameter(f"{weight}.weight"))
 
 
 def test_the_devices_of_a_placed_model_are_told_truly(tiny):

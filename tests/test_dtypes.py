@@ -1,14 +1,17 @@
 """Every family in every floating type, from files of every type, against plain diffusers."""
 
+import json
 import shutil
 
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 from ddinfer.engines.staged import StagedEngine
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.models.loading import load_model, load_pipeline
+from ddinfer.models.parked import is_parked
 from ddinfer.models.sizes import tree_of
 from ddinfer.models.source import PipelineSource
 from ddinfer.models.stages import StagedPipeline
@@ -18,8 +21,8 @@ from tests.tiny_pipelines import KINDS, call_arguments
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: What is mostly used: float32 files on a GPU, and half-precision files on a CPU.
-USUAL = {("float32", "bfloat16"), ("float16", "auto")}
+#: What SDXL runs in besides bfloat16 from float32 files; the others do in launch/nightly.
+SDXL_TOO = {("float16", "auto"), ("float32", "float16")}
 
 
 def folder_of(kind, stored, tiny):
@@ -97,7 +100,8 @@ def grid():
     for kind in sorted(KINDS):
         for stored in DTYPES:
             for dtype in ("auto", "bfloat16", "float16"):
-                usual = (stored, dtype) in USUAL
+                usual = (stored, dtype) == ("float32", "bfloat16")
+                usual |= kind == "sdxl" and (stored, dtype) in SDXL_TOO
                 marks = () if usual else pytest.mark.nightly
                 yield pytest.param(kind, stored, dtype, marks=marks)
 
@@ -133,6 +137,97 @@ def test_weights_are_those_of_plain_diffusers_in_every_type(kind, stored, dtype,
 
 def same(a, b):
     return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def as_pipeline(name, folder, target):
+    """The same components under another pipeline's class."""
+    shutil.copytree(folder, target)
+    index = json.loads((target / "model_index.json").read_text())
+    index = {k: v for k, v in index.items() if k not in ("add_watermarker",)}
+    (target / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
+    return target
+
+
+def image_requests(folder, fields):
+    Image.effect_noise((32, 32), 50).convert("RGB").save(folder / "in.png")
+    Image.effect_noise((32, 32), 50).save(folder / "mask.png")
+    paths = {"image": str(folder / "in.png"), "mask_image": str(folder / "mask.png")}
+    row = {"prompt": "a cat", "num_inference_steps": 4, "strength": 0.5, "height": 32, "width": 32}
+    row = {n: v for n, v in (row | paths).items() if n in {*fields, "prompt", "image", "strength"}}
+    row["input_hashes"] = {name: "0" for name in paths if name in row}
+    return resolve_requests([Prompt(row)])
+
+
+IMAGE_TO_IMAGE = ("StableDiffusionXLImg2ImgPipeline", ("num_inference_steps",))
+INPAINTING = (
+    "StableDiffusionXLInpaintPipeline",
+    ("num_inference_steps", "mask_image", "height", "width"),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "dtype"),
+    [
+        (*IMAGE_TO_IMAGE, "float16"),
+        pytest.param(*IMAGE_TO_IMAGE, "auto", marks=pytest.mark.nightly),
+        pytest.param(*IMAGE_TO_IMAGE, "bfloat16", marks=pytest.mark.nightly),
+        (*INPAINTING, "auto"),
+        pytest.param(*INPAINTING, "bfloat16", marks=pytest.mark.nightly),
+        pytest.param(*INPAINTING, "float16", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_vae_that_the_pipeline_casts_and_casts_back(name, fields, dtype, tiny, tmp_path):
+    folder = as_pipeline(name, tiny("sdxl"), tmp_path / "model")
+    requests = image_requests(tmp_path, fields)
+    plain = plain_pipeline(folder, DTYPES.get(dtype, torch.float32))
+    assert plain.vae.config.force_upcast
+    expected = pictures(WholeEngine(plain).run([requests]))
+    for way in ("whole", "staged", "placed"):
+        assert run(folder, way, dtype, [requests, requests]) == expected * 2, way
+
+
+VAE_ON_DISK = {"unet": "cpu", "text_encoder": "cpu", "text_encoder_2": "cpu", "vae": "disk"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_call_that_ends_while_the_vae_is_cast_changes_no_later_picture(error, placed, tiny):
+    folder = tiny("sdxl")
+    pipe = load_pipeline(folder, dtype="float16", placement=VAE_ON_DISK if placed else None)
+    pipe.set_progress_bar_config(disable=True)
+    batch = requests_for("sdxl")[:1]
+    engine = WholeEngine(pipe)
+    expected = pictures(engine.run([batch]))
+
+    def fail(*_):
+        raise error("in the midst of decoding")
+
+    handle = pipe.vae.decoder.register_forward_pre_hook(fail)
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.run([batch]))
+    else:
+        assert [result.error.type for result in engine.run([batch])] == [error.__name__]
+    handle.remove()
+    assert pipe.vae.dtype == torch.float16
+    assert pictures(engine.run([batch])) == expected
+
+
+def test_casts_of_weights_that_are_away_are_those_of_weights_that_are_here(tiny):
+    plain = load_pipeline(tiny("sdxl")).vae
+    placed = load_pipeline(tiny("sdxl"), placement=VAE_ON_DISK).vae
+    names = [name for name, p in placed.named_parameters() if is_parked(p)]
+    assert len(names) > 10
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float32):
+        plain.to(dtype)  # the lost bits stay lost
+        placed.to(dtype)
+        for name in names:
+            ours = placed.get_parameter(name)
+            assert is_parked(ours)
+            assert ours.dtype == dtype
+            assert torch.equal(ours + 0, plain.get_parameter(name))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(placed.decode(latents).sample, plain.decode(latents).sample)
 
 
 def vision_tower():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import time
@@ -135,7 +136,9 @@ class WholeEngine:
 
     def _call(self, part: list[Request]) -> _Pictures | _Failure:
         try:
-            return _pictures(self.pipe, self.pipe(**self._arguments(part)), len(part))
+            arguments = self._arguments(part)
+            with _vae_types_restored(self.pipe):
+                return _pictures(self.pipe, self.pipe(**arguments), len(part))
         except torch.AcceleratorError:
             raise  # sticky: no later call on this device can succeed
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -236,6 +239,36 @@ def check_call(
             f"{name} takes one generator for a whole batch, so the images of a batch would "
             f"depend on their neighbours: use --batch_size 1 (found {batch_size})"
         )
+
+
+@contextlib.contextmanager
+def _vae_types_restored(pipe: Any) -> Iterator[None]:
+    """Casts the VAE back where a call ends early.
+
+    Pipelines cast it to float32, decode, and cast it back; a failure in between, or the end of a
+    stage, would leave it in a type in which every later call fails or makes another image.
+    """
+    vae = getattr(pipe, "vae", None)
+    modules = list(vae.modules()) if isinstance(vae, torch.nn.Module) else []
+    tables: list[dict[str, Any]] = [
+        table for module in modules for table in (module._parameters, module._buffers)
+    ]
+    before = [
+        (t, name, tensor.dtype) for t in tables for name, tensor in t.items() if tensor is not None
+    ]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for table, name, dtype in before:
+                tensor = table[name]
+                if tensor.dtype == dtype:
+                    continue
+                if isinstance(tensor, torch.nn.Parameter):
+                    tensor.data = tensor.to(dtype)
+                else:
+                    table[name] = tensor.to(dtype)
+        raise
 
 
 def _processor(pipe: Any) -> Any:

@@ -7,6 +7,7 @@ meanwhile. Between times a stand-in (`ddinfer.models.parked`) takes each weight'
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from ddinfer.models.activations import OneDevice, spoken, tensors_in, to_device
 from ddinfer.models.checkpoint import StoredTensor
 from ddinfer.models.fetching import DiskSource, Fetcher, HostSource, Source, Unit, read
 from ddinfer.models.opening import OpenModel, finish_weight_norm
-from ddinfer.models.parked import park
+from ddinfer.models.parked import as_cast, is_parked, park
 from ddinfer.models.placement import CPU, DISK, Placement, check_covers
 from ddinfer.models.sizes import tree_of_model
 from ddinfer.models.tree import Node, Tensor
@@ -173,6 +174,7 @@ class _Carrier:
         self.made: dict[int, torch.Tensor] = {}
         self.unread: set[int] = set()  # ids of originals whose bytes are only in the checkpoint
         self.kept: list[torch.Tensor] = []  # originals, so that their ids stay theirs
+        self.here: list[Callable[[], None]] = []  # put back what is fetched at the moment
 
     def carry_out(self, root: Node) -> None:
         items = list(self._uniform(root))
@@ -347,18 +349,24 @@ class _Carrier:
         fetcher, main = self.dispatched.fetcher, self.main
         places = [self._place(name) for name in unit.sources]
         depth = 0
+        away: list[torch.Tensor] = []  # the stand-ins, while the bytes are here
 
         def before(_: Any, args: Any, kwargs: Any) -> Any:
             nonlocal depth
             depth += 1
             if depth == 1:
                 seen: dict[int, torch.Tensor] = {}
-                for (held, leaf), name, tensor in zip(
-                    places, unit.sources, fetcher.take(unit), strict=True
+                self.here.append(put_back)
+                # A cast makes other stand-ins of buffers.
+                away[:] = [
+                    held[leaf] if is_parked(held[leaf]) else stand_ins[name]
+                    for (held, leaf), name in zip(places, unit.sources, strict=True)
+                ]
+                for (held, leaf), stand_in, tensor in zip(
+                    places, away, fetcher.take(unit), strict=True
                 ):
-                    stand_in = stand_ins[name]
                     if id(stand_in) not in seen:  # tied names stay one object
-                        seen[id(stand_in)] = _like(stand_in, tensor)
+                        seen[id(stand_in)] = _like(stand_in, as_cast(tensor, stand_in))
                     held[leaf] = seen[id(stand_in)]
 
             return to_device(args, spoken(main)), to_device(kwargs, spoken(main))
@@ -367,11 +375,17 @@ class _Carrier:
             nonlocal depth
             depth -= 1
             if depth == 0:
-                for (held, leaf), name in zip(places, unit.sources, strict=True):
-                    if held[leaf] is not stand_ins[name]:
-                        _keep_changes(unit.sources[name], held[leaf], module.training)
-                        held[leaf] = stand_ins[name]
-                fetcher.give_back()
+                put_back()
+
+        def put_back() -> None:
+            nonlocal depth
+            depth = 0
+            self.here.remove(put_back)
+            for (held, leaf), name, stand_in in zip(places, unit.sources, away, strict=True):
+                if held[leaf] is not stand_in:
+                    _keep_changes(unit.sources[name], held[leaf], module.training)
+                    held[leaf] = stand_in
+            fetcher.give_back()
 
         self._hook(module, before, after)
 
@@ -411,11 +425,14 @@ class _Carrier:
         @functools.wraps(method)
         def enter(*args: Any, **kwargs: Any) -> Any:
             first = next((t.device for t in tensors_in((args, kwargs))), None)
-            if not several:
-                result = method(*args, **kwargs)
-            else:
-                with OneDevice():
+            try:
+                with OneDevice() if several else contextlib.nullcontext():
                     result = method(*args, **kwargs)
+            except BaseException:
+                # Hooks are called after an error, but not after Ctrl-C.
+                while self.here:
+                    self.here[-1]()
+                raise
             if first is None or all(t.device == first for t in tensors_in(result)):
                 return result
             return to_device(result, first)

@@ -3,6 +3,9 @@
 It knows its shape and type and says the device where it will be computed. Any operation on it
 fetches the bytes for that operation alone; so weights that are read outside their module's
 ``forward`` (tied heads, ``layer.weight`` in a parent) give the right result, only slowly.
+
+A cast (``vae.to(dtype=torch.float32)``, which pipelines do around decoding) is remembered, and done
+to the bytes whenever they are fetched.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ class _Parked:
 
     _fetch: Callable[[], torch.Tensor]
     _at: torch.device
+    _dtypes: tuple[torch.dtype, ...]  # that of the bytes, then every type they are cast to
 
     @classmethod
     def __torch_function__(
@@ -48,6 +52,14 @@ class _Parked:
         if func in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func is torch.Tensor.to and isinstance(args[0], _Parked):
+            dtype = _cast_alone(args[0], args[1:], kwargs)
+            if dtype is not None:
+                return _cast(args[0], dtype)
+        if func == _SET_DATA and _is_cast_of(args[1], args[0]):
+            args[0]._dtypes = args[1]._dtypes
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
         name = getattr(func, "__name__", "")
         answer = _answer(func, name, args)
         if answer is not _UNANSWERED:
@@ -62,6 +74,41 @@ class _Parked:
 
 
 _UNANSWERED = object()
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _cast_alone(
+    tensor: _Parked, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.dtype | None:
+    """The type that ``tensor.to(*args, **kwargs)`` casts to, where it does nothing else."""
+    given = [*args, *kwargs.values()]
+    dtypes = [value for value in given if isinstance(value, torch.dtype)]
+    others = [
+        value
+        for value in given
+        if not isinstance(value, (torch.dtype, bool)) and value not in (None, tensor._at)
+    ]
+    return dtypes[0] if dtypes and not others and not kwargs.get("copy") else None
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    if tensor.dtype == dtype:
+        return tensor
+    dtypes = (*tensor._dtypes, dtype)
+    if dtypes[-3:-2] == (dtype,) and torch.promote_types(dtype, dtypes[-2]) == dtypes[-2]:
+        dtypes = dtypes[:-2]  # to a wider type and back changes no bit
+    return park(tensor, dtype, tensor._at, tensor._fetch, dtypes)
+
+
+def _is_cast_of(value: Any, tensor: Any) -> bool:
+    return isinstance(value, _Parked) and value._fetch is tensor._fetch
+
+
+def as_cast(tensor: torch.Tensor, stand_in: torch.Tensor) -> torch.Tensor:
+    """The bytes that were fetched for a stand-in, cast as it was."""
+    for dtype in stand_in._dtypes[1:]:  # type: ignore[attr-defined]
+        tensor = tensor.to(dtype)
+    return tensor
 
 
 def _answer(func: Any, name: str, args: tuple[Any, ...]) -> Any:
@@ -87,7 +134,7 @@ def _writes(name: str) -> bool:
 
 def _fetched(value: Any) -> Any:
     if isinstance(value, _Parked):
-        return value._fetch()
+        return as_cast(value._fetch(), value)  # type: ignore[arg-type]
     if isinstance(value, (list, tuple)):
         items = [_fetched(item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -110,14 +157,23 @@ def is_parked(tensor: torch.Tensor) -> bool:
 
 
 def park(
-    like: torch.Tensor, dtype: torch.dtype, at: torch.device, fetch: Callable[[], torch.Tensor]
+    like: torch.Tensor,
+    dtype: torch.dtype,
+    at: torch.device,
+    fetch: Callable[[], torch.Tensor],
+    dtypes: tuple[torch.dtype, ...] = (),
 ) -> torch.Tensor:
-    """A stand-in for ``like``; ``fetch()`` gives its bytes on the device ``at``."""
-    empty = torch.empty_like(like.detach(), device="meta", dtype=dtype)
+    """A stand-in for ``like``; ``fetch()`` gives its bytes on the device ``at``.
+
+    Args:
+        dtypes: the type of those bytes and all they are cast to; default: ``dtype`` alone.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        empty = torch.empty_like(like.detach(), device="meta", dtype=dtype)
     made: Any
     if isinstance(like, torch.nn.Parameter):
         made = torch.Tensor._make_subclass(ParkedParameter, empty, like.requires_grad)
     else:
         made = torch.Tensor._make_subclass(ParkedBuffer, empty, False)
-    made._fetch, made._at = fetch, at
+    made._fetch, made._at, made._dtypes = fetch, at, dtypes or (dtype,)
     return made
