@@ -40,7 +40,7 @@ def test_status_of_a_finished_job(finished, capsys):
     assert (code, status["state"], status["exit_code"]) == (0, "finished", 3)
     assert (status["num_made"], status["num_failed"], status["num_pending"]) == (3, 1, 0)
     assert dispatch(["status", str(finished)]) == 0
-    assert "3 of 4 images made, 1 failed" in capsys.readouterr().out
+    assert "3 of 4 images generated, 1 failed" in capsys.readouterr().out
 
 
 def test_status_while_a_job_runs_and_after_it_died(finished, capsys):
@@ -74,7 +74,7 @@ def test_verify_finds_what_is_missing_torn_and_extra(finished, capsys):
     assert report["extra"] == ["images/0000/mine.png"]
     assert dispatch(["verify", str(finished)]) == 74
     shown = capsys.readouterr().out
-    assert "missing: images/0000/00000000.png; the same command again makes them" in shown
+    assert "missing: images/0000/00000000.png; run the same command again to generate them" in shown
 
 
 def test_verify_rebuilds_metadata(finished, capsys):

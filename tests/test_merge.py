@@ -136,9 +136,9 @@ def test_a_part_knows_what_it_is(moody, tmp_path, capsys):
     assert [p.name for p in out.glob("images/*/*")] == ["00000004.png"]
     assert run_job(config(moody, out, "2/2")).num_new == 0
     assert dispatch(["verify", str(out)]) == 0
-    assert "1 of 1 images are there" in capsys.readouterr().out
+    assert "1 of 1 images are present" in capsys.readouterr().out
     assert dispatch(["status", str(out)]) == 0
-    assert "finished, part 2/2 of a job\n  1 of 1 images made" in capsys.readouterr().out
+    assert "finished, part 2/2 of a job\n  1 of 1 images generated" in capsys.readouterr().out
     (out / image_path(4)).unlink()
     assert dispatch(["verify", str(out)]) == 74
     assert run_job(config(moody, out, "2/2")).num_new == 1

@@ -108,9 +108,9 @@ def test_a_placement_is_written_as_the_job_takes_it(tiny, capsys, tmp_path):
     ("name", "message"),
     [
         ("p.txt", "must end in .json"),
-        ("nowhere/p.json", "there is no folder"),
-        ("folder.json", "is a folder"),
-        ("locked/p.json", "may not be written"),
+        ("nowhere/p.json", "the directory"),
+        ("folder.json", "is a directory"),
+        ("locked/p.json", "is not writable"),
     ],
 )
 def test_where_a_placement_cannot_be_written_is_told_at_once(name, message, capsys, tmp_path):
@@ -134,7 +134,7 @@ def test_without_budgets_it_is_what_this_machine_has_free(tiny, capsys):
     [
         (["nowhere/at/all"], "nowhere/at/all"),
         (["shapes-sd", "--max_memory", "cpu=much"], "'much' is no size"),
-        ([FLUX_DEV], "configs and no weights.* --dtype"),
+        ([FLUX_DEV], "configs but no weights.* --dtype"),
     ],
 )
 def test_what_is_wrong_is_named(words, message, capsys):

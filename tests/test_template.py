@@ -100,12 +100,12 @@ def test_nothing_is_left_to_fill_in_and_cpu_jobs_ask_for_no_gpu(kind):
         ({"nproc_per_node": 0}, JOB, "--nproc_per_node 0 must be at least 1"),
         ({"max_restarts": -1}, JOB, "--max_restarts -1 must be at least 0"),
         ({"name": "My Job"}, JOB, "--name 'My Job' must be lower-case letters"),
-        ({"image": "a; rm"}, JOB, "--image 'a; rm' has characters that no script can hold"),
+        ({"image": "a; rm"}, JOB, "--image 'a; rm' has characters that a script cannot contain"),
         ({}, ["--output", "out"], "--output 'out' must be an absolute path"),
         ({}, [*JOB, "--prompts", "p.txt"], "--prompts 'p.txt' must be an absolute path"),
-        ({}, [*JOB, "--prompt", "a\nb"], "cannot hold a line break"),
+        ({}, [*JOB, "--prompt", "a\nb"], "cannot contain a line break"),
         ({}, [*JOB, "--overwrite"], "--overwrite in a script would delete the images"),
-        ({}, [*JOB, "--nproc_per_node", "2"], "give --nproc_per_node before --"),
+        ({}, [*JOB, "--nproc_per_node", "2"], "pass --nproc_per_node before --"),
     ],
 )
 def test_what_a_script_could_not_work_with_is_told_now(options, job, message):

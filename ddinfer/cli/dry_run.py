@@ -63,7 +63,7 @@ def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
 
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:
-    """The plan for reading."""
+    """The plan as text."""
     lines = [
         f"{plan['images']} images in {plan['batches']} batches, by {plan['pipeline']} "
         f"({plan['model']}), into {plan['output']}"
@@ -77,7 +77,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
             which = f"images {part['first_image']} to {part['last_image']}"
             lines.append(f"  {who}: {part['batches']} batches, {which}")
         else:
-            lines.append(f"  {who}: nothing")
+            lines.append(f"  {who}: no batches")
     for name, stages in plan["stages"].items():
         for number, stage in enumerate(stages):
             lines.append(

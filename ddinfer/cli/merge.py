@@ -1,4 +1,4 @@
-"""``ddinfer merge OUT… --output DIR``: the parts of a job, made apart, in one folder."""
+"""``ddinfer merge OUT… --output DIR``: join the shards of a job in one directory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ddinfer.storage.verify import verify
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Join the parts of a job (--shard K/N) in a folder of their own, and verify it.
+    """Join the shards of a job (--shard K/N) in a new directory, and verify it.
 
-    The images are copied, the parts stay as they are. Interrupted, the same command goes on.
+    Images are copied; the shards are not modified. If interrupted, the same command resumes.
     """
 
     parts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OUT [OUT ...]")]
-    """Output folders of the parts."""
+    """Output directories of the shards."""
     output: Annotated[str, tyro.conf.arg(metavar="DIR", aliases=("-o",))]
-    """Folder for the whole job."""
+    """Directory for the whole job."""
     json: bool = False
     """Print the report as JSON on standard output."""
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(MergeOptions, prog="ddinfer merge", args=list(argv), use_underscores=True)
     files, target = Files(), os.path.abspath(options.output)
     parts = [os.path.abspath(part) for part in options.parts]
-    report = merge(files, parts, target, notify=_tell)
+    report = merge(files, parts, target, notify=_print)
     found = verify(files, target)
     if options.json:
         print(json.dumps({**report.__dict__, "verify": found.to_dict()}))
@@ -48,5 +48,5 @@ def main(argv: Sequence[str]) -> int:
     return report.exit_code if verified == EXIT_OK else verified
 
 
-def _tell(text: str) -> None:
+def _print(text: str) -> None:
     print(f"ddinfer: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``ddinfer plan MODEL``: what a model needs, and where it would lie, before a weight is read."""
+"""``ddinfer plan MODEL``: the memory of a model and its placement; reads no weights."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ COUNTED = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Print what a pipeline's parts need and where each --placement would put them.
+    """Print the memory of a pipeline's components and where each --placement would put them.
 
-    Exit status 2 where nothing fits.
+    Exits with 2 if nothing fits.
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = tiny.DEFAULT
-    """Folder or hub id of a diffusers pipeline. Of a hub model only configs are fetched."""
+    """Directory or hub id of a diffusers pipeline. Of a hub model only configs are downloaded."""
     max_memory: Annotated[str | None, tyro.conf.arg(metavar="0=16GB,1=16GB,cpu=64GB")] = None
-    """What a rank may use. GB is 10^9 bytes, GiB 2^30. Default: what this machine has free."""
+    """Memory of a rank. GB is 10^9 bytes, GiB 2^30. Default: what this machine has free."""
     gpus_per_rank: Annotated[int | None, tyro.conf.arg(metavar="G")] = None
     """GPUs that a rank drives, without --max_memory. Default: all of this machine."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -60,9 +60,9 @@ class PlanOptions:
     revision: Annotated[str | None, tyro.conf.arg(metavar="REV")] = None
     """Branch, tag or commit of a hub repository."""
     token: Annotated[str | None, tyro.conf.arg(metavar="TOKEN")] = None
-    """Hub token; better set HF_TOKEN."""
+    """Hub token; setting HF_TOKEN is safer."""
     trust_remote_code: bool = False
-    """Run pipeline code that the model's repository brings."""
+    """Run the pipeline code in the model's repository."""
     json: bool = False
     """Print the plan as JSON."""
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """One component: bytes of its weights by dtype, those it would be loaded in under "loaded"."""
+    """One component: bytes of its weights by dtype; "loaded" is the dtype it would be loaded in."""
 
     name: str
     kind: str
@@ -96,12 +96,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a model before it is loaded.
+    """Memory of a model and its possible placements, known before it is loaded.
 
     Attributes:
-        whole: the sums where the pipeline does not fit one device; else empty.
-        strategies: ``--placement`` → where everything lies, or why it does not fit.
-        stages: stage → where its parts lie meanwhile; or why it cannot be.
+        whole: why the pipeline does not fit one device, with the numbers; else empty.
+        strategies: ``--placement`` → the placement, or why it does not fit.
+        stages: stage → its placement; or why the model has no stages.
     """
 
     model: str
@@ -121,7 +121,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         stages: Any = self.stages
         if not isinstance(stages, str):
-            stages = {stage: _told(found) for stage, found in stages.items()}
+            stages = {stage: _to_dict(found) for stage, found in stages.items()}
         return {
             "model": self.model,
             "pipeline": self.pipeline,
@@ -131,7 +131,7 @@ class Plan:
             ],
             "budgets": dict(self.budgets),
             "whole": {"fits": not self.whole, **({"why": self.whole} if self.whole else {})},
-            **{name: _told(found) for name, found in self.strategies.items()},
+            **{name: _to_dict(found) for name, found in self.strategies.items()},
             "staged": {"fits": False, "why": stages}
             if isinstance(stages, str)
             else {"fits": True, "stages": stages},
@@ -173,7 +173,7 @@ def _indented(text: str) -> list[str]:
     return [f"  {line}" for line in text.splitlines()]
 
 
-def _told(found: Placement | str) -> dict[str, Any]:
+def _to_dict(found: Placement | str) -> dict[str, Any]:
     if isinstance(found, str):
         return {"fits": False, "why": found}
     return {
@@ -201,8 +201,14 @@ def plan_of(options: PlanOptions) -> Plan:
 
     loaded = tree(options.dtype)
     stages = _stages(source)
-    strategies: dict[str, Any] = {name: _or_why(plan, loaded, budgets, name) for name in STRATEGIES}
-    staged = stages if isinstance(stages, str) else _or_why(plan_stages, loaded, stages, budgets)
+    strategies: dict[str, Any] = {
+        name: _result_or_reason(plan, loaded, budgets, name) for name in STRATEGIES
+    }
+    staged = (
+        stages
+        if isinstance(stages, str)
+        else _result_or_reason(plan_stages, loaded, stages, budgets)
+    )
     return Plan(
         options.model,
         source.kind.__name__,
@@ -215,7 +221,7 @@ def plan_of(options: PlanOptions) -> Plan:
 
 
 def _source(options: PlanOptions) -> PipelineSource:
-    """The model; a local folder may hold configs alone."""
+    """The model; a local directory may hold only configs."""
     hub: dict[str, Any] = {"revision": options.revision, "token": options.token}
     folder = local_folder(options.model)
     if folder is not None and not any(
@@ -224,8 +230,8 @@ def _source(options: PlanOptions) -> PipelineSource:
     ):  # fmt: skip
         if options.dtype == "auto":
             raise UsageError(
-                f"{folder} holds configs and no weights, so that their type is not known: say "
-                "--dtype bfloat16, or another"
+                f"{folder} contains configs but no weights, so their dtype is unknown; pass "
+                "--dtype, such as --dtype bfloat16"
             )
         return PipelineSource(
             folder, options.variant, options.trust_remote_code, weights_at=options.model
@@ -243,8 +249,8 @@ def _stages(source: PipelineSource) -> Any:
         return str(error)
 
 
-def _or_why(make: Callable[..., Any], *args: Any) -> Any:
-    """What ``make`` returns, or why it does not fit."""
+def _result_or_reason(make: Callable[..., Any], *args: Any) -> Any:
+    """What ``make`` returns, or the message of its PlacementError."""
     try:
         return make(*args)
     except PlacementError as error:
@@ -271,7 +277,7 @@ def _parts(source: PipelineSource, trees: Mapping[str, Node], stages: Any) -> li
 
 
 def _why_not_whole(root: Node, budgets: Mapping[str, int]) -> str:
-    """The sums where the whole pipeline does not fit the first device; else nothing."""
+    """Why the whole pipeline does not fit the first device, with the numbers; else empty."""
     device, budget = next(iter(budgets.items()))
     needed, room = root.num_bytes(), budget - int(budget * HEADROOM)
     if needed <= room:

@@ -1,4 +1,4 @@
-"""``ddinfer status OUT``: how a job stands, while it runs and after."""
+"""``ddinfer status OUT``: progress of a job, while it runs and afterwards."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ddinfer.storage.journal import Attempt, JournalError, JournalState, read_jo
 from ddinfer.storage.lease import is_held, read_holder
 from ddinfer.storage.metadata import read_status
 
-#: A line that is being written while it is read looks torn; another look tells.
+#: A line that is being written while it is read looks torn; reading again shows whether it is.
 LOOKS = 3
 
 
 @dataclass(frozen=True)
 class StatusOptions:
-    """Say how far a job is, who works on it, and how it ended."""
+    """Print the progress of a job, the process that runs it, and how it ended."""
 
     output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
-    """Output folder of a job."""
+    """Output directory of a job."""
     json: bool = False
     """Print it as JSON."""
 
@@ -41,15 +41,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def status_of(files: Files, path: str) -> dict[str, Any]:
-    """What journals, lock and status.json say together. Reads only; the job goes on.
+    """Combine journals, lock and status.json. Only reads; a running job is not disturbed.
 
     Raises:
         UsageError: no job there.
-        StorageError: a journal or ``job.json`` cannot be believed.
+        StorageError: a journal or ``job.json`` is corrupt.
     """
     folder = JobFolder.look(files, path)
     state = _read_state(files, folder)
-    said = read_status(files, path) or {}
+    written = read_status(files, path) or {}
     holder = read_holder(files, path)
     is_running = is_held(files, path)
     num_pending = len(folder.pending(state))
@@ -58,7 +58,7 @@ def status_of(files: Files, path: str) -> dict[str, Any]:
     return {
         "output": path,
         "shard": None if folder.record.shard is None else str(folder.record.shard),
-        "state": _state(is_running, num_pending, said),
+        "state": _state(is_running, num_pending, written),
         "num_images": len(folder.requests),
         "num_made": state.num_done,
         "num_failed": state.num_failed,
@@ -67,8 +67,8 @@ def status_of(files: Files, path: str) -> dict[str, Any]:
         "holder": str(holder) if is_running and holder is not None else None,
         "images_per_second": _rate(state, now) if is_running else None,
         "ranks": [_rank(attempt, is_running) for attempt in now],
-        "exit_code": None if is_running else said.get("exit_code"),
-        "error": None if is_running or not num_pending else said.get("error"),
+        "exit_code": None if is_running else written.get("exit_code"),
+        "error": None if is_running or not num_pending else written.get("error"),
     }
 
 
@@ -84,23 +84,23 @@ def _read_state(files: Files, folder: JobFolder) -> JournalState:
 
 
 def _rate(state: JournalState, attempts: Sequence[Attempt]) -> float | None:
-    """As fast as the images so far, on the ranks that are at work now."""
+    """Images per second, from the images so far and the ranks that run now."""
     alive = sum(attempt.end is None for attempt in attempts)
     return alive * state.num_done / state.total_seconds if state.total_seconds else None
 
 
-def _state(is_running: bool, num_pending: int, said: Mapping[str, Any]) -> str:
+def _state(is_running: bool, num_pending: int, written: Mapping[str, Any]) -> str:
     if is_running:
         return "running"
-    if said.get("state") == "stopped":
+    if written.get("state") == "stopped":
         return "stopped"
-    # Who is killed leaves status.json as it was: "running", though nobody is there any more.
-    is_finished = not num_pending and said.get("state", "finished") == "finished"
+    # A killed job leaves status.json as it was: "running", although no process runs.
+    is_finished = not num_pending and written.get("state", "finished") == "finished"
     return "finished" if is_finished else "interrupted"
 
 
 def _rank(attempt: Attempt, is_running: bool) -> dict[str, Any]:
-    """What a rank of the last attempt has in hand, or had when it died."""
+    """The batches in flight of a rank of the last attempt, or those when it died."""
     alive = is_running and attempt.end is None
     return {
         "rank": attempt.header.rank,
@@ -110,13 +110,13 @@ def _rank(attempt: Attempt, is_running: bool) -> dict[str, Any]:
 
 
 def lines_of(status: Mapping[str, Any]) -> list[str]:
-    """The same for people."""
+    """The status as text."""
     lines = [f"{status['output']}: {status['state']}"]
     if status["shard"]:
         lines[0] += f", part {status['shard']} of a job"
     if status["holder"]:
         lines[0] += f" ({status['holder']})"
-    counts = f"{status['num_made']} of {status['num_images']} images made"
+    counts = f"{status['num_made']} of {status['num_images']} images generated"
     if status["num_failed"]:
         counts += f", {status['num_failed']} failed"
     if status["num_pending"]:
@@ -126,17 +126,23 @@ def lines_of(status: Mapping[str, Any]) -> list[str]:
     lines.append(f"  {counts}")
     for rank in status["ranks"]:
         if rank["in_hand"]:
-            verb = "has" if rank["state"] == "running" else f"{rank['state']} with"
+            verb = "is generating" if rank["state"] == "running" else f"{rank['state']} generating"
             batches = ", ".join(f"image {b[0]}" for b in rank["in_hand"])
-            lines.append(f"  rank {rank['rank']} {verb} {batches} in hand")
+            lines.append(f"  rank {rank['rank']} {verb} {batches}")
     if status["num_deaths"]:
-        lines.append(f"  {status['num_deaths']} times a process was killed during a batch")
+        lines.append(
+            f"  {status['num_deaths']} times a process was killed while it generated a batch"
+        )
     if status["num_failed"]:
-        lines.append(f"  ddinfer retry-failed {status['output']} tries the failed ones again")
+        lines.append(
+            f"  ddinfer retry-failed {status['output']} generates the failed prompts again"
+        )
     if status["error"]:
-        lines.append(f"  it ended with: {status['error'].splitlines()[0]}")
+        lines.append(f"  error: {status['error'].splitlines()[0]}")
     if status["state"] == "interrupted":
-        lines.append("  no process holds the folder: the job was killed, or its machine went down")
+        lines.append(
+            "  no process holds the directory: the job was killed, or its machine went down"
+        )
     if status["state"] in ("stopped", "interrupted"):
         lines.append("  run the same command again to resume")
     return lines

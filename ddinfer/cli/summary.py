@@ -10,7 +10,7 @@ from ddinfer.job.leader import RunReport
 
 
 def print_summary(report: RunReport, *, as_json: bool) -> None:
-    """How many, how fast, how even, where: JSON to standard output, else lines to stderr."""
+    """Print counts, speed, load balance and output: JSON to stdout, else lines to stderr."""
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
@@ -38,7 +38,7 @@ def summary_lines(report: RunReport) -> list[str]:
         lines.append(f"  {count} flagged {flag}: see the flags in metadata.jsonl")
     if report.num_inexact:
         lines.append(
-            f"  {report.num_inexact} were made in a smaller batch than planned (exact: false)"
+            f"  {report.num_inexact} were generated in a smaller batch than planned (exact: false)"
         )
     if report.num_failed:
         lines.append(f"  {report.num_failed} failed: see {report.output}/failures.jsonl")

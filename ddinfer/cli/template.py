@@ -1,4 +1,4 @@
-"""``ddinfer template slurm|k8s|torchrun``: the script that starts a job on a cluster, filled in."""
+"""``ddinfer template slurm|k8s|torchrun``: print a script that starts a job on a cluster."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from ddinfer.errors import EXIT_OK, UsageError
 
 FILES = {"slurm": "slurm.sbatch", "k8s": "k8s.yaml", "torchrun": "torchrun.sh"}
 
-#: What Kubernetes takes as a name, and Slurm too.
+#: Names that Kubernetes and Slurm accept.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    """Print a script that starts a job on a cluster. The job's own options follow after --."""
+    """Print a script that starts a job on a cluster. The job's options follow after --."""
 
     kind: Annotated[Literal["slurm", "k8s", "torchrun"], tyro.conf.Positional]
-    """Who starts it."""
+    """What starts the job."""
     nodes: int = 1
-    """Machines (pods)."""
+    """Number of machines (pods)."""
     nproc_per_node: int = 8
-    """Ranks on each: one for each GPU."""
+    """Ranks on each machine: one per GPU."""
     name: str = "ddinfer"
-    """Of the job: lower-case letters, digits and -."""
+    """Name of the job: lower-case letters, digits and -."""
     time: str = "24:00:00"
-    """Slurm: how long an allocation may last."""
+    """Slurm: time limit of an allocation."""
     host: str = "localhost"
-    """torchrun: the machine where the ranks meet, when there are several."""
+    """torchrun: rendezvous host, if there are several machines."""
     max_restarts: int = 20
-    """How often an interrupted job is started again."""
+    """How many times an interrupted job is restarted."""
     image: str = "ddinfer:latest"
     """Kubernetes: container image with ddinfer installed."""
     claim: str = "shared"
@@ -64,7 +64,7 @@ def fill(options: TemplateOptions, job: Sequence[str]) -> str:
     """The script of ``options.kind`` for ``ddinfer *job``.
 
     Raises:
-        UsageError: an option that the script could not work with.
+        UsageError: an option with which the script would not work.
     """
     config = parse_config(job)
     _check(options, config, job)
@@ -94,7 +94,7 @@ def fill(options: TemplateOptions, job: Sequence[str]) -> str:
     }
     text = (files("ddinfer.cli") / "templates" / FILES[options.kind]).read_text(encoding="utf-8")
     for name, value in values.items():
-        # A line of which nothing is left goes.
+        # A line whose value is None is removed.
         found = f"@{name}@\n" if value is None else f"@{name}@"
         text = text.replace(found, "" if value is None else str(value))
     return text
@@ -109,24 +109,24 @@ def _check(options: TemplateOptions, config: JobConfig, job: Sequence[str]) -> N
     if not _NAME.fullmatch(options.name):
         raise UsageError(
             f"--name {options.name!r} must be lower-case letters, digits and -, at most 52, "
-            "beginning with a letter"
+            "starting with a letter"
         )
     for name in ("time", "host", "image", "claim", "mount"):
         value = getattr(options, name)
         if not re.fullmatch(r"[\w./:@-]+", value):
-            raise UsageError(f"--{name} {value!r} has characters that no script can hold")
+            raise UsageError(f"--{name} {value!r} has characters that a script cannot contain")
     if any("\n" in word for word in job):
-        raise UsageError("a script cannot hold a line break; put the prompts into a file")
+        raise UsageError("a script cannot contain a line break; put the prompts into a file")
     if config.overwrite:
         raise UsageError(
-            "--overwrite in a script would delete the images whenever the job is started again; "
+            "--overwrite in a script would delete the images whenever the job is restarted; "
             "choose a new --output"
         )
     if config.nproc_per_node is not None:
-        raise UsageError("give --nproc_per_node before --, not behind it")
+        raise UsageError("pass --nproc_per_node before --, not after it")
     for name, path in (("output", config.output), ("prompts", config.prompts)):
         if path is not None and not os.path.isabs(path):
             raise UsageError(
-                f"--{name} {path!r} must be an absolute path behind --, since every machine and "
+                f"--{name} {path!r} must be an absolute path, since every machine and "
                 "every restart must find it: ddinfer template … -- --output /shared/out …"
             )

@@ -1,4 +1,4 @@
-"""``ddinfer verify OUT``: is every image there, with the bytes that were written?"""
+"""``ddinfer verify OUT``: check that every image is present with the bytes that were written."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ddinfer.storage.job_folder import JobFolder
 from ddinfer.storage.lease import Lease
 from ddinfer.storage.verify import VerifyReport, rebuild_metadata, remove_torn, verify
 
-#: How many of a long list are named.
+#: How many items of a long list are printed.
 SHOWN = 10
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """Compare every image with its hash in the journal; exit 0 only if all is there and whole."""
+    """Compare every image with its hash in the journal; exits with 0 if all are intact."""
 
     output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
-    """Output folder of a job."""
+    """Output directory of a job."""
     rebuild: bool = False
-    """Write metadata.jsonl and failures.jsonl anew from the journals first."""
+    """Rewrite metadata.jsonl and failures.jsonl from the journals first."""
     repair: bool = False
-    """Delete images whose bytes have changed; the job's own command then makes them again."""
+    """Delete images whose bytes have changed; the job's command then generates them again."""
     json: bool = False
     """Print the report as JSON."""
 
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _changed(files: Files, path: str, options: VerifyOptions) -> VerifyReport:
-    """Rebuild and repair, while no job writes there → what `verify` says then."""
-    JobFolder.look(files, path)  # before a lock is written where no job is
+    """Rebuild and repair under the job's lock → the report of `verify` afterwards."""
+    JobFolder.look(files, path)  # raises where there is no job, before a lock is written
     with Lease.acquire(files, path):
         if options.rebuild:
             rebuild_metadata(files, path)
@@ -59,34 +59,34 @@ def _changed(files: Files, path: str, options: VerifyOptions) -> VerifyReport:
 
 
 def exit_code(report: VerifyReport) -> int:
-    """0 for a whole job, 75 for a whole part of one, 74 where something is wrong."""
+    """0 for a complete job, 75 for an incomplete one without faults, 74 for faults."""
     if report.missing or report.torn or report.extra or (report.stale and not report.pending):
         return EXIT_IO
     return EXIT_INTERRUPTED if report.pending else EXIT_OK
 
 
 def lines_of(report: VerifyReport, path: str) -> list[str]:
-    """What was found, and for everything that is wrong the way out."""
+    """What was found, and for each fault how to fix it."""
     lines = [
-        f"{report.num_good} of {report.num_requests} images are there and whole, "
+        f"{report.num_good} of {report.num_requests} images are present and intact, "
         f"{report.num_failed} prompts are listed as failed"
     ]
-    again = "the same command again makes them"
+    again = "run the same command again to generate them"
     if report.pending:
-        lines.append(f"not made yet: {_some(report.pending)}; {again}")
+        lines.append(f"not generated yet: {_some(report.pending)}; {again}")
     if report.missing:
         names = [image_path(k) for k in report.missing]
         lines.append(f"missing: {_some(names)}; {again}")
     if report.torn:
         names = [f"{image_path(k)} ({why})" for k, why in report.torn.items()]
         lines.append(
-            f"torn: {_some(names)}; ddinfer verify {path} --repair deletes them, then {again}"
+            f"torn: {_some(names)}; ddinfer verify {path} --repair deletes them; then {again}"
         )
     if report.extra:
-        lines.append(f"extra: {_some(report.extra)}; no journal speaks of them")
+        lines.append(f"extra: {_some(report.extra)}; not in any journal")
     if report.stale and not report.pending:
         lines.append(
-            f"out of date: {_some(report.stale)}; ddinfer verify {path} --rebuild remakes them"
+            f"out of date: {_some(report.stale)}; ddinfer verify {path} --rebuild rewrites them"
         )
     return lines
 
