@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ddinfer.errors import RankError, UsageError
+from ddinfer.parallel import plans
 from ddinfer.parallel.flow import StagedModel
 from ddinfer.parallel.ring import Ring
 from tests.ranks import run_ranks
@@ -340,6 +341,125 @@ def refusals_on_ranks(group):
 
 def test_what_cannot_be_cut_is_refused_on_every_rank_before_it_starts():
     assert run_ranks(refusals_on_ranks, 2) == [True, True]
+
+
+# --- the first stage, early stops and many kinds of call ----------------------------------------
+
+
+class Linears(nn.Module):
+    """A denoiser of linear blocks that takes a batch of any size."""
+
+    def __init__(self, num_blocks=4, width=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(num_blocks))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def linear_job(num_rows, steps=2):
+    def job(pipe):
+        x = tokens(0, num_rows, 4)
+        for _ in range(steps):
+            x = pipe.transformer(x)
+        return x
+
+    return job
+
+
+def values_of(outcomes):
+    """What each job made; the error of one that failed is raised."""
+    outcomes = sorted(outcomes)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return [outcome.value for outcome in outcomes]
+
+
+def run_uncut(jobs):
+    pipe = Loop(Linears().eval())
+    with torch.no_grad():
+        return [job(pipe) for job in jobs]
+
+
+def same(found, expected):
+    return [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+
+
+def first_stage_out_of_memory_on_ranks(group):
+    ring = Ring(Loop(Linears().eval()))
+    if group.group_rank == 0:
+        run = ring._staged[0].run
+        ring._staged[0].run = lambda plan, number, values: refuse_four_rows(
+            run, plan, number, values
+        )
+
+    def halved(pipe):
+        try:
+            return linear_job(4)(pipe)
+        except torch.OutOfMemoryError:
+            return linear_job(2)(pipe)
+
+    made = [values_of(ring.run([halved, linear_job(2), linear_job(3)])) for _ in range(2)]
+    if group.group_rank:
+        return None
+    expected = run_uncut([linear_job(2), linear_job(2), linear_job(3)])
+    return [same(found, expected) for found in made]
+
+
+def refuse_four_rows(run, plan, number, values):
+    if values["input", 0].shape[0] == 4:
+        raise torch.OutOfMemoryError("no room for four rows")
+    return run(plan, number, values)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_a_first_stage_out_of_memory_at_a_new_kind_of_call_halves_its_batch(num_stages):
+    found = run_ranks(first_stage_out_of_memory_on_ranks, num_stages)
+    assert found[0] == [[True] * 3] * 2
+
+
+def stop_with_plans_in_flight_on_ranks(group, in_flight):
+    """The caller stops while the first call of a kind is on its way; then the kind comes again."""
+    ring = Ring(Loop(Linears().eval()), num_in_flight=in_flight)
+
+    def done(pipe):
+        return None  # ends at once, so that the others are in flight
+
+    jobs = [linear_job(1, steps=1), *(linear_job(rows, steps=9) for rows in range(2, 8)), done]
+    for _ in ring.run(jobs):
+        break
+    found = values_of(ring.run(linear_job(rows) for rows in range(1, 8)))
+    expected = run_uncut([linear_job(rows) for rows in range(1, 8)])
+    return same(found, expected) if group.group_rank == 0 else None
+
+
+@pytest.mark.parametrize(("num_stages", "in_flight"), [(2, 4), (3, 3), (3, 6)])
+def test_a_caller_who_stops_while_plans_are_in_flight_leaves_a_usable_ring(num_stages, in_flight):
+    found = run_ranks(stop_with_plans_in_flight_on_ranks, num_stages, in_flight)
+    assert found[0] == [True] * 7
+
+
+def many_kinds_on_ranks(group, in_flight):
+    plans.MAX_PLANS = 3
+    ring = Ring(Loop(Linears().eval()), num_in_flight=in_flight)
+    sizes = [*range(1, 8), *range(7, 0, -1), 1, 2, 1, 5]
+    found = values_of(ring.run(linear_job(rows) for rows in sizes))
+    plans.MAX_PLANS = 1000
+    if group.group_rank:
+        return len(ring._plans)
+    return same(found, run_uncut([linear_job(rows) for rows in sizes])), len(ring._plans)
+
+
+@pytest.mark.parametrize("in_flight", [2, 4])
+def test_the_least_recently_used_kinds_of_call_are_forgotten_on_every_rank(in_flight):
+    (equal, num_first), num_second = run_ranks(many_kinds_on_ranks, 2, in_flight)
+    assert equal == [True] * 18
+    assert num_first <= max(3, in_flight)
+    assert num_second <= max(3, in_flight) + 1
 
 
 # --- what it costs ------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Image:
         slot: its place in the ring while it is there.
         has_entered: it has been in the ring.
         serial: its number among all images of the ring.
+        plan: number of the plan that its call follows, while the call is in the ring.
         repeated: tensors given to the denoiser before, see `ddinfer.parallel.constants`.
     """
 
@@ -58,6 +59,7 @@ class Image:
     slot: int | None = None
     has_entered: bool = False
     serial: int = 0
+    plan: int = -1
     repeated: Any = None
     thread: threading.Thread | None = None
     _resume: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))

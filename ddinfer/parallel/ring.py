@@ -21,16 +21,14 @@ from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.models.source import DENOISER_NAMES
 from ddinfer.parallel.admission import Queue
 from ddinfer.parallel.blocks import drop_weights, ring_blocks
-from ddinfer.parallel.flow import Plan, PlanError, StagedModel, call_key
+from ddinfer.parallel.flow import PlanError, StagedModel, call_key
 from ddinfer.parallel.image_state import check_pipeline_class
 from ddinfer.parallel.images import Call, Studio
 from ddinfer.parallel.link import Link
 from ddinfer.parallel.messages import END, ERROR, WORK, Exchange, Message
+from ddinfer.parallel.plans import PlanCache
 from ddinfer.parallel.stages import block_stages
 from ddinfer.parallel.wire import Layout
-
-#: Kinds of call (sizes, text lengths, settings) that one denoiser may see.
-MAX_PLANS = 1000
 
 #: A job makes one image (or batch of images) with the pipeline it is given.
 Job = Callable[[Any], Any]
@@ -115,8 +113,7 @@ class Ring:
         except Exception as failure:  # noqa: BLE001 - raised again, on every rank
             error = failure
         self.link.agree(error, "cutting the denoiser")
-        self._plans: list[list[Plan]] = [[] for _ in self._staged]
-        self._numbers: list[dict[str, int]] = [{} for _ in self._staged]
+        self._plans = PlanCache()
         self._inspected: list[frozenset[int]] = [frozenset() for _ in self._staged]
         self._exchange = Exchange(self.link, self._layout, self._learn)
 
@@ -219,15 +216,14 @@ class Ring:
         assert call is not None
         assert image.slot is not None
         try:
-            number, header = self._plan(call)
+            number = image.plan = self._plan(call, queue)
             leaves = pytree.tree_leaves((call.args, call.kwargs))
-            inputs = {
-                ("input", k): leaves[k] for k in self._plans[call.model][number].arguments.empty
-            }
+            inputs = {("input", k): leaves[k] for k in self._plans[number].arguments.empty}
             tokens = {label: image.repeated.token(label, t) for label, t in inputs.items()}
             message = Message(
-                WORK, image.slot, image.serial, call.model, number, 0, tokens, inputs, header
-            )
+                WORK, image.slot, image.serial, call.model, number, 0, tokens, inputs,
+                self._plans.metadata(number),
+            )  # fmt: skip
             values = self._timed(message)
         except torch.AcceleratorError:
             raise  # sticky: no later call on this device can succeed
@@ -238,23 +234,18 @@ class Ring:
         queue.in_ring[image.serial] = image
         return message
 
-    def _plan(self, call: Call) -> tuple[int, bytes]:
-        """The number of the plan for a call, and the plan itself for those who do not know it."""
-        staged, numbers = self._staged[call.model], self._numbers[call.model]
+    def _plan(self, call: Call, queue: Queue) -> int:
+        """The number of the plan that a call follows."""
+        staged = self._staged[call.model]
         key = call_key(call.args, call.kwargs, self._inspected[call.model])
-        if key in numbers:
-            return numbers[key], b""
-        if len(numbers) >= MAX_PLANS:
-            raise PlanError(
-                f"{type(staged.model).__name__} was called in {MAX_PLANS} different ways; an "
-                "argument that is no tensor seems to differ in every call"
-            )
+        number = self._plans.find((call.model, key))
+        if number is not None:
+            return number
         plan, inspected = staged.plan(call.args, call.kwargs)
         self._inspected[call.model] |= inspected
         key = call_key(call.args, call.kwargs, self._inspected[call.model])
-        numbers[key] = len(self._plans[call.model])
-        self._plans[call.model].append(plan)
-        return numbers[key], pickle.dumps(plan)
+        in_flight = {image.plan for image in queue.in_ring.values()}
+        return self._plans.add((call.model, key), plan, in_flight)
 
     def _arrive(self, queue: Queue, message: Message) -> None:
         """What came back from the last stage goes to its image."""
@@ -263,11 +254,12 @@ class Ring:
         if message.kind not in (WORK, ERROR):
             return
         image = queue.in_ring.pop(message.serial)
+        self._plans.mark_arrived(message.plan)
         if message.kind == ERROR:
             rank, record, _ = message.loaded()
             queue.answer(image, error=RankError(rank, "running its stage", record))
             return
-        plan = self._plans[message.model][message.plan]
+        plan = self._plans[message.plan]
         queue.answer(
             image, plan.output.fill({k: message.values["output", k] for k in plan.output.empty})
         )
@@ -318,7 +310,7 @@ class Ring:
     def _timed(self, message: Message) -> dict[Any, Any]:
         started = time.monotonic()
         self._before()
-        plan = self._plans[message.model][message.plan]
+        plan = self._plans[message.plan]
         values = self._staged[message.model].run(plan, message.plan, message.values)
         self._after()
         if self._record:
@@ -333,12 +325,10 @@ class Ring:
             return
         header = message.header if message.kind == WORK else message.loaded()[2]
         if header:
-            plans = self._plans[message.model]
-            assert message.plan == len(plans)
-            plans.append(pickle.loads(header))
+            self._plans.update(message.plan, header)
 
     def _layout(self, message: Message, stage: int) -> Layout:
-        plan = self._plans[message.model][message.plan]
+        plan = self._plans[message.plan]
         return plan.edges[stage] if stage < self.link.size - 1 else plan.back
 
     def _settled(self) -> Message | None:
