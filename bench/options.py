@@ -88,7 +88,7 @@ def _ready(model: str, variant: str) -> tuple[Any, float]:
 
     from ddinfer.config import JobConfig
     from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
-    from ddinfer.models.loading import find_denoiser, load_pipeline
+    from ddinfer.models.loading import denoisers, load_pipeline
 
     name, _, backend = variant.partition(" ")
     pipe = load_pipeline(model, dtype="bfloat16" if name == "bfloat16" else "float32", device="cpu")
@@ -101,7 +101,8 @@ def _ready(model: str, variant: str) -> tuple[Any, float]:
     backend = backend or ("" if hasattr(pipe, "unet") else "native")
     config = JobConfig(compile=name == "compile", attention_backend=backend or None)
     apply_to_pipeline(pipe, config)
-    apply_to_denoiser(*find_denoiser(pipe), config)
+    for name, denoiser in denoisers(pipe).items():
+        apply_to_denoiser(name, denoiser, config)
     started = time.perf_counter()
     _draw(pipe, 1)
     return pipe, time.perf_counter() - started

@@ -17,7 +17,7 @@ from ddinfer import tiny as embedded
 from ddinfer.errors import UsageError
 from ddinfer.models.building import parameters_on_meta
 from ddinfer.models.checkpoint import CheckpointError, read_checkpoint, read_header
-from ddinfer.models.loading import find_denoiser, load_model, load_pipeline
+from ddinfer.models.loading import denoisers, load_model, load_pipeline
 from ddinfer.models.opening import open_model
 from ddinfer.models.signature import call_parameters, pipeline_class
 from tests.tiny_pipelines import KINDS, call_arguments
@@ -487,10 +487,10 @@ def test_components_can_be_given_or_left_out(tiny):
 
 
 def test_the_denoiser_is_found_or_its_absence_named(tiny):
-    assert find_denoiser(load_pipeline(tiny("sd")))[0] == "unet"
-    assert find_denoiser(load_pipeline(tiny("wan")))[0] == "transformer"
+    assert list(denoisers(load_pipeline(tiny("sd")))) == ["unet"]
+    assert list(denoisers(load_pipeline(tiny("wan")))) == ["transformer"]
     with pytest.raises(UsageError, match="no denoiser that ddinfer knows"):
-        find_denoiser(load_pipeline(tiny("sd"), components={"unet": None}))
+        denoisers(load_pipeline(tiny("sd"), components={"unet": None}))
 
 
 def test_dtypes_are_checked_and_may_be_given_per_component(tiny):

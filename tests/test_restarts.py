@@ -259,6 +259,26 @@ def test_a_denoiser_is_heard(tmp_path):
     assert heartbeat.is_decoding
 
 
+def test_both_denoisers_of_a_pipeline_are_heard(tmp_path):
+    from ddinfer.distributed.process_group import Group
+    from ddinfer.engines.whole import WholeEngine
+    from ddinfer.job.watchdog import Heartbeat
+    from ddinfer.models.loading import denoisers, load_pipeline
+    from tests.tiny_pipelines import call_arguments, tiny_pipeline
+
+    pipe = load_pipeline(tiny_pipeline("wan", tmp_path))
+    pipe.register_modules(transformer_2=load_pipeline(tiny_pipeline("wan", tmp_path)).transformer)
+    pipe.register_to_config(boundary_ratio=0.5)  # Wan 2.2: the second one takes the later steps
+    assert list(denoisers(pipe)) == ["transformer", "transformer_2"]
+    heartbeat = Heartbeat(Group.alone())
+    WholeEngine(pipe).tell_steps(heartbeat)
+    steps = [0]
+    pipe.transformer_2.register_forward_pre_hook(lambda *_: steps.append(1))
+    pipe("a cat", output_type="latent", **{**call_arguments("wan"), "num_inference_steps": 8})
+    assert sum(steps) > 0
+    assert heartbeat.count == 8 * 2, "every step, with and without the negative prompt"
+
+
 def test_silence_is_a_word_and_an_activity_that_stay_the_same():
     from ddinfer.job.watchdog import _Watch
 

@@ -467,8 +467,7 @@ class Ear:
     def waits(self):
         raise AssertionError("a staged engine waits for nobody")
 
-    def listen_to(self, pipe, denoiser=None):
-        assert denoiser is None
+    def listen_to(self, pipe):
         pipe.vae.decoder.register_forward_pre_hook(lambda *_: self.steps())
 
 

@@ -21,7 +21,7 @@ from ddinfer.engines.records import Records, RecordsLost
 from ddinfer.engines.stage_calls import CannotStage, Decoding, Denoising, Encoding, Part
 from ddinfer.engines.whole import WholeEngine, _Failure, _free_memory, gpu_numbers
 from ddinfer.errors import StorageError, UsageError
-from ddinfer.models.loading import find_denoiser
+from ddinfer.models.loading import denoisers
 from ddinfer.models.memory import complete_budgets, free_host_bytes
 from ddinfer.models.readahead import ReadAhead
 from ddinfer.models.source import DENOISER_NAMES
@@ -287,13 +287,14 @@ def load_staged_engine(model: str, config: JobConfig, *, world: World) -> Staged
             raise UsageError(f"--{option}: the VAE {vae.__name__} has no {method}()")
     if config.attention_backend is not None:  # tried on a denoiser without weights
         names = pipeline.components["denoise"]
-        name = next(name for name in DENOISER_NAMES if name in names)
-        apply_to_denoiser(name, source.open(name, pipeline.dtypes[name]).model, config)
+        for name in sorted(set(names) & set(DENOISER_NAMES)):
+            apply_to_denoiser(name, source.open(name, pipeline.dtypes[name]).model, config)
 
     def prepare(pipe: Any, stage: Stage) -> None:
         apply_to_pipeline(pipe, config)
         if stage == "denoise" and config.attention_backend is not None:
-            apply_to_denoiser(*find_denoiser(pipe), config)
+            for name, denoiser in denoisers(pipe).items():
+                apply_to_denoiser(name, denoiser, config)
 
     limits = RoundLimits.of(
         is_claimed=config.schedule == "dynamic",

@@ -27,7 +27,7 @@ from ddinfer.errors import (
     describe_os_error,
     is_environment_error,
 )
-from ddinfer.models.loading import find_denoiser, load_pipeline
+from ddinfer.models.loading import denoisers, load_pipeline
 from ddinfer.models.placement import Placement
 from ddinfer.request import Request, Result
 
@@ -79,17 +79,19 @@ class WholeEngine:
             yield from self._run_batch(batch)
 
     def tell_steps(self, heartbeat: Listener) -> None:
-        """Let ``heartbeat`` hear every step of the denoiser, where the pipeline has one.
+        """Let ``heartbeat`` hear every step of the pipeline's denoisers, and its VAE.
 
         A denoiser compiled as a whole is left alone: a hook that counts would compile it again
         with every step. There a batch is what moves.
         """
         try:
-            _, denoiser = find_denoiser(self.pipe)
+            found = denoisers(self.pipe)
         except UsageError:
             return
-        if getattr(denoiser, "_compiled_call_impl", None) is None:
-            heartbeat.listen_to(self.pipe, denoiser)
+        heartbeat.listen_to(self.pipe)
+        for denoiser in found.values():
+            if getattr(denoiser, "_compiled_call_impl", None) is None:
+                denoiser.register_forward_pre_hook(lambda *_: heartbeat.steps())
 
     def _run_batch(self, batch: Batch) -> Iterator[Result]:
         """The batch as planned; in smaller parts where it fails or does not fit."""
@@ -196,7 +198,8 @@ def load_whole_engine(
     )
     apply_to_pipeline(pipe, config)
     if config.attention_backend is not None or config.compile:
-        apply_to_denoiser(*find_denoiser(pipe), config)
+        for name, denoiser in denoisers(pipe).items():
+            apply_to_denoiser(name, denoiser, config)
     return WholeEngine(pipe, rank=world.rank, encodings=EncodingCache(pipe))
 
 

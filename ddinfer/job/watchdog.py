@@ -54,10 +54,8 @@ class Heartbeat:
         self._next = (group.group_rank + 1) % group.group_size
         self._ended = threading.Event()
 
-    def listen_to(self, pipe: Any, denoiser: Any = None) -> None:
-        """Hear a denoiser step, and the VAE of ``pipe`` begin to decode."""
-        if denoiser is not None:
-            denoiser.register_forward_pre_hook(lambda *_: self.steps())
+    def listen_to(self, pipe: Any) -> None:
+        """Hear the VAE of ``pipe`` begin to decode."""
         decoder: Any = getattr(getattr(pipe, "vae", None), "decoder", None)
         if hasattr(decoder, "register_forward_pre_hook"):
             decoder.register_forward_pre_hook(lambda *_: self.decodes())

@@ -32,22 +32,25 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
-def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, torch.nn.Module]:
-    """The network that a pipeline runs once a step: its component name and the module.
+def denoisers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The networks that a pipeline runs step by step, by component name; Wan 2.2 has two.
 
     Raises:
         UsageError: none of the pipeline's components is called like one.
     """
     import torch
 
-    for name in DENOISER_NAMES:
-        module = pipe.components.get(name)
-        if isinstance(module, torch.nn.Module):
-            return name, module
-    raise UsageError(
-        f"{type(pipe).__name__} has no denoiser that ddinfer knows: its components are "
-        f"{', '.join(pipe.components)}; expected one of {', '.join(DENOISER_NAMES)}"
-    )
+    found = {
+        name: pipe.components[name]
+        for name in DENOISER_NAMES
+        if isinstance(pipe.components.get(name), torch.nn.Module)
+    }
+    if not found:
+        raise UsageError(
+            f"{type(pipe).__name__} has no denoiser that ddinfer knows: its components are "
+            f"{', '.join(pipe.components)}; expected one of {', '.join(DENOISER_NAMES)}"
+        )
+    return found
 
 
 def load_model(
