@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -18,6 +20,9 @@ MAX_SEED = 2**63 - 1
 
 #: Fields of a prompt that every pipeline names alike; anything else goes into ``kwargs``.
 CALL_FIELDS = ("width", "height", "num_inference_steps", "guidance_scale")
+
+#: Further texts of a prompt, for pipelines with several text encoders. A batch has a list of each.
+TEXT_ARGUMENT = re.compile(r"(negative_)?prompt_\d+")
 
 #: Arguments of ``__call__`` that ddinfer gives itself, so that no user may, and what to do instead.
 GIVEN_BY_DDINFER = {
@@ -55,8 +60,9 @@ class Request:
         seed: plain diffusers with ``torch.Generator("cpu").manual_seed(seed)`` makes the same.
         width, height: pixels. ``None`` leaves the pipeline's own default.
         kwargs: every other argument of the pipeline's ``__call__``. Image inputs
-            (``image``, ``mask_image`` …) are absolute paths here.
-        input_hashes: argument name → SHA-256 of the image file's bytes.
+            (``image``, ``mask_image`` …) are absolute paths here, or a program's objects.
+        input_hashes: names of the image inputs and objects in ``kwargs`` → SHA-256 of the image
+            file's bytes, or of the object's content.
     """
 
     index: int
@@ -113,12 +119,34 @@ class Request:
         named = {n: getattr(self, n) for n in CALL_FIELDS if getattr(self, n) is not None}
         return {**named, **self.kwargs}
 
+    def texts(self) -> dict[str, str]:
+        """``prompt_2``, ``negative_prompt_2``, …: they vary within a batch as ``prompt`` does."""
+        return {
+            name: value
+            for name, value in self.kwargs.items()
+            if isinstance(value, str) and TEXT_ARGUMENT.fullmatch(name)
+        }
+
     def batch_key(self) -> str:
-        """Two neighbours share a batch only where this is equal."""
+        """Two neighbours share a batch only where this is equal.
+
+        A single image can be repeated for every prompt of a batch. A list of images or a tensor
+        is one prompt's own, so that the Request is alone in its batch.
+        """
         named = tuple(getattr(self, name) for name in CALL_FIELDS)
         if not self.kwargs and not self.input_hashes:
             return _plain_batch_key(named, *map(type, named), self.negative_prompt is None)
-        shared = [self.parameters(), dict(self.input_hashes), self.negative_prompt is None]
+        texts = self.texts()
+        plain = {
+            name: value
+            for name, value in self.parameters().items()
+            if name not in texts and name not in self.input_hashes
+        }
+        shared: list[Any] = [plain, dict(self.input_hashes), self.negative_prompt is None]
+        if texts:
+            shared.append(sorted(texts))
+        if not all(is_single_image(self.kwargs[name]) for name in self.input_hashes):
+            shared.append(self.index)
         return canonical_json(shared)
 
     def content_hash(self) -> str:
@@ -203,6 +231,12 @@ class Result:
         return replace(self, image=None, frames=None)
 
 
+def is_single_image(value: Any) -> bool:
+    """Whether a value is a path or a PIL image, and no list or tensor."""
+    pillow = sys.modules.get("PIL.Image")
+    return isinstance(value, str) or (pillow is not None and isinstance(value, pillow.Image))
+
+
 _canonical = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
 ).encode
@@ -226,7 +260,8 @@ def resolve_requests(
     a given id becomes ``id-0``, ``id-1``, … where n > 1.
 
     Args:
-        defaults: call arguments (and ``negative_prompt``) for prompts that do not say.
+        defaults: call arguments (and ``negative_prompt``) for prompts that do not say, with
+            ``input_hashes`` of the images among them.
 
     Raises:
         InputError: an id used twice, or a seed beyond 2⁶³ − 1.
@@ -234,12 +269,14 @@ def resolve_requests(
     requests: list[Request] = []
     seen: dict[str, str] = {}
     has_ids = any("id" in prompt.fields for prompt in prompts)
+    defaults = dict(defaults or {})
+    shared_hashes = defaults.pop("input_hashes", {})
     nothing: dict[str, Any] = {}  # one for all
     for prompt in prompts:
-        row = {**(defaults or {}), **prompt.fields}
+        row = {**defaults, **prompt.fields}
         count = row.pop("num_images", num_images)
         given_id, given_seed = row.pop("id", None), row.pop("seed", None)
-        hashes = row.pop("input_hashes", nothing)
+        hashes = {**shared_hashes, **row.pop("input_hashes", nothing)} or nothing
         text, negative = row.pop("prompt"), row.pop("negative_prompt", None)
         named = {name: row.pop(name, None) for name in CALL_FIELDS}
         kwargs = row or nothing

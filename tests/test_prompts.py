@@ -374,8 +374,12 @@ def test_a_known_pipeline_decides_which_arguments_there_are(file):
 
 
 def test_dicts_of_a_program_are_checked_alike():
-    prompt = prompt_from_fields({"prompt": "a", "seed": 3, "anything": object()}, "prompts[4]")
+    prompt = prompt_from_fields({"prompt": "a", "seed": 3, "anything": {"x": [1]}}, "prompts[4]")
     assert prompt.where == "prompts[4]"
+    with pytest.raises(
+        InputError, match=r"^prompts\[4\]: anything: found an object of type object"
+    ):
+        prompt_from_fields({"prompt": "a", "anything": object()}, "prompts[4]")
     with pytest.raises(InputError, match=r"^prompts\[4\]: seed must be"):
         prompt_from_fields({"prompt": "a", "seed": "3"}, "prompts[4]")
     with pytest.raises(InputError, match=r"^prompts\[4\]: unknown field 'sed'; did you mean seed"):

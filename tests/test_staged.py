@@ -24,6 +24,7 @@ from ddinfer.models.parked import is_parked
 from ddinfer.models.placement import PlacementError
 from ddinfer.models.source import PipelineSource
 from ddinfer.models.stages import STAGES, StagedPipeline, components_by_stage
+from ddinfer.prompts.files import prompt_from_fields
 from ddinfer.request import Prompt, resolve_requests
 from tests.tiny_pipelines import KINDS, call_arguments
 
@@ -128,9 +129,8 @@ def test_an_image_input_is_encoded_by_the_vae_from_disk(tiny, tmp_path):
     index["_class_name"] = "StableDiffusionImg2ImgPipeline"
     (other / "model_index.json").write_text(json.dumps(index))
     Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / "in.png")
-    fields = {"image": str(tmp_path / "in.png"), "num_inference_steps": 4}
-    rows = [Prompt({"prompt": "a cat", "input_hashes": {"image": "0"}, **fields})]
-    requests = resolve_requests(rows)
+    fields = {"prompt": "a cat", "image": str(tmp_path / "in.png"), "num_inference_steps": 4}
+    requests = resolve_requests([prompt_from_fields(fields, "prompts[0]")])
     assert pictures(staged(other).run([requests])) == pictures(whole(other).run([requests]))
 
 

@@ -54,14 +54,15 @@ def generate(
     Args:
         pipe: a diffusers pipeline on this rank's device.
         prompts: strings, dicts (``prompt``, ``id``, ``seed``, ``num_images``, … as in a jsonl
-            prompt file) or `Request`s.
+            prompt file) or `Request`s. An image input is a path, a PIL image, a tensor or a list
+            of them; paths and PIL images mean what `diffusers.utils.load_image` makes of them.
         seed: of the first image, for prompts that set none of their own.
         batch_size: the most consecutive prompts with equal parameters that share a pipeline call.
         group: a ``torch.distributed`` process group; default: the whole world.
         gather: "all": every rank gets every Result with its image; "first": rank 0 of the group
             does, others get ``[]``; "none": each rank keeps its own slice.
         errors: "raise" raises after everything has run; "return" leaves errors in the Results.
-        call: arguments of the pipeline's ``__call__`` for all prompts.
+        call: arguments of the pipeline's ``__call__`` for all prompts, passed as they are.
 
     Returns:
         Results in the order of the prompts.
@@ -82,7 +83,7 @@ def generate(
 
     ranks = Group.borrow(group)
     plan = _plan_on_all_ranks(ranks, check)
-    mine = list(_run_slice(ranks, pipe, plan, call))
+    mine = [_without_inputs(result) for result in _run_slice(ranks, pipe, plan, call)]
     ranks.enter("gathering")
     pictures = gather == "all"
     gathered = ranks.all_gather_object(mine if pictures else [r.without_pictures() for r in mine])
@@ -93,7 +94,13 @@ def generate(
     failed = [r for share in gathered for r in share if r.error is not None]
     if failed and errors == "raise":
         raise PromptsFailed(_failure_message(failed, len(plan.requests)))
-    return mine if gather == "none" else everyone
+    results = mine if gather == "none" else everyone
+    return [replace(result, request=plan.requests[result.index]) for result in results]
+
+
+def _without_inputs(result: Result) -> Result:
+    """A Result to gather: every rank has the images and tensors that the prompts came with."""
+    return replace(result, request=replace(result.request, kwargs={}))
 
 
 def stream(
@@ -152,7 +159,7 @@ def _expanded(
 ) -> list[Request]:
     """One item of the list → its Requests, numbered from ``start``."""
     if isinstance(item, Request):
-        return [replace(item, index=start)]
+        return [_with_hashes(replace(item, index=start), where)]
     if isinstance(item, str):
         prompt = Prompt({"prompt": item}, where)
     elif isinstance(item, Mapping):
@@ -167,6 +174,17 @@ def _expanded(
         name = request.id if "id" in prompt.fields else f"{index:08d}"
         requests.append(replace(request, index=index, id=name))
     return requests
+
+
+def _with_hashes(request: Request, where: str) -> Request:
+    """A Request of a program, whose images and objects may not have been hashed."""
+    if not request.kwargs:
+        return request
+    given = {n: v for n, v in request.kwargs.items() if n not in request.input_hashes}
+    fields = prompt_from_fields({"prompt": "", **given}, where).fields
+    hashes = {**request.input_hashes, **fields.get("input_hashes", {})}
+    kwargs = {n: fields.get(n, value) for n, value in request.kwargs.items()}
+    return replace(request, kwargs=kwargs, input_hashes=hashes)
 
 
 @dataclass(frozen=True)
@@ -225,12 +243,8 @@ def _plan(
 def _content_hash(request: Request) -> str:
     try:
         return request.content_hash()
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"prompts[{request.index}] ({request.prompt[:60]!r}): {error}; a prompt's own "
-            "arguments are plain values or paths of images. Pass other objects as keyword "
-            "arguments, which apply to all prompts"
-        ) from None
+    except ValueError as error:  # NaN
+        raise UsageError(f"prompts[{request.index}] ({request.prompt[:60]!r}): {error}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -96,7 +96,9 @@ class Encoding:
         assert self._part is not None
         key = digest(args, kwargs)
         # What decides a prompt's embeddings beside the arguments is in the Request.
-        known = None if key is None else f"{key} {self._part.requests[0].batch_key()}"
+        texts = [request.texts() for request in self._part.requests]
+        shared = self._part.requests[0].batch_key()
+        known = None if key is None else f"{key} {shared} {texts}"
         if known is not None and known in self._known:
             self._part.encoded.append((key, self._known[known]))
             return self.records.get(self._known[known])

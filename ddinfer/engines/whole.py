@@ -21,12 +21,14 @@ from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
 from ddinfer.errors import (
     ErrorRecord,
+    InputError,
     RankError,
     StorageError,
     UsageError,
     describe_os_error,
     is_environment_error,
 )
+from ddinfer.inputs import load_input
 from ddinfer.models.loading import denoisers, load_pipeline
 from ddinfer.models.placement import Placement
 from ddinfer.request import Request, Result
@@ -155,9 +157,16 @@ class WholeEngine:
     def _arguments(self, part: list[Request]) -> dict[str, Any]:
         first, alone = part[0], len(part) == 1
         arguments = {**self.call, **first.parameters()}
-        for name in first.input_hashes:
-            picture = _open_image(first.kwargs[name])
-            arguments[name] = picture if alone else [picture] * len(part)
+        for name, expected in first.input_hashes.items():
+            value, digest = load_input(name, first.kwargs[name])
+            if digest != expected:
+                raise InputError(f"{name} has changed since the prompts were read")
+            # A list of images for IP-Adapter is one for each adapter, not one for each prompt.
+            is_shared = alone or "ip_adapter" in name
+            arguments[name] = value if is_shared else [value] * len(part)
+        for name in first.texts():
+            texts = [request.kwargs[name] for request in part]
+            arguments[name] = texts[0] if alone else texts
         if first.negative_prompt is not None:
             negatives = [request.negative_prompt for request in part]
             arguments["negative_prompt"] = negatives[0] if alone else negatives
@@ -309,12 +318,6 @@ def _pictures(pipe: Any, output: Any, num_requests: int) -> _Pictures:
 
 def _is_black(picture: Image.Image) -> bool:
     return picture.convert("RGB").getbbox() is None
-
-
-def _open_image(path: str) -> Image.Image:
-    with Image.open(path) as picture:
-        picture.load()
-        return picture.convert("RGB") if picture.mode not in ("L", "RGB") else picture
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ddinfer import tiny
 from ddinfer.config import RESERVED_CALL_ARGUMENTS, JobConfig
 from ddinfer.distributed.partition import contiguous_slice, cut_batches
-from ddinfer.errors import UsageError
+from ddinfer.errors import InputError, UsageError
+from ddinfer.inputs import needed_images
+from ddinfer.prompts.fields import FieldChecker
 from ddinfer.prompts.files import read_prompts
 from ddinfer.request import Prompt, Request, resolve_requests
 
@@ -125,17 +127,42 @@ def prepare(
     notes: list[str] = []
     if requests is None:
         allowed = [name for name in parameters if name not in RESERVED_CALL_ARGUMENTS]
+        checker = FieldChecker("--pipeline_kwargs", os.getcwd())
+        defaults = {**defaults, **checker.check_defaults(config.call_defaults())}
+        prompts = _prompts(config, allowed, stdin)[: config.limit]
+        check_images(pipeline, parameters, prompts, defaults)
         requests = resolve_requests(
-            _prompts(config, allowed, stdin)[: config.limit],
+            prompts,
             base_seed=config.seed,
             num_images=config.num_images_per_prompt,
-            defaults={**defaults, **config.call_defaults()},
+            defaults=defaults,
         )
         notes = _demonstration_note(requests) if model_name in tiny.PIPELINES else []
+        notes += filter(None, [checker.note_nulls()])
     check_call(pipeline, parameters, call_arguments(requests), config.batch_size)
     check_placement(config, gpus)
     stages = check_stages(model, config)
     return Job(config, model, model_name, pipeline, parameters, requests, stages, tuple(notes))
+
+
+def check_images(
+    pipeline: str,
+    parameters: Mapping[str, inspect.Parameter],
+    prompts: Sequence[Prompt],
+    defaults: Mapping[str, Any],
+) -> None:
+    """
+    Raises:
+        InputError: a prompt without an image that the pipeline cannot do without.
+    """
+    needed = [name for name in needed_images(pipeline, parameters) if name not in defaults]
+    for number, prompt in enumerate(prompts):
+        missing = [name for name in needed if name not in prompt.fields]
+        if missing:
+            raise InputError(
+                f"{prompt.where or f'prompt {number}'}: no {' and no '.join(missing)}; {pipeline} "
+                "needs the path of an image in every prompt, or for all in --pipeline_kwargs"
+            )
 
 
 def call_arguments(requests: Sequence[Request]) -> set[str]:

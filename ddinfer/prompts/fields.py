@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ddinfer.errors import InputError
+from ddinfer.inputs import IMAGE_INPUTS, check_image_file, is_plain, join_hashes, load_input
 from ddinfer.request import CALL_FIELDS, GIVEN_BY_DDINFER, MAX_SEED, Prompt
 
 #: Fields that every prompt may have, whatever the pipeline.
 STANDARD_FIELDS = ("prompt", "id", "negative_prompt", "seed", "num_images", *CALL_FIELDS)
-
-#: Call arguments that are images: a path relative to the prompt file, or a list of such paths.
-IMAGE_INPUTS = (
-    "image",
-    "mask_image",
-    "control_image",
-    "control_mask",
-    "ip_adapter_image",
-    "negative_ip_adapter_image",
-    "image_reference",
-    "last_image",
-    "cond_image",
-    "original_image",
-    "reference_image",
-    "reference_images",
-    "input_images",
-    "example_image",
-    "gligen_images",
-    "gligen_inpaint_image",
-    "conditioning_frames",
-)
 
 #: Call arguments of diffusers' text-driven pipelines that a file can hold. They are what may be
 #: written when the pipeline is not known yet; a known pipeline's own signature decides instead.
@@ -130,6 +110,7 @@ class FieldChecker:
     ):
         self.source, self.folder, self.in_program = source, folder, in_program
         self.call_parameters = None if call_parameters is None else frozenset(call_parameters)
+        self.nulls: Counter[str] = Counter()  # field → rows where it is null
         self._ids: dict[str, int | None] = {}
         self._image_hashes: dict[str, str] = {}
         own = ("prompt", "id", "seed", "num_images")
@@ -180,14 +161,15 @@ class FieldChecker:
     def check(self, row: Mapping[str, Any], line: int | None) -> Prompt:
         """One row, every field of a known name and a right type.
 
-        ``None`` counts as not said. Image inputs become absolute paths, with their hashes in
-        ``input_hashes``.
+        ``None`` means the default: the job's, else the pipeline's own. `nulls` counts them. Image
+        inputs become absolute paths, with their hashes in ``input_hashes``.
         """
         out: dict[str, Any] = {}
         for name, value in row.items():
             if name not in self.known and not self._open_to(name):
                 raise self.error(self.unknown(name), line)
             if value is None and name != "prompt":
+                self.nulls[name] += 1
                 continue
             checker = _CHECKS.get(name)
             if checker is not None:
@@ -195,8 +177,8 @@ class FieldChecker:
                     out[name] = checker(value)
                 except _WrongType as error:
                     raise self.error(f"{name} {error}, got {_shown(value)}", line) from None
-            elif name in IMAGE_INPUTS:
-                self._add_image(out, name, value, line)
+            elif name in IMAGE_INPUTS or (self.in_program and not is_plain(value)):
+                self._add_input(out, name, value, line)
             else:
                 if is_text_field(name) and not isinstance(value, str):
                     raise self.error(f"{name} must be text, got {_shown(value)}", line)
@@ -214,72 +196,63 @@ class FieldChecker:
             self._ids[name] = line
         return Prompt(out, self.source if line is None else f"{self.source}:{line}")
 
+    def check_defaults(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments for all prompts: those that are null left out, image inputs as in `check`.
+
+        Names are not looked at.
+        """
+        out: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if value is None:
+                self.nulls[name] += 1
+            elif name in IMAGE_INPUTS:
+                self._add_input(out, name, value, None)
+            else:
+                out[name] = value
+        return out
+
+    def note_nulls(self) -> str | None:
+        """What the user should know of fields that are null."""
+        if not self.nulls:
+            return None
+        names = ", ".join(f"{name} ({count})" for name, count in sorted(self.nulls.items()))
+        return f"{self.source}: no value, so the default is used: {names}"
+
     def _open_to(self, name: str) -> bool:
         return self.in_program and self.call_parameters is None and name not in RESERVED_FIELDS
 
     def _holdable(self, name: str) -> bool:
         return self.in_program or name in IMAGE_INPUTS or not name.endswith(_TENSOR_ENDINGS)
 
-    def _add_image(self, out: dict[str, Any], name: str, value: Any, line: int | None) -> None:
-        paths = value if isinstance(value, list) else [value]
-        if not all(isinstance(p, str) for p in paths) or not paths:
-            if self.in_program:
-                out[name] = value
-                return
-            raise self.error(
-                f"{name} must be the path of an image or a list of paths, got {_shown(value)}", line
-            )
-        absolute, hashes = [], []
-        for path in paths:
-            if path.startswith(("http://", "https://")):
-                raise self.error(
-                    f"{name}: {path!r} is an address; download it and give its path", line
+    def _add_input(self, out: dict[str, Any], name: str, value: Any, line: int | None) -> None:
+        """Add an image or an object, and the hash of its content to ``input_hashes``."""
+        try:
+            out[name], digest = self._input(name, value)
+        except (InputError, TypeError) as error:
+            raise self.error(str(error), line) from None
+        out.setdefault("input_hashes", {})[name] = digest
+
+    def _input(self, name: str, value: Any) -> tuple[Any, str]:
+        """→ (the value with absolute paths, the hash of its content)."""
+        if name in IMAGE_INPUTS:
+            if isinstance(value, (list, tuple)) and value:
+                found = [self._input(name, item) for item in value]
+                return [item for item, _ in found], join_hashes(digest for _, digest in found)
+            if isinstance(value, str):
+                return self._image_file(name, value)
+            if not self.in_program or is_plain(value):
+                raise InputError(
+                    f"{name} must be the path of an image or a list of paths, got {_shown(value)}"
                 )
-            where = os.path.abspath(os.path.join(self.folder, path))
-            if where not in self._image_hashes:
-                try:
-                    self._image_hashes[where] = hash_of_image(where)
-                except ValueError as error:
-                    raise self.error(f"{name}: {error}", line) from None
-            absolute.append(where)
-            hashes.append(self._image_hashes[where])
-        out[name] = absolute if isinstance(value, list) else absolute[0]
-        joined = hashes[0]
-        if isinstance(value, list):  # one name, one hash: that of the files' hashes in order
-            joined = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-        out.setdefault("input_hashes", {})[name] = joined
+        return value, load_input(name, value)[1]
 
-
-def hash_of_image(path: str) -> str:
-    """SHA-256 of an image file's bytes, after Pillow has verified that it is one.
-
-    Raises:
-        ValueError: why it is not.
-    """
-    from PIL import Image  # late: most prompt files name no image
-
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest() if _HAS_DIGEST else _hash(file)
-            file.seek(0)
-            with Image.open(file) as image:
-                image.verify()
-    except OSError as error:
-        reason = error.strerror or "not an image that Pillow can open"
-        raise ValueError(f"{path}: {reason}") from None
-    except Exception as error:  # noqa: BLE001  decoders of broken files raise anything
-        raise ValueError(f"{path}: not an image that Pillow can open ({error})") from None
-    return digest
-
-
-_HAS_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
-
-
-def _hash(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    def _image_file(self, name: str, path: str) -> tuple[str, str]:
+        if path.startswith(("http://", "https://")):
+            raise InputError(f"{name}: {path!r} is an address; download it and give its path")
+        where = os.path.abspath(os.path.join(self.folder, path))
+        if where not in self._image_hashes:
+            self._image_hashes[where] = check_image_file(name, where)
+        return where, self._image_hashes[where]
 
 
 class _WrongType(Exception):

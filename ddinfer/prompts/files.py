@@ -8,11 +8,13 @@ How a file is read:
 - **txt**: a line is a prompt, literally: nothing is interpreted, spaces at its edges stay.
 - **tsv**: the first line names the columns; cells end at tabs, quotes are ordinary characters.
 - **csv**: the same, with commas and standard quoting (``"a ""quoted"" cell"``, line breaks within).
-  Columns are matched whatever their case (``Prompt``, ``Guidance Scale``); an empty cell says
-  nothing. A column of an unknown name is listed in one note, unless it looks like a slip of a
-  known one (``sede``), which is an error.
+  Columns are matched whatever their case (``Prompt``, ``Guidance Scale``). A column of an unknown
+  name is listed in one note, unless it looks like a slip of a known one (``sede``), which is an
+  error.
 - **json**: a list of strings or objects. **jsonl**: a string or an object a line. An unknown
-  field is an error; ``null`` says nothing.
+  field is an error.
+- An empty cell and ``null`` mean the default: the job's own (``--guidance_scale``, …) where there
+  is one, else the pipeline's. One note in the log counts them by field. A prompt cannot be empty.
 - ``-``: standard input; jsonl where its first line starts with ``{"``, else txt. The names of this
   process's open files (``/dev/stdin``, ``/dev/fd/63`` of ``<(command)``) and pipes without a known
   ending are read in the same way.
@@ -36,12 +38,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NoReturn
 
 from ddinfer.errors import InputError
-from ddinfer.prompts.fields import (
-    IMAGE_INPUTS,
-    FieldChecker,
-    is_text_field,
-    text_problem,
-)
+from ddinfer.inputs import IMAGE_INPUTS
+from ddinfer.prompts.fields import FieldChecker, is_text_field, text_problem
 from ddinfer.request import Prompt, Request, resolve_requests
 
 _log = logging.getLogger(__name__)
@@ -81,6 +79,8 @@ def read_prompts(
     prompts = _READERS[kind](text, checker)
     if not prompts:
         raise InputError("holds no prompts", file=source)
+    if (note := checker.note_nulls()) is not None:
+        _log.warning("%s", note)
     return prompts
 
 
@@ -295,9 +295,8 @@ def _table(rows: Iterator[tuple[int, list[str]]], checker: FieldChecker) -> list
             )
         row = {}
         for at, name in columns:
-            if cells[at]:
-                row[name] = _cell(name, cells[at], line, checker)
-        if not row.get("prompt", " ").strip() or "prompt" not in row:
+            row[name] = _cell(name, cells[at], line, checker) if cells[at] else None
+        if not (row["prompt"] or "").strip():
             raise checker.error("the prompt is empty", line)
         prompts.append(checker.check(row, line))
     return prompts
