@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_refused_before_a_folder_is_made(options, message
     [
         ({"max_memory": "0=16GB"}, "add --placement"),
         ({"gpus_per_rank": 2}, "add --placement"),
-        ({"gpus_per_rank": 0}, "at least 1"),
+        ({"gpus_per_rank": 0}, "greater than or equal to 1"),
         ({"placement": "everywhere"}, "none of auto, balanced, staged, nor a FILE.json"),
         ({"placement": "p.json", "max_memory": "0=16GB"}, "use one of them"),
         ({"placement": "auto", "pipeline_parallel": 2}, "use one of them"),
