@@ -83,7 +83,7 @@ def chain(model, folder, reference, num_kills, seed):
     assert report.is_good, (seed, kills, report)
     assert report.num_good == NUM_PROMPTS
     assert images(output) == reference, (seed, kills)
-    lost = max(len(attempt.in_hand) for attempt in _attempts(output))
+    lost = max(len(attempt.in_flight) for attempt in _attempts(output))
     assert lost <= MOST_REPEATED, (seed, kills)
     return kills, lost
 

@@ -52,7 +52,7 @@ def test_status_while_a_job_runs_and_after_it_died(finished, capsys):
         _, status = said(capsys, "status", finished)
         assert status["state"] == "running"
         assert status["holder"].startswith("process ")
-        assert status["ranks"] == [{"rank": 0, "state": "running", "in_hand": [[0]]}]
+        assert status["ranks"] == [{"rank": 0, "state": "running", "in_flight": [[0]]}]
     _, status = said(capsys, "status", finished)
     assert status["state"] == "interrupted"
     assert status["ranks"][0]["state"] == "died"

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from ddinfer.errors import StorageError, UsageError
+from ddinfer.storage.disk_space import check_room, estimate_disk
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
 from ddinfer.storage.job_folder import JobFolder, JobReport
 from ddinfer.storage.job_record import read_job
 from ddinfer.storage.metadata import write_requests
-from ddinfer.storage.verify import check_room, estimate_disk, rebuild_metadata, verify
+from ddinfer.storage.verify import rebuild_metadata, verify
 from tests.fake_disk import FakeDisk, Platter
 from tests.storage_jobs import describe, make_requests, run_job
 
@@ -262,7 +263,7 @@ def test_metadata_can_be_rebuilt(out):
 
 def test_room_is_guessed_by_size_and_measured_once_there_are_images(out):
     requests = make_requests(10)
-    guess = estimate_disk(Files(), str(out), requests, default_size=(512, 512))
+    guess = estimate_disk(Files(), str(out), requests, call_defaults={"width": 512, "height": 512})
     assert 3e6 < guess.needed_bytes < 10e6
     assert not guess.is_measured
     run_job(out, requests)
@@ -274,9 +275,20 @@ def test_room_is_guessed_by_size_and_measured_once_there_are_images(out):
     assert estimate_disk(Files(), str(out), wide).needed_bytes > 3 * guess.needed_bytes
 
 
+def test_room_for_a_video_is_that_of_all_its_frames(out):
+    image, *_ = requests = make_requests(1, width=256, height=256)
+    frames = [replace(image, kwargs={"num_frames": 81})]
+
+    def needed(requests, **options):
+        return estimate_disk(Files(), str(out), requests, **options).needed_bytes
+
+    assert needed(frames) > 75 * needed(requests)
+    assert needed(requests, call_defaults={"num_frames": 81}) == needed(frames)
+    assert needed(frames, call_defaults={"num_frames": 5}) == needed(frames)
+
+
 def test_no_room_is_an_error_with_numbers():
     platter = Platter(free_bytes=1000)
     estimate = estimate_disk(Files(FakeDisk(platter)), "/out", make_requests(10))
-    assert not estimate.is_enough
     with pytest.raises(StorageError, match=r"/out: 10 images need about .* MB .*0\.0 MB are free"):
         check_room(estimate, "/out")

@@ -160,15 +160,15 @@ def test_a_missing_header_is_an_error(folder):
         read(folder)
 
 
-def test_what_a_dead_process_had_in_hand(folder):
+def test_what_a_dead_process_had_in_flight(folder):
     def start(*indices):
         return {"kind": "start", "indices": list(indices)}
 
-    write(folder, start(0, 1), image(0), failed(1), start(2, 3), image(2), rank=0)
+    write(folder, start(0, 1), image(0), failed(1), start(2, 3), rank=0)
     write(folder, start(4), image(4), {"kind": "end", "reason": "done"}, rank=1)
     died, ended = read(folder).attempts
-    assert (died.in_hand, died.end) == ([[2, 3]], None)
-    assert (ended.in_hand, ended.end) == ([], "done")
+    assert (died.in_flight, died.end) == ([[2, 3]], None)
+    assert (ended.in_flight, ended.end) == ([], "done")
 
 
 def test_deaths_are_told(folder):

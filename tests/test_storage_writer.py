@@ -54,7 +54,7 @@ def test_what_is_not_wanted_is_not_written(out):
         writer.started([0, 1])
         writer.put(results(make_requests(2)))
     assert [state(out).is_done(k) for k in range(2)] == [False, True]
-    assert state(out).attempts[0].in_hand == []
+    assert state(out).attempts[0].in_flight == []
 
 
 def test_an_image_in_another_batch_than_planned_says_so(out):

@@ -11,8 +11,8 @@ from ddinfer.distributed.partition import slice_of_batches
 from ddinfer.distributed.replica import Replica
 from ddinfer.errors import EXIT_OK
 from ddinfer.job.prepare import prepare, resolve_config
+from ddinfer.storage.disk_space import estimate_disk
 from ddinfer.storage.files import Files
-from ddinfer.storage.verify import estimate_disk
 
 SHOWN_REQUESTS = 3
 
@@ -44,7 +44,12 @@ def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
                 "last_image": last,
             }
         )
-    disk = estimate_disk(Files(), config.output, requests)
+    disk = estimate_disk(
+        Files(),
+        config.output,
+        requests,
+        call_defaults=job.call_defaults("width", "height", "num_frames"),
+    )
     return {
         "model": job.model_name,
         "pipeline": job.pipeline,

@@ -105,7 +105,7 @@ def _rank(attempt: Attempt, is_running: bool) -> dict[str, Any]:
     return {
         "rank": attempt.header.rank,
         "state": "running" if alive else attempt.end or "died",
-        "in_hand": [] if attempt.end is not None else attempt.in_hand,
+        "in_flight": [] if attempt.end is not None else attempt.in_flight,
     }
 
 
@@ -125,9 +125,9 @@ def lines_of(status: Mapping[str, Any]) -> list[str]:
         counts += f", about {status['images_per_second']:.3g} images/s"
     lines.append(f"  {counts}")
     for rank in status["ranks"]:
-        if rank["in_hand"]:
+        if rank["in_flight"]:
             verb = "is generating" if rank["state"] == "running" else f"{rank['state']} generating"
-            batches = ", ".join(f"image {b[0]}" for b in rank["in_hand"])
+            batches = ", ".join(f"image {b[0]}" for b in rank["in_flight"])
             lines.append(f"  rank {rank['rank']} {verb} {batches}")
     if status["num_deaths"]:
         lines.append(

@@ -68,6 +68,11 @@ class Job:
                 cut.append(range(start + part.start, start + part.stop))
         return cut
 
+    def call_defaults(self, *names: str) -> dict[str, int | float]:
+        """The pipeline's own defaults of these arguments, where they are numbers."""
+        found = {name: self.parameters[name].default for name in names if name in self.parameters}
+        return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
     def images(self) -> range:
         """Indices of the Requests that are asked for: all, or those of ``--shard K/N``.
 

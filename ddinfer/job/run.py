@@ -1,10 +1,10 @@
-"""`run_job`: the whole story of a job on one rank. Engine, storage and ranks meet here."""
+"""`run_job`: a job on one rank, from its configuration to the report."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,8 @@ from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, Engine
 from ddinfer.engines.select import load_engine
 from ddinfer.errors import RankError, UsageError
-from ddinfer.job.leader import Leader, Record, RunReport, Share
+from ddinfer.job.assignment import Assignment, ResultSummary
+from ddinfer.job.leader import Leader, RunReport
 from ddinfer.job.prepare import resolve_config
 from ddinfer.job.shutdown import Stop
 from ddinfer.job.watchdog import Heartbeat
@@ -25,6 +26,7 @@ from ddinfer.request import Result
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import read_job, start_writer
 from ddinfer.storage.lease import Lease
+from ddinfer.storage.metadata import RequestRows, read_request_rows
 from ddinfer.storage.saving import save_as_made
 
 
@@ -36,23 +38,23 @@ def run_job(
     retry_failed: bool = False,
     stop: Stop | None = None,
 ) -> RunReport:
-    """Make the images of a job; every rank of the world calls this.
+    """Generate the images of a job; every rank of the world calls this.
 
     Args:
         world: default: detected from the live process group or the environment.
         stdin: what ``prompts="-"`` reads on rank 0; default: its standard input.
-        retry_failed: make the failed prompts of the job in ``config.output`` again. Its Requests
-            are read from there, not from ``config.prompts``.
-        stop: asked between batches whether to go on; default: nobody stops the job.
+        retry_failed: retry the failed prompts of the job in ``config.output``. Its Requests are
+            read from there, not from ``config.prompts``.
+        stop: tested between batches; default: never requested.
 
     Returns:
         the same report on every rank, once every image is on disk or listed as failed.
 
     Raises:
-        UsageError: the options, the prompt file, the model or the output folder cannot be right.
-        StorageError: the disk failed; the same command goes on from there.
+        UsageError: an invalid option, prompt file, model or output directory.
+        StorageError: an I/O operation failed; the same command resumes the job.
         RankError: another rank failed; the same on every rank.
-        Stopped: ``stop`` was asked for; what was made is safe.
+        Stopped: ``stop`` was requested; what was made is durable.
     """
     stop = Stop() if stop is None else stop
     config = resolve_config(config)
@@ -73,7 +75,7 @@ def run_job(
                 return _run(config, group, replica, leader, stop, heartbeat)
         except BaseException as error:
             if leader is not None:
-                leader.stopped(error)
+                leader.mark_stopped(error)
             raise
 
 
@@ -85,53 +87,56 @@ def _run(
     stop: Stop,
     heartbeat: Heartbeat,
 ) -> RunReport:
-    shares = None if leader is None else leader.shares(replica.num_replicas)
-    share: Share = group.scatter_object(
-        None if shares is None else [share for share in shares for _ in replica.ranks]
+    assignments = None if leader is None else leader.assignments(replica.num_replicas)
+    assignment: Assignment = group.scatter_object(
+        None if assignments is None else [each for each in assignments for _ in replica.ranks]
     )
-    _check_folder_is_shared(config.output, share, group)
+    _check_output_is_shared(config.output, assignment, group)
+    requests = None
+    if replica.makes_results:
+        requests = read_request_rows(Files(), config.output, assignment.mask())
     if leader is not None:
-        leader.working()
+        leader.mark_running()
 
     group.enter("loading")
     started = time.monotonic()
-    torch.set_num_threads(share.num_threads)
+    torch.set_num_threads(assignment.num_threads)
     engine = None
     stages = replica.process_group() if len(replica.ranks) > 1 else None
-    if share.batches or share.alone:  # else there is nothing to do that would need a model
-        engine = load_engine(share.model, config, group.world, replica, stages)
+    if not assignment.is_empty:  # else nothing needs a model
+        engine = load_engine(assignment.model, config, group.world, replica, stages)
         engine.tell_steps(heartbeat)
     loaded = time.monotonic()
 
     with (
-        _ending_together(replica, stop),
+        _stopping_together(replica, stop),
         Lease.join(Files(), config.output),
-    ):  # the folder is ours while any rank lives
-        if replica.makes_results:
-            results = _make(engine, share, config, group, leader, stop)
+    ):  # held while any rank lives
+        if requests is not None:
+            summary = _make_results(engine, assignment, requests, config, group, leader, stop)
         else:
-            results = _serve(engine, share, group, stop)
+            summary = _serve_stage(engine, assignment, group, stop)
     times = RankTimes(
         group.world.rank,
-        len(results),
+        len(summary.indices),
         loading=loaded - started,
         working=time.monotonic() - loaded,
-        pipeline=sum(result.seconds for result in results),
+        pipeline=summary.pipeline_seconds,
         stage=replica.stage,
     )
 
     group.enter("gathering")
     all_times = group.all_gather_object(times)
-    records = group.gather_object([Record.of(result) for result in results])
+    summaries = group.gather_object(summary)
     report = None
     if leader is not None:
-        report = leader.finish(records, all_times)
+        report = leader.finish(summaries, all_times)
     return group.broadcast_object(report)
 
 
 @contextlib.contextmanager
-def _ending_together(replica: Replica, stop: Stop) -> Iterator[None]:
-    """Stages that were all told to end may lose one another on the way: nobody has failed."""
+def _stopping_together(replica: Replica, stop: Stop) -> Iterator[None]:
+    """Turn the loss of another stage into `Stopped` where a stop was requested from all."""
     try:
         yield
     except RankError as error:
@@ -140,64 +145,76 @@ def _ending_together(replica: Replica, stop: Stop) -> Iterator[None]:
         raise
 
 
-def _make(
+def _make_results(
     engine: Engine | None,
-    share: Share,
+    assignment: Assignment,
+    requests: RequestRows,
     config: JobConfig,
     group: Group,
     leader: Leader | None,
     stop: Stop,
-) -> list[Result]:
-    """This rank's new Results, each on disk and in the journal when this returns."""
-    made: list[Result] = []
+) -> ResultSummary:
+    """Run this rank's batches; each Result is on disk and journaled when this returns."""
+    summary = ResultSummary()
     writer = start_writer(
         Files(),
         config.output,
-        replace(share.header, rank=group.world.rank),
-        share.info,
+        replace(assignment.header, rank=group.world.rank),
+        assignment.info,
         fps=config.fps,
-        wanted=share.wanted.__contains__,
+        wanted=lambda index: index not in assignment.skip,
     )
-    with Progress(group, share.num_images, share.num_finished) as progress, writer:
-        for turn in _turns(share, group):
-            batches = _one_by_one(turn, group, leader, stop)
-            results = save_as_made(lambda given: _marked(engine, given, share), batches, writer)
+    with Progress(group, assignment.num_images, assignment.num_finished) as progress, writer:
+        for run in _engine_runs(assignment, group):
+            batches = ([requests[index] for index in indices] for indices in run)
+            checked = _check_before_each(batches, group, leader, stop)
+            results = save_as_made(
+                lambda given: _flag_inexact(engine, given, assignment.inexact), checked, writer
+            )
             for result in results:
-                if result.index in share.wanted:
-                    made.append(result)
+                if result.index not in assignment.skip:
+                    summary.add(result)
                     progress.made(1, failed=int(result.error is not None))
         group.enter("saving")
         stop.raise_if_requested()
-    return made
+    return summary
 
 
-def _serve(engine: Engine | None, share: Share, group: Group, stop: Stop) -> list[Result]:
-    """Run this rank's stage for the rank that makes the Results; here there are none."""
+def _serve_stage(
+    engine: Engine | None, assignment: Assignment, group: Group, stop: Stop
+) -> ResultSummary:
+    """Run this rank's stage for the rank of its replica that makes the Results."""
     group.enter("running", "the stage of a denoiser")
-    results: list[Result] = []
-    for _ in _turns(share, group):
-        results += engine.run(()) if engine is not None else ()
+    for _ in _engine_runs(assignment, group):
+        for result in engine.run(()) if engine is not None else ():
+            raise AssertionError(f"a later stage made image {result.index}")
     stop.raise_if_requested()
-    return results
+    return ResultSummary()
 
 
-def _marked(engine: Engine | None, batches: Iterable[Batch], share: Share) -> Iterator[Result]:
-    """What the engine makes; where a batch is not the planned one, its images say so."""
+def _flag_inexact(
+    engine: Engine | None, batches: Iterable[Batch], inexact: Container[int]
+) -> Iterator[Result]:
+    """The engine's Results; ``exact`` is false where the batch is not the planned one."""
     for result in engine.run(batches) if engine is not None else ():
-        yield replace(result, exact=False) if result.index in share.suspects else result
+        yield replace(result, exact=False) if result.index in inexact else result
 
 
-def _turns(share: Share, group: Group) -> Iterator[Iterator[Batch]]:
-    """The batches of each of the engine's runs, as many on every rank of a replica."""
-    yield _claimed(share.batches, group) if share.is_claimed else iter(share.batches)
-    for batch in share.alone:
+def _engine_runs(assignment: Assignment, group: Group) -> Iterator[Iterator[Sequence[int]]]:
+    """The batches of each run of the engine; every rank of a replica has as many runs.
+
+    A solo batch has a run of its own, so that nothing else is in flight.
+    """
+    batches = assignment.batches
+    yield _pull_from_queue(batches, group) if assignment.is_queue else iter(batches)
+    for batch in assignment.solo:
         yield iter([batch])
 
 
-def _one_by_one(
+def _check_before_each(
     batches: Iterator[Batch], group: Group, leader: Leader | None, stop: Stop
 ) -> Iterator[Batch]:
-    """The batches, each after a look whether to go on: a peer may have failed, a signal come."""
+    """The batches; before each, raise if a peer failed, and end if a signal asked for it."""
     while not stop.is_requested:
         group.check_peers()
         if leader is not None:
@@ -209,16 +226,16 @@ def _one_by_one(
         yield batch
 
 
-def _claimed(batches: Sequence[Batch], group: Group) -> Iterator[Batch]:
-    """Batches that no other rank takes, each claimed as late as it can be."""
+def _pull_from_queue(batches: Sequence[range], group: Group) -> Iterator[range]:
+    """Batches that no other rank takes, each taken as late as possible."""
     while (number := group.add("claimed")) <= len(batches):
         yield batches[number - 1]
 
 
-def _check_folder_is_shared(output: str, share: Share, group: Group) -> None:
-    """Every machine must see the folder that rank 0 has opened."""
+def _check_output_is_shared(output: str, assignment: Assignment, group: Group) -> None:
+    """Every machine must see the directory that rank 0 has opened."""
     job = read_job(Files(), output)
-    if job is None or job.fingerprint != share.header.fingerprint:
+    if job is None or job.fingerprint != assignment.header.fingerprint:
         raise UsageError(
             f"rank {group.world.rank} does not see the job that rank 0 opened in {output}: all "
             "machines of a job need the same --output on a file system that they share"

@@ -303,6 +303,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "width": _positive,
     "height": _positive,
     "num_inference_steps": _positive,
+    "num_frames": _positive,
     "guidance_scale": _finite,
 }
 

@@ -1,4 +1,4 @@
-"""Deaths by signal: which batch a process had in hand, and what that says of its prompts."""
+"""Processes killed by a signal: which prompts were in flight, and which of them to give up."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ddinfer.storage.journal import (
     journal_paths,
 )
 
-#: So many deaths in company, and prompts run one by one; so many alone, and one has failed.
-MOST_DEATHS = 2
+#: After so many deaths a prompt runs alone; after so many deaths alone it has failed.
+MAX_DEATHS = 2
 
 B = TypeVar("B", bound=Sequence[int])
 
@@ -30,49 +30,40 @@ def record_deaths(
     run_id: str,
     signals: Mapping[int, int] | None = None,
     num_stages: int = 1,
-) -> int:
-    """Journal what ranks had in hand when they were killed → how many batches.
+) -> None:
+    """Journal which prompts ranks had in flight when they were killed.
+
+    The launcher calls this before a restart; under torchrun rank 0 of the next attempt does.
 
     Args:
         run_id: in the journals' headers: of that one attempt.
-        signals: rank → what killed it; default: every rank that ended without a word was, by a
-            signal that nobody knows.
-        num_stages: so many neighbouring ranks work on the batches of the first of them.
+        signals: rank → signal that killed it; default: every rank whose journal has no end was
+            killed, by an unknown signal.
+        num_stages: so many consecutive ranks run the batches of the first of them.
     """
-    count = 0
     for path in journal_paths(files, folder):
-        header, in_hand, reason = _last_words(files, path, run_id)
-        if header is None:
+        header, in_flight, reason = _read_unfinished(files, path, run_id)
+        if header is None or not in_flight:
             continue
-        number = _what_killed(header.rank, reason, signals, num_stages)
+        number = _fatal_signal(header.rank, reason, signals, num_stages)
         if number is None:
             continue
-        lines = [
-            {
-                "kind": "death",
-                "indices": start["indices"],
-                "signal": number,
-                "alone": len(in_hand) == 1 and start.get("size", 1) == 1,
-            }
-            for start in in_hand
-        ]
-        if lines:
-            writer = JournalWriter(files, folder, header)
-            try:
-                writer.append(lines)
-            finally:
-                writer.close()
-        count += len(lines)
-    return count
+        alone = len(in_flight) == 1
+        line = {"kind": "death", "indices": in_flight, "signal": number, "alone": alone}
+        writer = JournalWriter(files, folder, header)
+        try:
+            writer.append([line])
+        finally:
+            writer.close()
 
 
-def _what_killed(
+def _fatal_signal(
     rank: int, reason: str | None, signals: Mapping[int, int] | None, num_stages: int
 ) -> int | None:
-    """The signal that ended a rank's work, 0 for one that nobody knows; ``None``: none did.
+    """The signal that ended a rank's work, 0 for an unknown one; ``None`` where it was not killed.
 
     Args:
-        reason: why the rank says that it ended, if it does.
+        reason: of the end of its journal, if that has one.
     """
     if reason is None:
         number = 0 if signals is None else signals.get(rank)
@@ -80,28 +71,24 @@ def _what_killed(
             return number
     if signals is None or reason not in (None, RankError.__name__):
         return None
-    # It ended, or was ended, because one died that held a later stage of the same model.
+    # It ended because a rank with a later stage of the same model was killed.
     stages = (signals.get(rank + stage) for stage in range(1, num_stages))
     return next((number for number in stages if number is not None), None)
 
 
-def _last_words(
+def _read_unfinished(
     files: Files, path: str, run_id: str
-) -> tuple[JournalHeader | None, list[dict[str, Any]], str | None]:
-    """Header, starts in hand, and the reason of the end where there is one; no header for a
-    journal of another attempt or one that was dealt with.
+) -> tuple[JournalHeader | None, list[int], str | None]:
+    """Header, indices in flight at the end, and the reason of the end where there is one.
 
-    A start that is not beside the last was computed, and what it made was only not written yet.
+    No header for a journal of another attempt, or one whose death is journaled already. A batch
+    that had run and was only not written yet is not in flight.
     """
     header: JournalHeader | None = None
     reason: str | None = None
-    starts: list[dict[str, Any]] = []
-    answered: set[int] = set()
+    running: list[list[int]] = []
     with files.reading(path) as file:
-        for line in file:
-            record = decode_line(line)
-            if record is None:
-                break  # torn: the last
+        for record in filter(None, map(decode_line, file)):
             kind = record["kind"]
             if header is None:
                 if kind != "journal" or record["run_id"] != run_id:
@@ -109,55 +96,57 @@ def _last_words(
                 names = JournalHeader.__dataclass_fields__
                 header = JournalHeader(**{name: record[name] for name in names})
             elif kind == "start":
-                beside = record.get("beside", ())
-                starts = [*(s for s in starts if s["indices"][0] in beside), record]
-                answered.intersection_update(k for s in starts for k in s["indices"])
+                others = record.get("beside", ())
+                running = [*(b for b in running if b[0] in others), record["indices"]]
             elif kind in ("image", "failed"):
-                answered.add(record["index"])
+                running = [b for b in running if record["index"] not in b]
             elif kind == "end":
                 reason = record["reason"]
             elif kind == "death":
                 return None, [], None
-    return header, [s for s in starts if not answered.issuperset(s["indices"])], reason
+    return header, [index for batch in running for index in batch], reason
 
 
-def split_suspects(
-    batches: Sequence[B], state: JournalState
-) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
-    """The pending batches that nothing is known against, and, as batches of one, the prompts of
-    those in which processes have died twice."""
-    died = Counter(k for death in state.deaths for k in death["indices"])
-    good: list[Sequence[int]] = []
-    suspects: list[Sequence[int]] = []
+def quarantine(batches: Sequence[B], state: JournalState) -> tuple[list[B], list[list[int]]]:
+    """Separate pending batches in which processes have died twice.
+
+    Returns:
+        the other batches, and each pending prompt of these as a batch of one.
+    """
+    deaths = Counter(index for death in state.deaths for index in death["indices"])
+    others: list[B] = []
+    solo: list[list[int]] = []
     for batch in batches:
-        wanted = [k for k in batch if state.is_pending(k)]
-        if any(died[k] >= MOST_DEATHS for k in wanted):
-            suspects += [[k] for k in wanted]
+        pending = [index for index in batch if state.is_pending(index)]
+        if any(deaths[index] >= MAX_DEATHS for index in pending):
+            solo += [[index] for index in pending]
         else:
-            good.append(batch)
-    return good, suspects
+            others.append(batch)
+    return others, solo
 
 
-def hopeless_prompts(requests: Sequence[Request], state: JournalState) -> list[dict[str, Any]]:
+def prompts_to_give_up(requests: Sequence[Request], state: JournalState) -> list[dict[str, Any]]:
     """``failed`` lines for pending prompts that have killed their process twice, alone."""
-    alone = Counter(d["indices"][0] for d in state.deaths if d["alone"])
+    signals: dict[int, list[int]] = {}
+    for death in state.deaths:
+        if death["alone"]:
+            signals.setdefault(death["indices"][0], []).append(death["signal"])
     return [
         {
             "kind": "failed",
             "index": request.index,
             "id": request.id,
-            "error": _why(request.index, state).to_dict(),
+            "error": _killed(signals[request.index]).to_dict(),
         }
         for request in requests
-        if alone[request.index] >= MOST_DEATHS and state.is_pending(request.index)
+        if len(signals.get(request.index, ())) >= MAX_DEATHS and state.is_pending(request.index)
     ]
 
 
-def _why(index: int, state: JournalState) -> ErrorRecord:
-    numbers = [d["signal"] for d in state.deaths if d["alone"] and d["indices"] == [index]]
+def _killed(numbers: Sequence[int]) -> ErrorRecord:
     names = sorted({signal.Signals(n).name if n else "an unknown signal" for n in numbers})
     return ErrorRecord(
         "ProcessDied",
-        f"its process was killed {len(numbers)} times ({', '.join(names)}) while it made this "
-        "prompt and no other",
+        f"its process was killed {len(numbers)} times ({', '.join(names)}) while this prompt was "
+        "the only one in flight",
     )

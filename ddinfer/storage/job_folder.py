@@ -174,13 +174,13 @@ class JobFolder:
 
     def retry_failed(self, state: JournalState) -> None:
         """Make failed prompts pending again, in ``state`` and for every run from here on."""
-        self.decide([{"kind": "retry", "indices": sorted(state.failures)}], state)
+        self.journal_decisions([{"kind": "retry", "indices": sorted(state.failures)}], state)
 
-    def decide(self, records: Sequence[Mapping[str, Any]], state: JournalState) -> None:
-        """Journal what rank 0 has decided before anybody works, as an attempt of its own.
+    def journal_decisions(self, records: Sequence[Mapping[str, Any]], state: JournalState) -> None:
+        """Journal what rank 0 has decided before any batch runs, as an attempt of its own.
 
-        Journals are read in the order of their attempts, so that what the ranks write next
-        stands behind it.
+        Journals are read in the order of their attempts, so that what the ranks write later
+        comes after it.
         """
         header = JournalHeader(self.fingerprint, attempt=self.attempt)
         journal = JournalWriter(self.files, self.path, header)
@@ -201,6 +201,11 @@ class JobFolder:
         metadata.write_metadata(self.files, self.path, self.requests, state)
         metadata.write_failures(self.files, self.path, self.requests, state)
         return JobReport(state.num_done, state.num_failed, self.pending(state))
+
+    def confirm_lease(self) -> None:
+        """Raise `StorageError` if another job has taken the directory."""
+        if self.lease is not None:
+            self.lease.confirm()
 
     def close(self) -> None:
         if self.lease is not None:

@@ -4,11 +4,12 @@ Each process of each attempt appends to a file of its own, ``journal/ATTEMPT-RAN
 the last line of a file can be torn. Each line is a JSON object whose last key is the CRC-32 of
 everything before it. The first line is the header; the others are of one of these kinds:
 
-- ``start``: a batch is about to be computed (``indices``; its ``size`` where that is more than
-  those and one; ``beside``: the first indices of other batches that are being computed);
+- ``start``: a batch is about to run (``indices``; ``beside``: the first index of each other batch
+  that is running in this process);
 - ``image``: an image is in its place and durable (``index``, ``sha256``, ``bytes``);
 - ``failed``: a prompt could not be made (``index``, ``error``);
-- ``death``: a process died by a signal during a batch (``indices``, ``signal``, ``alone``);
+- ``death``: a process was killed by a signal (``signal``) with these prompts in flight
+  (``indices``; ``alone``: it was one);
 - ``retry``: failed prompts are to be made again, and what is known against them is forgotten;
 - ``end``: the process ended in order (``reason``).
 """
@@ -135,14 +136,14 @@ class Attempt:
     """One journal file: who wrote it, and how it ended.
 
     Attributes:
-        in_hand: indices of batches that were started and have no result for some image.
+        in_flight: indices of the batches that were started and are not journaled yet.
         end: the reason it gave, or ``None`` where it died.
         torn: whether its last line was torn.
     """
 
     path: str
     header: JournalHeader
-    in_hand: list[list[int]] = field(default_factory=list)
+    in_flight: list[list[int]] = field(default_factory=list)
     end: str | None = None
     torn: bool = False
 
@@ -286,8 +287,8 @@ def _read_file(files: Files, path: str, fingerprints: Collection[str], state: Jo
                 if attempt is None:
                     attempt = _header(record, path, fingerprints)
                 elif kind == "start":
-                    started = [b for b in started if not answered.issuperset(b)]
-                    answered.intersection_update(k for b in started for k in b)
+                    started = [b for b in started if answered.isdisjoint(b)]
+                    answered.clear()
                     started.append(record["indices"])
                 elif kind == "end":
                     attempt.end = record["reason"]
@@ -299,7 +300,7 @@ def _read_file(files: Files, path: str, fingerprints: Collection[str], state: Jo
                 raise _broken(path, number, f"{type(error).__name__}: {error}") from None
     if attempt is not None:  # else its process died before the header was written
         attempt.torn = bool(torn_at)
-        attempt.in_hand = [b for b in started if not answered.issuperset(b)]
+        attempt.in_flight = [b for b in started if answered.isdisjoint(b)]
         state.attempts.append(attempt)
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, StorageError, UsageError
 from ddinfer.storage import metadata
+from ddinfer.storage.disk_space import DiskEstimate, check_room
 from ddinfer.storage.files import Files, write_and_rename
 from ddinfer.storage.images import image_path
 from ddinfer.storage.job_folder import JobFolder
 from ddinfer.storage.job_record import JobDescription, JobRecord, Shard, differences_of
 from ddinfer.storage.journal import JournalHeader, JournalState, JournalWriter
 from ddinfer.storage.lease import is_held
-from ddinfer.storage.verify import DiskEstimate, check_room
 
 #: Images that become durable together, with their journal lines.
 _IMAGES_AT_ONCE = 64

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import zlib
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from functools import partial
+from itertools import islice, zip_longest
 from typing import Any
 
 from ddinfer.errors import StorageError
@@ -68,33 +70,93 @@ def read_status(files: Files, folder: str) -> dict[str, Any] | None:
 def write_requests(files: Files, folder: str, requests: Sequence[Request]) -> None:
     """``requests.jsonl.gz``: the same bytes for the same Requests."""
     with atomic_stream(files, os.path.join(folder, REQUESTS_FILE)) as write:
-        packed = gzip.GzipFile(fileobj=_Sink(write), mode="wb", mtime=0, compresslevel=3)
-        _write_lines(packed.write, (request.to_dict() for request in requests))
-        packed.close()
+        # 16 + MAX_WBITS: the gzip container, without time and name.
+        packer = zlib.compressobj(3, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+        rows = (request.to_dict() for request in requests)
+        _write_lines(lambda text: write(packer.compress(text)), rows)
+        write(packer.flush())
 
 
 def read_requests(files: Files, folder: str, limit: int | None = None) -> list[Request]:
     """The job's Requests as they were resolved (the first ``limit`` of them)."""
     path = os.path.join(folder, REQUESTS_FILE)
-    requests: list[Request] = []
-    nothing: dict[str, Any] = {}  # one for all: there may be millions
+    lines = islice(_request_lines(files, path), limit)
+    return [_parse_request(path, index, line) for index, line in enumerate(lines)]
+
+
+class RequestRows:
+    """Some of the job's Requests, kept as text and parsed when asked for: there may be millions."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._text = bytearray()
+        self._indices, self._ends = array("I"), array("Q", [0])
+
+    def add(self, index: int, line: bytes) -> None:
+        """Keep a row; indices ascend."""
+        self._text += line
+        self._indices.append(index)
+        self._ends.append(len(self._text))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Request:
+        k = bisect_left(self._indices, index)
+        if k == len(self) or self._indices[k] != index:
+            raise KeyError(index)
+        line = bytes(self._text[self._ends[k] : self._ends[k + 1]])
+        return _parse_request(self._path, index, line)
+
+
+def read_request_rows(files: Files, folder: str, mask: bytearray) -> RequestRows:
+    """The Requests at whose indices ``mask`` is 1. Each rank calls this for its own.
+
+    Raises:
+        StorageError: the file is damaged, or does not contain all of them.
+    """
+    path = os.path.join(folder, REQUESTS_FILE)
+    rows = RequestRows(path)
+    num_lines = 0
+    for index, line in enumerate(islice(_request_lines(files, path), len(mask))):
+        num_lines += 1
+        if mask[index]:
+            rows.add(index, line)
+    if num_lines < len(mask):
+        raise StorageError(f"{path} contains {num_lines} requests, at least {len(mask)} expected")
+    return rows
+
+
+def _request_lines(files: Files, path: str) -> Iterator[bytes]:
     number = 0
     try:
         with files.reading(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
             for number, line in enumerate(unpacked, 1):  # noqa: B007  the message needs it
-                if len(requests) == limit:
-                    break
-                data = {"kwargs": nothing, "input_hashes": nothing, **json.loads(line)}
-                request = Request.from_dict(data)
-                if request.index != len(requests):  # names and places of images follow from it
-                    raise ValueError(f"index {request.index}, expected {len(requests)}")
-                requests.append(request)
-    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, TypeError) as error:
-        raise StorageError(
-            f"{path}:{number + 1}: damaged ({error}); run the job's own command again: it is "
-            "written anew from the prompts"
-        ) from None
-    return requests
+                yield line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _damaged_request(path, number + 1, error) from None
+
+
+def _parse_request(path: str, index: int, line: bytes) -> Request:
+    try:
+        request = Request.from_dict(
+            {"kwargs": _NOTHING, "input_hashes": _NOTHING, **json.loads(line)}
+        )
+    except (ValueError, TypeError) as error:
+        raise _damaged_request(path, index + 1, error) from None
+    if request.index != index:
+        raise _damaged_request(path, index + 1, f"index {request.index}, expected {index}")
+    return request
+
+
+_NOTHING: dict[str, Any] = {}  # one for all: there may be millions
+
+
+def _damaged_request(path: str, line: int, why: object) -> StorageError:
+    return StorageError(
+        f"{path}:{line}: damaged ({why}); run the job's own command again: it is written anew from "
+        "the prompts"
+    )
 
 
 def holds_requests(files: Files, folder: str, requests: Sequence[Request]) -> bool:
@@ -108,20 +170,6 @@ def holds_requests(files: Files, folder: str, requests: Sequence[Request]) -> bo
             return all(a == b for a, b in zip_longest(unpacked, expected))
     except (EOFError, gzip.BadGzipFile, zlib.error):
         return False
-
-
-class _Sink(io.RawIOBase):
-    """A file for gzip to write to, in pieces that the atomic stream takes."""
-
-    def __init__(self, write: Callable[[bytes], None]):
-        self._write = write
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._write(bytes(data))
-        return len(data)
 
 
 # --- metadata.jsonl and failures.jsonl ---------------------------------------------------------
@@ -174,7 +222,7 @@ def _argument_columns(requests: Sequence[Request]) -> dict[str, Callable[[Reques
     for request in requests:
         for name, value in request.kwargs.items():
             if name not in request.input_hashes and value is not None:
-                kinds.setdefault(name, set()).add(_kind(value))
+                kinds.setdefault(name, set()).add(type(value).__name__)
         inputs.update(request.input_hashes)
     columns: dict[str, Callable[[Request], Any]] = {}
     for name in sorted(kinds):
@@ -183,9 +231,9 @@ def _argument_columns(requests: Sequence[Request]) -> dict[str, Callable[[Reques
             ("file_name", "file_names")
         )
         column = f"argument_{name}" if clash else name
-        columns[column] = _Column(name, as_json=kinds[name] not in _PLAIN_KINDS)
+        columns[column] = partial(_argument, name, kinds[name] not in _PLAIN_KINDS)
     for name in sorted(inputs):
-        columns[f"{name}_sha256"] = _InputHash(name)
+        columns[f"{name}_sha256"] = partial(_input_hash, name)
     return columns
 
 
@@ -193,31 +241,16 @@ _OWN_COLUMNS = frozenset(("index", "id", "prompt", "seed", "exact", "flags", "sh
 _PLAIN_KINDS: tuple[set[str], ...] = ({"bool"}, {"int"}, {"float"}, {"int", "float"}, {"str"})
 
 
-class _Column:
-    """An argument's value in one type for the whole column: lists and mixtures as JSON text."""
-
-    def __init__(self, name: str, as_json: bool):
-        self.name, self.as_json = name, as_json
-
-    def __call__(self, request: Request) -> Any:
-        value = request.kwargs.get(self.name)
-        if value is None or not self.as_json:
-            return value
-        return json.dumps(value, sort_keys=True, ensure_ascii=False)
+def _argument(name: str, as_json: bool, request: Request) -> Any:
+    """An argument in one type for the whole column: lists and mixtures as JSON text."""
+    value = request.kwargs.get(name)
+    if value is None or not as_json:
+        return value
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-class _InputHash:
-    """The hash of an image input, which stands for its path."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, request: Request) -> str | None:
-        return request.input_hashes.get(self.name)
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
+def _input_hash(name: str, request: Request) -> str | None:
+    return request.input_hashes.get(name)
 
 
 def write_failures(

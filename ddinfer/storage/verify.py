@@ -1,4 +1,4 @@
-"""Is everything there, and is it what was written? And is there room for what is to come?"""
+"""Compare a job's directory with its journals: is everything there, as it was written?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from ddinfer.errors import StorageError
 from ddinfer.request import Request
 from ddinfer.storage import metadata
 from ddinfer.storage.files import Files, is_temporary
@@ -169,83 +168,3 @@ def _says(files: Files, path: str, rows: Iterator[Mapping[str, Any]]) -> bool:
             except ValueError:
                 return False
     return True
-
-
-# --- room on the disk --------------------------------------------------------------------------
-
-#: What a picture keeps of its raw bytes as PNG: about two thirds for photograph-like ones.
-_PNG_SHARE = 0.7
-_OTHER_BYTES_PER_IMAGE = 1500  # text chunks, journal lines, metadata
-
-
-@dataclass(frozen=True)
-class DiskEstimate:
-    """Room that is needed and room that there is, in bytes.
-
-    Attributes:
-        is_measured: the guess rests on images that this job has made, not on their size alone.
-    """
-
-    needed_bytes: int
-    free_bytes: int
-    num_images: int
-    is_measured: bool = False
-
-    @property
-    def is_enough(self) -> bool:
-        return self.needed_bytes <= self.free_bytes
-
-    def __str__(self) -> str:
-        basis = "as this job's images so far" if self.is_measured else "guessed by their size"
-        return (
-            f"{self.num_images} images need about {_gigabytes(self.needed_bytes)} ({basis}), "
-            f"{_gigabytes(self.free_bytes)} are free"
-        )
-
-
-def estimate_disk(
-    files: Files,
-    path: str,
-    pending: Sequence[Request],
-    *,
-    default_size: tuple[int, int] = (1024, 1024),
-    num_frames: int = 1,
-    state: JournalState | None = None,
-) -> DiskEstimate:
-    """How much room the images to come will take.
-
-    Args:
-        path: the output folder, or where it will be.
-        default_size: width and height where a Request leaves them to the pipeline.
-        num_frames: of a video.
-    """
-    at = os.path.abspath(path)
-    while not files.exists(at) and at != os.path.dirname(at):
-        at = os.path.dirname(at)
-    free = files.free_bytes(at)
-    if state is not None and state.num_done >= 8:
-        each = state.total_bytes / state.num_done + _OTHER_BYTES_PER_IMAGE
-        return DiskEstimate(round(each * len(pending)), free, len(pending), is_measured=True)
-    needed = 0.0
-    for request in pending:
-        width, height = request.width or default_size[0], request.height or default_size[1]
-        frames = request.kwargs.get("num_frames", num_frames)
-        needed += width * height * 3 * frames * _PNG_SHARE + _OTHER_BYTES_PER_IMAGE
-    return DiskEstimate(round(needed), free, len(pending))
-
-
-def check_room(estimate: DiskEstimate, path: str) -> None:
-    """Raise `StorageError` where the images to come cannot fit.
-
-    A guess by size may be three times too large; only what cannot be refuses the job.
-    """
-    least = estimate.needed_bytes if estimate.is_measured else estimate.needed_bytes / 10
-    if least > estimate.free_bytes:
-        raise StorageError(
-            f"{path}: {estimate}; free some space or choose another --output, then run the same "
-            "command again"
-        )
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -56,7 +56,7 @@ class Writer:
         self.fps, self.wanted = fps, wanted
         self.num_written = self.num_failed = 0
         self._made_folders: set[str] = set()
-        self._open: set[int] = set()  # the first wanted index of each batch being computed
+        self._in_flight: set[int] = set()  # the first index of each batch that is running
         self._error: BaseException | None = None
         self._queue: queue.Queue[Sequence[Result] | None] = queue.Queue(maxsize=1)
         self._thread: threading.Thread | None = threading.Thread(
@@ -65,22 +65,16 @@ class Writer:
         self._thread.start()
 
     def started(self, indices: Sequence[int]) -> None:
-        """Journal that a batch is about to be computed, beside those that were not `put` yet.
+        """Journal that a batch is about to run, and which others still do.
 
-        Not fsynced: it is there for a process that dies, and the kernel keeps what that wrote.
+        Not fsynced: it matters where the process dies, and the kernel keeps what that wrote.
         """
         self._raise_error()
-        wanted = [index for index in indices if self.wanted(index)]
-        if wanted:
-            # Who dies in a batch of one is guilty; in a larger one it may have been a neighbour,
-            # also one that is made again without being wanted.
-            line: dict[str, Any] = {"kind": "start", "indices": wanted}
-            if len(indices) > 1:
-                line["size"] = len(indices)
-            if self._open:
-                line["beside"] = sorted(self._open)
-            self._open.add(wanted[0])
-            self.journal.append([line], sync=False)
+        line: dict[str, Any] = {"kind": "start", "indices": list(indices)}
+        if self._in_flight:
+            line["beside"] = sorted(self._in_flight)
+        self._in_flight.add(indices[0])
+        self.journal.append([line], sync=False)
 
     def put(self, results: Sequence[Result]) -> None:
         """Hand over one batch; waits while the one before the last is still being written.
@@ -89,7 +83,7 @@ class Writer:
             StorageError: writing an earlier batch failed.
         """
         self._raise_error()
-        self._open.difference_update(result.index for result in results)
+        self._in_flight.difference_update(result.index for result in results)
         self._queue.put(results)
 
     def flush(self) -> None:
