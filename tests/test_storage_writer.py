@@ -1,3 +1,4 @@
+import json
 import threading
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ from PIL import Image
 from ddinfer.errors import DdinferError, StorageError
 from ddinfer.request import Result
 from ddinfer.storage.files import Files
-from ddinfer.storage.images import image_path, read_metadata
+from ddinfer.storage.images import image_path
 from ddinfer.storage.journal import JournalHeader, JournalWriter, read_journals
 from ddinfer.storage.saving import save_as_made
 from ddinfer.storage.writer import Writer
@@ -62,7 +63,8 @@ def test_an_image_in_another_batch_than_planned_says_so(out):
     with open_writer(out) as writer:
         writer.put([replace(results([request])[0], exact=False, batch=(0, 3), flags=("black",))])
     assert state(out).notes == {0: {"exact": False, "batch": [0, 3], "flags": ["black"]}}
-    metadata = read_metadata(f"{out}/{image_path(0)}")
+    with Image.open(f"{out}/{image_path(0)}") as image:
+        metadata = json.loads(image.text["ddinfer"])
     assert (metadata["exact"], metadata["batch"]) == (False, [0, 3])
 
 
