@@ -17,6 +17,9 @@ from typing import BinaryIO
 
 from ddinfer.storage.files import Disk
 
+#: Small, so that the few lines of a test's journal are on several.
+PAGE_BYTES = 64
+
 
 class Crashed(BaseException):
     """The process is dead. No code of ours may catch and survive it."""
@@ -97,6 +100,13 @@ def _torn(node: Node, rng: random.Random | None) -> bytes:
     if not bytes(node.data).startswith(node.durable):
         return rng.choice((node.durable, bytes(node.data)))
     tail = bytes(node.data[len(node.durable) :])
+    if rng.random() < 0.5:  # pages reach the medium in any order; a lost one reads as zeros
+        start = len(node.durable)
+        lost = {page for page in range(len(node.data) // PAGE_BYTES + 1) if rng.random() < 0.5}
+        pages = [(start + k) // PAGE_BYTES for k in range(len(tail))]
+        return node.durable + bytes(
+            0 if page in lost else byte for byte, page in zip(tail, pages, strict=True)
+        )
     cut = rng.randrange(len(tail) + 1)
     # A prefix; on some file systems the length is right and the rest is zeros.
     return node.durable + tail[:cut] + rng.choice((b"", b"\0" * (len(tail) - cut)))

@@ -103,7 +103,6 @@ def test_a_torn_last_line_is_nobodys_loss(folder):
             file.write(whole[:cut])
         state = read(folder)
         assert state.num_done <= 2
-        assert all(a.torn == (not whole[:cut].endswith(b"\n")) for a in state.attempts)
     assert read(folder).is_done(0)
 
 
@@ -196,5 +195,33 @@ def test_nothing_is_appended_after_a_failed_write():
     with pytest.raises(StorageError, match="cannot append"):
         journal.append([image(2)])
     assert platter.read(journal.path) == before
-    [attempt] = read_journals(Files(FakeDisk(platter)), "/", ["f"], 8).attempts
-    assert attempt.torn
+    assert read_journals(Files(FakeDisk(platter)), "/", ["f"], 8).is_done(0)
+
+
+def test_a_page_that_a_power_failure_lost_costs_its_lines_and_no_others(folder):
+    path = Path(write(folder, *map(image, range(6))))
+    data = path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    third = sum(map(len, lines[:3]))
+    for start, end in [
+        (third + 5, third + 20),  # within a line
+        (third + 20, third + len(lines[3]) + 20),  # over the end of a line
+        (third, third + len(lines[3])),  # exactly a line, and what follows is taken for its rest
+        (len(data) - 3, len(data)),
+    ]:
+        path.write_bytes(data[:start] + bytes(end - start) + data[end:])
+        found = read(folder)
+        done = [k for k in range(6) if found.is_done(k)]
+        whole = [
+            k for k, line in enumerate(lines[1:]) if line in path.read_bytes().splitlines(True)
+        ]
+        assert done == whole
+        assert len(done) in (4, 5)
+
+
+def test_a_damaged_line_without_zeros_is_still_refused(folder):
+    path = Path(write(folder, *map(image, range(3))))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:-9] + b"\n" + lines[2] + lines[3])
+    with pytest.raises(JournalError, match=r":2: the journal is damaged"):
+        read(folder)

@@ -1,8 +1,9 @@
 """The journal: what was made, line by line, so that nothing is lost and nothing is made twice.
 
-Each process of each attempt appends to a file of its own, ``journal/ATTEMPT-RANK.jsonl``, so only
-the last line of a file can be torn. Each line is a JSON object whose last key is the CRC-32 of
-everything before it. The first line is the header; the others are of one of these kinds:
+Each process of each attempt appends to a file of its own, ``journal/ATTEMPT-RANK.jsonl``, so a
+crash can tear only the last line, and a power failure only lines that were not fsynced. Each line
+is a JSON object whose last key is the CRC-32 of everything before it. The first line is the
+header; the others are of one of these kinds:
 
 - ``start``: a batch is about to run (``indices``; ``beside``: the first index of each other batch
   that is running in this process);
@@ -138,14 +139,12 @@ class Attempt:
     Attributes:
         in_flight: indices of the batches that were started and are not journaled yet.
         end: the reason it gave, or ``None`` where it died.
-        torn: whether its last line was torn.
     """
 
     path: str
     header: JournalHeader
     in_flight: list[list[int]] = field(default_factory=list)
     end: str | None = None
-    torn: bool = False
 
 
 class JournalState:
@@ -261,7 +260,8 @@ def read_journals(
         fingerprints: of the job (several once it was extended).
 
     Raises:
-        JournalError: anything broken but a torn last line, or a journal of another job.
+        JournalError: a line is damaged that is neither the last one nor contains the zeros of a
+            page that a power failure has lost; or the journal is of another job.
     """
     state = JournalState(num_requests)
     for path in journal_paths(files, folder):
@@ -280,7 +280,9 @@ def _read_file(files: Files, path: str, fingerprints: Collection[str], state: Jo
                 raise _broken(path, torn_at, "its checksum is wrong, and it is not the last line")
             record = decode_line(line)
             if record is None:
-                torn_at = number
+                # A power failure may lose a page in the middle of what was not fsynced: zeros,
+                # which no line contains. The lines after it are whole, and true.
+                torn_at = 0 if b"\0" in line else number
                 continue
             try:
                 kind = record["kind"]
@@ -299,7 +301,6 @@ def _read_file(files: Files, path: str, fingerprints: Collection[str], state: Jo
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise _broken(path, number, f"{type(error).__name__}: {error}") from None
     if attempt is not None:  # else its process died before the header was written
-        attempt.torn = bool(torn_at)
         attempt.in_flight = [b for b in started if answered.isdisjoint(b)]
         state.attempts.append(attempt)
 
