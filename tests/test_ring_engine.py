@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ddinfer.config import JobConfig
 from ddinfer.distributed.partition import slice_of_batches
 from ddinfer.distributed.replica import Replica
-from ddinfer.engines.ring import load_ring_engine
+from ddinfer.engines.encoding import EncodingCache
+from ddinfer.engines.ring import RingEngine, load_ring_engine
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
 from ddinfer.models.loading import load_pipeline
+from ddinfer.parallel.ring import Ring
 from ddinfer.request import Prompt, resolve_requests
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import call_arguments, tiny_pipeline
@@ -86,6 +89,29 @@ def test_a_failed_prompt_is_a_result_and_its_neighbours_are_made(tmp_path):
     assert [r.id for r in failed] == ["broken"]
     assert failed[0].error.type == "ValueError"
     same_as_whole(folder, good, [r for r in results if r.error is None])
+
+
+def test_encodings_are_forgotten_where_memory_is_short(tmp_path):
+    class Counting(EncodingCache):
+        num_clears = 0
+
+        def clear(self):
+            self.num_clears += 1
+            super().clear()
+
+    pipe = load_pipeline(tiny_pipeline("flux", tmp_path))
+    encodings, ring = Counting(pipe), Ring(pipe)
+    run = ring._staged[0].run
+
+    def refuse_two_rows(plan, number, values):
+        if values["input", 0].shape[0] == 2:
+            raise torch.OutOfMemoryError("no room for two rows")
+        return run(plan, number, values)
+
+    ring._staged[0].run = refuse_two_rows
+    results = list(RingEngine(ring, encodings=encodings).run(batches_for("flux", 2, 2)))
+    assert [result.error for result in results] == [None, None]
+    assert encodings.num_clears == 1
 
 
 def test_no_batches_are_no_results(tmp_path):

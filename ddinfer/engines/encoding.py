@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -40,6 +41,7 @@ class EncodingCache:
         self.max_bytes = max_bytes
         self.num_calls = self.num_hits = 0
         self._answers: OrderedDict[Any, _Answer] = OrderedDict()
+        self._lock = threading.Lock()  # images of a continuous pipeline have threads of their own
         self._num_bytes = 0
         self._forwards: list[tuple[torch.nn.Module, Any]] = []
         for name, module in pipe.components.items():
@@ -59,8 +61,9 @@ class EncodingCache:
 
     def clear(self) -> None:
         """Forget every answer, where memory is short."""
-        self._answers.clear()
-        self._num_bytes = 0
+        with self._lock:
+            self._answers.clear()
+            self._num_bytes = 0
 
     def _forward(
         self,
@@ -77,15 +80,18 @@ class EncodingCache:
             key = (name, _key(args), _key(kwargs))
         except _NotComparable:
             return forward(*args, **kwargs)
-        answer = self._answers.get(key)
-        if answer is not None and answer.is_untouched():
-            self._answers.move_to_end(key)
-            self.num_hits += 1
-            return _new_outside(answer.value)
+        with self._lock:
+            answer = self._answers.get(key)
+            if answer is not None and answer.is_untouched():
+                self._answers.move_to_end(key)
+                self.num_hits += 1
+                return _new_outside(answer.value)
         value = forward(*args, **kwargs)
         # What cannot be given twice is not kept.
         with contextlib.suppress(_NotComparable):
-            self._keep(key, _Answer(_without_caches(value)))
+            answer = _Answer(_without_caches(value))
+            with self._lock:
+                self._keep(key, answer)
         return value
 
     def _keep(self, key: Any, answer: _Answer) -> None:

@@ -57,10 +57,20 @@ class RingEngine:
         ring: this rank's part of the replica's ring.
         rank: global rank, for the Results.
         call: arguments of the pipeline's ``__call__`` that hold for every Request.
+        encodings: of this pipeline's text encoders, on the first rank; forgotten where memory is
+            short.
     """
 
-    def __init__(self, ring: Ring, *, rank: int = 0, call: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        ring: Ring,
+        *,
+        rank: int = 0,
+        call: Mapping[str, Any] | None = None,
+        encodings: EncodingCache | None = None,
+    ):
         self.ring, self.rank, self.call = ring, rank, dict(call or {})
+        self.encodings = encodings
         self._max_batch: dict[str, int] = {}  # what one image learns of the memory holds for all
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Result]:
@@ -94,7 +104,13 @@ class RingEngine:
 
     def _job(self, batch: Batch) -> Callable[[Any], list[Result]]:
         def make(pipe: Any) -> list[Result]:
-            engine = WholeEngine(pipe, rank=self.rank, call=self.call, max_batch=self._max_batch)
+            engine = WholeEngine(
+                pipe,
+                rank=self.rank,
+                call=self.call,
+                max_batch=self._max_batch,
+                encodings=self.encodings,
+            )
             return list(engine.run([batch]))
 
         return make
@@ -123,7 +139,7 @@ def load_ring_engine(
     denoisers = load_stage(source, config.dtype, len(replica.ranks), replica.stage, target)
     for name, denoiser in denoisers.items():
         apply_to_denoiser(name, denoiser, config)
-    pipe = None
+    pipe = encodings = None
     if replica.makes_results:
         types = source.dtypes(config.dtype, target)
         rest = {
@@ -133,8 +149,9 @@ def load_ring_engine(
         }
         pipe = source.assemble({**rest, **denoisers})
         apply_to_pipeline(pipe, config)
-        EncodingCache(pipe)  # lives as long as its encoders
-    return RingEngine(Ring(pipe, denoisers=denoisers, group=group, device=target), rank=rank)
+        encodings = EncodingCache(pipe)
+    ring = Ring(pipe, denoisers=denoisers, group=group, device=target)
+    return RingEngine(ring, rank=rank, encodings=encodings)
 
 
 def load_stage(

@@ -90,10 +90,13 @@ class Studio:
         self._images: list[Image] = []
         self._serials = itertools.count(1)
         self._num_threads = torch.get_num_threads()
+        self._stream: torch.cuda.Stream | None = None  # of whoever runs the ring
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Denoiser and decoder calls come here, for as long as it lasts."""
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.current_stream(self.device)
         patched: list[tuple[Any, str, Any]] = []
         for number, model in enumerate(self.models):
             patched.append((model, "forward", model.__dict__.get("forward")))
@@ -149,8 +152,8 @@ class Studio:
     def _work(self, image: Image, job: Callable[[Any], Any]) -> None:
         self._mine.image = image
         torch.set_num_threads(self._num_threads)  # a new thread may not know; kernels round so
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # a thread starts on device 0
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)  # and device; a thread starts on the default ones
         self._beside.acquire()
         try:
             image.value = job(self._copies.make())
