@@ -1,14 +1,21 @@
 """The ring against the uncut pipeline, bit for bit, on real ranks."""
 
+import contextlib
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddinfer.errors import RankError, UsageError
 from ddinfer.parallel import plans
 from ddinfer.parallel.flow import StagedModel
 from ddinfer.parallel.ring import Ring
+from ddinfer.parallel.wire import Layout
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import KINDS, call_arguments
 
@@ -331,6 +338,12 @@ def refusals_on_ranks(group):
     pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:1]
     pipe.transformer.single_transformer_blocks = nn.ModuleList()
     refused("no denoiser made of blocks", pipe)
+    pipe = make_pipe("flux")
+    pipe.transformer.compile()
+    refused("is compiled", pipe)
+    pipe = make_pipe("flux")
+    pipe.transformer.transformer_blocks[0].compile()
+    refused("is compiled", pipe)
     from diffusers import FirstBlockCacheConfig
 
     pipe = make_pipe("flux")
@@ -460,6 +473,182 @@ def test_the_least_recently_used_kinds_of_call_are_forgotten_on_every_rank(in_fl
     assert equal == [True] * 18
     assert num_first <= max(3, in_flight)
     assert num_second <= max(3, in_flight) + 1
+
+
+# --- no room for what travels; two ends at once --------------------------------------------------
+
+
+def no_room_for_a_message_on_ranks(group, rank, value, in_flight):
+    """A buffer for four rows of block outputs or of the model's output does not fit on one rank."""
+    ring = Ring(Loop(Linears().eval()), num_in_flight=in_flight)
+    before = Layout.empty
+
+    def refuse(layout, *args):
+        if any(p.shape[0] == 4 and p.name[0] == value for p in layout.places):
+            raise torch.OutOfMemoryError("no room for four rows")
+        return before(layout, *args)
+
+    errors = []
+
+    def halved(pipe):
+        try:
+            return linear_job(4)(pipe)
+        except RankError as error:
+            errors.append((error.rank, error.record.type))
+            return linear_job(2)(pipe)
+
+    jobs = [linear_job(3), halved, linear_job(1), halved, linear_job(2), linear_job(1)]
+    try:
+        if group.group_rank == rank:
+            Layout.empty = refuse
+        made = values_of(ring.run(jobs))
+    finally:
+        Layout.empty = before
+    rows = (3, 2, 1, 2, 2, 1)
+    expected = run_uncut([linear_job(n) for n in rows])
+    return None if group.group_rank else (same(made, expected), errors)
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "rank", "value", "in_flight"),
+    [
+        (2, 0, "block", 4),  # to be sent by the first stage
+        (2, 1, "block", 4),  # to be received by the last
+        (2, 1, "output", 2),  # to be sent by the last
+        (2, 0, "output", 2),  # to be received by the first
+        (3, 1, "block", 3),
+    ],
+)
+def test_a_message_without_room_fails_its_image_alone(num_stages, rank, value, in_flight):
+    found = run_ranks(no_room_for_a_message_on_ranks, num_stages, rank, value, in_flight)
+    assert found[0] == ([True] * 6, [(rank, "OutOfMemoryError")] * 2)
+
+
+def two_ends_on_ranks(group, failing, in_flight):
+    """The caller stops; a device is lost on another rank, once at each of its calls."""
+    found = []
+    for lost_at in range(16):
+        ring = Ring(Loop(Linears().eval()), num_in_flight=in_flight)
+        run, calls = ring._staged[0].run, itertools.count()
+
+        def lose(plan, number, values, run=run, calls=calls, lost_at=lost_at):
+            if next(calls) == lost_at:
+                raise torch.AcceleratorError("device-side assert")
+            return run(plan, number, values)
+
+        if group.group_rank == failing:
+            ring._staged[0].run = lose
+        try:
+            outcomes = ring.run(linear_job(1, steps=2 + k) for k in range(6))
+            with contextlib.closing(outcomes):
+                for _ in outcomes:
+                    break
+            found.append(None)
+        except torch.AcceleratorError:
+            found.append("lost")
+        except RankError as error:
+            found.append(error.rank)
+    return found
+
+
+@pytest.mark.parametrize(("failing", "in_flight"), [(1, 3), (2, 3), (1, 6), (2, 6)])
+def test_a_device_lost_while_the_caller_stops_ends_the_run_on_every_rank(failing, in_flight):
+    found = run_ranks(two_ends_on_ranks, 3, failing, in_flight)
+    assert found[failing][0] == "lost"
+    assert found[failing][-1] is None, "the caller stopped before"
+    for k in range(3):
+        for error, own in zip(found[k], found[failing], strict=True):
+            assert error == own if k == failing else error in (None, failing)
+            if own is None:
+                assert error is None
+    assert found[0][0] == failing, "an early loss is known to all"
+
+
+# --- the memory that a stage takes ---------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside took at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.most, self._storages = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._storages = {k: v for k, v in self._storages.items() if not v[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._storages.values()))
+        return made
+
+
+class Scale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class Wide(nn.Module):
+    """What travels between its blocks is 256 times as large as its input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = nn.Linear(4, 1024, bias=False)
+        self.blocks = nn.ModuleList(Scale(1024) for _ in range(24))
+        self.project_out = nn.Linear(1024, 4)
+
+    def forward(self, x):
+        x = self.project(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.project_out(x)
+
+
+def live_bytes_on_ranks(group, in_flight):
+    def job(pipe):
+        x = tokens(0, 1, 256, 4)
+        for _ in range(3):
+            x = pipe.transformer(x)
+        return x
+
+    ring = Ring(Loop(Wide().eval()), num_in_flight=in_flight)
+    with LiveBytes() as live:
+        values_of(ring.run([job] * 8))
+    return live.most
+
+
+@pytest.mark.parametrize(("in_flight", "num_messages"), [(3, 3), (6, 4)])
+def test_a_stage_holds_what_travels_and_not_every_blocks_output(in_flight, num_messages):
+    """With overlap: one message each way and a block's input and output; else one less."""
+    message_bytes = 256 * 1024 * 4
+    for most in run_ranks(live_bytes_on_ranks, 3, in_flight):
+        assert message_bytes <= most <= (num_messages + 0.1) * message_bytes
+
+
+def test_placeholders_take_one_element():
+    model = Wide().eval()
+    blocks = [f"blocks.{k}" for k in range(24)]
+    staged = StagedModel(model, blocks, [range(0, 12), range(12, 24)], 1, torch.device("cpu"))
+    first = StagedModel(
+        Wide().eval(), blocks, [range(0, 12), range(12, 24)], 0, torch.device("cpu")
+    )
+    x = tokens(0, 1, 256, 4)
+    plan, _ = first.plan((x,), {})
+    values = first.run(plan, 0, {("input", 0): x})
+    values = {name: values[name] for name in plan.edges[0].names}
+    given = []
+    model.project.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    staged.run(plan, 0, values)
+    assert given[0].shape == x.shape
+    assert bool(given[0].isnan().all())
+    assert given[0].untyped_storage().nbytes() == 4
 
 
 # --- what it costs ------------------------------------------------------------------------------

@@ -73,16 +73,14 @@ class Memory:
     def remember(
         self, slot: int, serial: int, tokens: Mapping[Any, int], values: Mapping[Any, Any]
     ) -> None:
-        """After a message: ``values`` are those that travelled (``None`` on the sender's end)."""
+        """After a message: ``values`` are those that travelled (none on the sender's end)."""
         memory = self._of(slot, serial)
         for label, token in tokens.items():
             if token == NO_TOKEN:
                 continue
             kept = memory.setdefault(label, OrderedDict())
             if token not in kept:
-                value = values.get(label)
-                # A copy: the value is a view that would keep the whole message alive.
-                kept[token] = None if value is None else value.clone()
+                kept[token] = values.get(label)
             kept.move_to_end(token)
             while len(kept) > REMEMBERED:
                 kept.popitem(last=False)

@@ -9,6 +9,7 @@ each value to where it is used.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,7 +118,6 @@ class StagedModel:
         self._before = [module.__dict__.get("forward") for module in self._modules]
         self._forward = model.forward
         self._call: Any = None  # what block calls are answered by, while the model runs
-        self._ghosts: dict[Any, torch.Tensor] = {}
         self._shapes: dict[Any, Tensors] = {}
         self._checked: set[int] = set()
         for number, module in enumerate(self._modules):
@@ -198,22 +198,18 @@ class StagedModel:
 
         Args:
             number: the plan's, among this model's: the first call of each is checked.
+            values: emptied, so that each is freed after its last use.
 
         Returns:
-            ``values`` and this stage's own: block outputs, or on the last stage the output's
-            leaves.
+            what the next stage needs, or on the last stage the output's leaves.
 
         Raises:
             PlanError: a value would be used that did not travel.
         """
-        inputs = {
-            k: values[("input", k)] if ("input", k) in values else self._ghost(empty, host)
-            for k, empty in plan.arguments.empty.items()
-            for host in [k in plan.arguments.on_host]
-        }
-        args, kwargs = plan.arguments.fill(inputs)
         check = number not in self._checked
         call = _Running(self, plan, values, check)
+        args, kwargs = plan.arguments.fill(self._inputs(plan, values))
+        values.clear()
         with torch.no_grad():
             try:
                 output = self._run(call, args, kwargs)
@@ -222,10 +218,10 @@ class StagedModel:
         if check:
             self._checked.add(number)
         if not self.is_last:
-            return call.values
+            return call.to_send
         leaves = pytree.tree_leaves(output)
         found = {("output", k): leaves[k] for k in plan.output.empty}
-        if check and _has_nan(found.values()) and not _has_nan(call.values.values()):
+        if check and _has_nan(found.values()) and not call.received_nan:
             raise PlanError(f"{type(self.model).__name__}: NaN after the last block")
         return found
 
@@ -236,17 +232,16 @@ class StagedModel:
         finally:
             self._call = None
 
-    def _ghost(self, empty: torch.Tensor, on_host: bool = False) -> torch.Tensor:
-        """A stand-in that must not be used: NaN, or zeros where there is no NaN."""
-        key = (empty.shape, empty.stride(), empty.dtype, on_host)
-        if key not in self._ghosts:
-            device = torch.device("cpu") if on_host else self.device
-            ghost = torch.empty_strided(
-                empty.shape, empty.stride(), dtype=empty.dtype, device=device
-            )
-            is_float = empty.dtype.is_floating_point or empty.dtype.is_complex
-            self._ghosts[key] = ghost.fill_(float("nan") if is_float else 0)
-        return self._ghosts[key]
+    def _inputs(self, plan: Plan, values: dict[Any, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The call's tensor arguments, on the device type where the pipeline gave them."""
+        inputs = {}
+        for k, empty in plan.arguments.empty.items():
+            device = torch.device("cpu") if k in plan.arguments.on_host else self.device
+            value = values.get(("input", k))
+            inputs[k] = _placeholder(empty, device) if value is None else value
+            if k in plan.arguments.on_host:  # sent through device memory
+                inputs[k] = inputs[k].cpu()
+        return inputs
 
     def shapes(self, number: int, args: Any, kwargs: Any) -> Tensors:
         """What a block returns for such arguments, found without its weights."""
@@ -318,10 +313,19 @@ class _Planning:
 
 
 class _Running:
-    """Answers block calls on one stage: received before its own, computed, then `Stop`."""
+    """Answers block calls on one stage: received before its own, computed, then `Stop`.
+
+    Attributes:
+        to_send: what the next stage needs, as far as it is known.
+        received_nan: NaN came from outside of this stage; known where ``check`` is set.
+    """
 
     def __init__(self, owner: StagedModel, plan: Plan, values: dict[Any, Any], check: bool):
-        self.owner, self.plan, self.values, self.check = owner, plan, dict(values), check
+        self.owner, self.plan, self.check = owner, plan, check
+        self._names = frozenset() if owner.is_last else frozenset(plan.edges[owner.stage].names)
+        self._received = {name: value for name, value in values.items() if name[0] == "block"}
+        self.to_send = {name: value for name, value in values.items() if name in self._names}
+        self.received_nan = check and _has_nan(values.values())
 
     def block(self, number: int, args: Any, kwargs: Any) -> Any:
         owner = self.owner
@@ -330,26 +334,37 @@ class _Running:
         if number >= owner.own.stop:
             raise Stop
         made = self.plan.blocks[number]
-        return made.fill(
-            {
-                k: self.values.get(("block", number, k), owner._ghost(empty))
-                for k, empty in made.empty.items()
-            }
-        )
+        values = {}
+        for k, empty in made.empty.items():
+            value = self._received.pop(("block", number, k), None)
+            values[k] = _placeholder(empty, owner.device) if value is None else value
+        return made.fill(values)
 
     def _own(self, number: int, args: Any, kwargs: Any) -> Any:
         owner = self.owner
         if self.check:
             given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            if _has_nan(given) and not _has_nan(self.values.values()):
+            if _has_nan(given) and not self.received_nan:
                 raise PlanError(f"a value that block {owner.blocks[number]} needs did not travel")
         made = owner._forwards[number](*args, **kwargs)
         leaves = pytree.tree_leaves(made)
         for k in self.plan.blocks[number].empty:
-            self.values[("block", number, k)] = leaves[k]
+            if ("block", number, k) in self._names:
+                self.to_send["block", number, k] = leaves[k]
         if number == owner.own.stop - 1 and not owner.is_last:
             raise Stop
         return made
+
+
+def _placeholder(empty: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor that must not be used: NaN, or zeros where there is no NaN; one element large."""
+    return _scalar(empty.dtype, device).expand(empty.shape)
+
+
+@functools.cache
+def _scalar(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    value = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def call_key(

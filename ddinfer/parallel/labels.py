@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +39,8 @@ class Tracker(TorchDispatchMode):
         self.written: set[Label] = set()
         self._labels: dict[int, frozenset[Label]] = {}
         self._marked: dict[int, set[Label]] = {}
-        self._alive: list[Any] = []  # a storage's address is its name only while it lives
+        # Keeps each storage's address its own, but not its memory.
+        self._references: list[StorageWeakRef] = []
         self._functions = _Inspections(self)
 
     def __enter__(self) -> Tracker:
@@ -64,7 +66,7 @@ class Tracker(TorchDispatchMode):
     def _add(self, tensor: torch.Tensor, labels: Iterable[Label]) -> None:
         key = _storage(tensor)
         if key not in self._labels:
-            self._alive.append(tensor.untyped_storage())
+            self._references.append(StorageWeakRef(tensor.untyped_storage()))
         self._labels[key] = self._labels.get(key, frozenset()) | frozenset(labels)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

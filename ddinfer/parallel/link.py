@@ -6,8 +6,10 @@ host wait for the GPU. Payload goes over the group's own backend where that serv
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,10 @@ LONG_TIMEOUT = datetime.timedelta(days=7)
 
 #: Statuses have a gloo tag of their own: a stream of activations may have been left half way.
 STATUS_TAG = 1
+
+
+#: What gloo and NCCL say when a peer is gone; they raise RuntimeErrors for everything else, too.
+_CONNECTION_WORDS = ("onnection", "Broken pipe", "ncclRemoteError", "ncclSystemError")
 
 
 class ConnectionLost(Exception):
@@ -43,6 +49,7 @@ class Link:
         device: where this rank computes.
         payload: group that moves activations; ``None`` in a world of one.
         control: gloo group that moves flags.
+        owns_control: it was made for this link alone; `close` ends it.
     """
 
     ranks: tuple[int, ...]
@@ -50,6 +57,7 @@ class Link:
     device: torch.device
     payload: Any = None
     control: Any = None
+    owns_control: bool = False
 
     @classmethod
     def of(cls, group: Any = None, device: str | torch.device | None = None) -> Link:
@@ -72,19 +80,29 @@ class Link:
         if device is None:
             on_gpu = backends.get("cuda") == "nccl" and torch.cuda.is_available()
             device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
-        control = group
-        if set(backends.values()) != {"gloo"}:
+        control, owns_control = group, set(backends.values()) != {"gloo"}
+        if owns_control:
             control = dist.new_group(
                 list(ranks),
                 backend="gloo",
                 timeout=LONG_TIMEOUT,
                 use_local_synchronization=True,
             )
-        return cls(ranks, dist.get_rank(group), torch.device(device), group, control)
+        return cls(ranks, dist.get_rank(group), torch.device(device), group, control, owns_control)
+
+    def close(self) -> None:
+        """Ends the group that was made for this link, if there is one."""
+        if self.owns_control:
+            dist.destroy_process_group(self.control)
 
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    @property
+    def rank(self) -> int:
+        """This rank's global number."""
+        return self.ranks[self.group_rank]
 
     @property
     def is_first(self) -> bool:
@@ -243,18 +261,24 @@ class Sending:
             self.work.wait()
 
 
-class losing:
+@contextlib.contextmanager
+def losing(peer: int) -> Iterator[None]:
     """Turns what a backend raises for a broken connection into `ConnectionLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_connection_error(error):
+            raise
+        raise ConnectionLost(peer, error) from error
 
-    def __init__(self, peer: int):
-        self.peer = peer
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, RuntimeError):  # DistBackendError and gloo's own are RuntimeErrors
-            raise ConnectionLost(self.peer, error) from error
+def is_connection_error(error: RuntimeError) -> bool:
+    """Whether a backend says that a peer is gone, as against an error or timeout of this rank."""
+    if isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
+        return False
+    if isinstance(error, dist.DistNetworkError):
+        return True
+    return any(words in str(error) for words in _CONNECTION_WORDS)
 
 
 def _backends(group: Any) -> dict[str, str]:

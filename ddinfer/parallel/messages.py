@@ -21,8 +21,8 @@ IDLE, WORK, ERROR, END = range(4)
 #: Values of a call that can have a token; further ones travel every time.
 NUM_TOKENS = 24
 
-#: kind, slot, serial, model, plan, origin, bytes of the header
-NUM_FIELDS = 7
+#: kind, slot, serial, model, plan, origin, bytes of the header, bytes of the payload
+NUM_FIELDS = 8
 
 
 @dataclass
@@ -52,18 +52,38 @@ class Message:
     def loaded(self) -> Any:
         return pickle.loads(self.header) if self.header else None
 
+    def failed(self, rank: int, error: BaseException) -> Message:
+        """What travels on instead of a call that failed on ``rank``, to the image that made it.
+
+        Later ranks may still need the plan that came with the call.
+        """
+        header = pickle.dumps((rank, ErrorRecord.of(error), self.header))
+        return Message(ERROR, self.slot, self.serial, self.model, self.plan, header=header)
+
 
 @dataclass
-class _UnderWay:
-    """An exchange between its beginning and its end; holds the buffers that must live till then."""
+class _Pending:
+    """An exchange between its beginning and its end; holds the buffers that must live till then.
 
-    message: Message
+    Attributes:
+        sent, received: the messages. A call that the next rank had no room for counts as not sent.
+        incoming: the bytes that travel; ``landing`` is their copy where they travel elsewhere.
+        inputs: tensors for what the image keeps over its steps. Copies: a view would keep the
+            whole message alive.
+        known: values that travelled before.
+        error: to be raised at the end: this rank's device is lost.
+    """
+
+    sent: Message
     received: Message
     works: list[Any] = field(default_factory=list)
     outgoing: torch.Tensor | None = None
     incoming: torch.Tensor | None = None
-    wanted: Layout = field(default_factory=lambda: Layout((), 0))
+    landing: torch.Tensor | None = None
+    layout: Layout = field(default_factory=lambda: Layout((), 0))
+    inputs: dict[Any, torch.Tensor] = field(default_factory=dict)
     known: dict[Any, torch.Tensor] = field(default_factory=dict)
+    error: torch.AcceleratorError | None = None
 
 
 class Exchange:
@@ -86,9 +106,10 @@ class Exchange:
         self._sent, self._received = Memory(), Memory()
         self.num_bytes = 0
         self.is_broken = False
-        self._under_way: _UnderWay | None = None
+        self._pending: _Pending | None = None
         if link.size > 1:
-            self._warm_up()
+            with self._naming():
+                self._warm_up()
 
     def _warm_up(self) -> None:
         """Opens both connections while every rank is here: NCCL makes them on first use."""
@@ -107,14 +128,18 @@ class Exchange:
     def begin(self, message: Message) -> None:
         """Starts handing ``message`` on; the tensors travel until `finish`.
 
+        Its values are dropped as soon as they are packed. What does not fit in memory here or on
+        the next rank becomes an error message to its image.
+
         Raises:
             RankError: one of the neighbours is gone.
         """
         if self.link.size == 1:
-            self._under_way = _UnderWay(message, message)
+            self._pending = _Pending(message, message)
             return
+        message, tokens, outgoing = self._packed(message)
         with self._naming():
-            self._under_way = self._start(message)
+            self._pending = self._start(message, tokens, outgoing)
 
     def finish(self) -> Message:
         """What came from the previous rank since `begin`.
@@ -122,62 +147,111 @@ class Exchange:
         Raises:
             RankError: one of the neighbours is gone.
         """
-        under_way, self._under_way = self._under_way, None
-        assert under_way is not None  # begin came before
+        pending, self._pending = self._pending, None
+        assert pending is not None  # begin came before
         with self._naming():
-            return self._complete(under_way)
+            self._await(pending.works)
+        received = pending.received
+        if self.link.size == 1:
+            return received
+        if pending.sent.kind == WORK:
+            sent = {n: pending.sent.tokens.get(n, NO_TOKEN) for n in self._names(pending.sent)}
+            self._sent.remember(pending.sent.slot, pending.sent.serial, sent, {})
+        if pending.error is not None:
+            raise pending.error
+        if received.kind == WORK:
+            self._unpack(pending)
+        return received
 
     def settle(self) -> Message:
         """The end of an exchange that may be under way, where its ranks are about to part."""
-        return self.finish() if self._under_way is not None else Message()
+        return self.finish() if self._pending is not None else Message()
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
+        """Inside, an error other than a lost device leaves the neighbours out of step."""
         try:
             yield
+        except torch.AcceleratorError:
+            raise  # flags and headers do not touch the device
         except ConnectionLost as lost:
             self.is_broken = True
             rank = self.link.ranks[lost.group_rank]
             record = ErrorRecord("ConnectionLost", str(lost))
             raise RankError(rank, "running the ring", record) from lost
+        except Exception:
+            self.is_broken = True
+            raise
 
-    def _start(self, message: Message) -> _UnderWay:
-        layout, tokens = Layout((), 0), list[int]()
-        if message.kind == WORK:
+    def _packed(self, message: Message) -> tuple[Message, list[int], torch.Tensor | None]:
+        """The message, its tokens and its payload; an error message where there is no room."""
+        if message.kind != WORK:
+            return message, [], None
+        try:
             layout, tokens = self._to_send(message)
-        fields = [message.kind, message.slot, message.serial, message.model, message.plan]
-        fields += [message.origin, len(message.header), *tokens]
-        told = self._swap_flags(fields)
-        kind, slot, serial, model, plan, origin = told[: NUM_FIELDS - 1]
-        received = Message(kind, slot, serial, model, plan, origin)
-        received.header = self._swap_headers(message.header, told[NUM_FIELDS - 1])
-        self._learn(received)
-        wanted, known = Layout((), 0), dict[Any, torch.Tensor]()
-        if received.kind == WORK:
-            wanted, known = self._to_receive(received, told[NUM_FIELDS:])
-        device = self.link.wire_device
-        outgoing = layout.pack(message.values, device) if layout.num_bytes else None
-        incoming = wanted.empty(device) if wanted.num_bytes else None
-        works = self._post(outgoing, incoming)
-        self.num_bytes += layout.num_bytes
-        return _UnderWay(message, received, works, outgoing, incoming, wanted, known)
-
-    def _complete(self, under_way: _UnderWay) -> Message:
-        message, received = under_way.message, under_way.received
-        self._await(under_way.works)
-        if under_way.incoming is not None:
-            received.values = under_way.wanted.unpack(under_way.incoming.to(self.link.device))
-        if self.link.size == 1:
-            return received
-        if received.kind == WORK:
-            self._received.remember(
-                received.slot, received.serial, received.tokens, received.values
+            outgoing = (
+                layout.pack(message.values, self.link.wire_device) if layout.num_bytes else None
             )
-            received.values |= under_way.known
-        if message.kind == WORK:
-            sent = {name: message.tokens.get(name, NO_TOKEN) for name in self._names(message)}
-            self._sent.remember(message.slot, message.serial, sent, {})
-        return received
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it travels to the image whose call this is
+            return message.failed(self.link.rank, error), [], None
+        message.values = {}
+        return message, tokens, outgoing
+
+    def _start(
+        self, message: Message, tokens: list[int], outgoing: torch.Tensor | None
+    ) -> _Pending:
+        num_bytes = 0 if outgoing is None else outgoing.numel()
+        fields = [message.kind, message.slot, message.serial, message.model, message.plan]
+        fields += [message.origin, len(message.header), num_bytes, *tokens]
+        flags = self._swap(fields + [NO_TOKEN] * (NUM_FIELDS + NUM_TOKENS - len(fields)))
+        kind, slot, serial, model, plan, origin, header_bytes, payload_bytes = flags[:NUM_FIELDS]
+        received = Message(kind, slot, serial, model, plan, origin)
+        received.header = self._swap_headers(message.header, header_bytes)
+        self._learn(received)
+        pending = _Pending(message, received, outgoing=outgoing)
+        self._make_room(pending, flags[NUM_FIELDS:], payload_bytes)
+        if not self._is_next_ready(num_bytes, payload_bytes, pending.incoming is not None):
+            pending.sent, pending.outgoing = Message(), None
+        pending.works = self._post(pending.outgoing, pending.incoming)
+        self.num_bytes += 0 if pending.outgoing is None else num_bytes
+        return pending
+
+    def _make_room(self, pending: _Pending, tokens: list[int], num_bytes: int) -> None:
+        """All memory that a received call takes on this rank, before it travels."""
+        received = pending.received
+        if received.kind != WORK:
+            return
+        device, wire_device = self.link.device, self.link.wire_device
+        try:
+            layout, known = self._to_receive(received, tokens)
+            if layout.num_bytes != num_bytes:
+                raise RuntimeError(f"the call has {num_bytes} bytes, expected {layout.num_bytes}")
+            if num_bytes:
+                inputs = [name for name in layout.names if name[0] == "input"]
+                pending.inputs = layout.only(inputs).empty_values(device)
+                landing = layout.empty(device) if wire_device != device else None
+                pending.landing, pending.incoming = landing, layout.empty(wire_device)
+            pending.layout, pending.known = layout, known
+        except Exception as error:  # noqa: BLE001 - it travels to the image whose call this is
+            pending.received = received.failed(self.link.rank, error)
+            pending.inputs, pending.landing, pending.incoming = {}, None, None
+            if isinstance(error, torch.AcceleratorError):
+                pending.error = error
+
+    def _unpack(self, pending: _Pending) -> None:
+        """The received call's values, in the memory that was made for them."""
+        received = pending.received
+        if pending.incoming is not None:
+            buffer = pending.incoming
+            if pending.landing is not None:
+                buffer = pending.landing.copy_(buffer)
+            received.values = pending.layout.unpack(buffer)
+            for name, copy in pending.inputs.items():
+                received.values[name] = copy.copy_(received.values[name])
+        self._received.remember(received.slot, received.serial, received.tokens, received.values)
+        received.values |= pending.known
 
     def _names(self, message: Message) -> list[Any]:
         """The values of this hop that may have a token, in the layout's order."""
@@ -205,14 +279,27 @@ class Exchange:
         }
         return layout.only([name for name in layout.names if name not in known]), known
 
-    def _swap_flags(self, fields: list[int]) -> list[int]:
-        size = NUM_FIELDS + NUM_TOKENS
-        mine = torch.tensor(fields + [NO_TOKEN] * (size - len(fields)), dtype=torch.int64)
-        theirs = torch.empty(size, dtype=torch.int64)
+    def _swap(self, numbers: list[int]) -> list[int]:
+        """Sends the numbers to the next rank and returns as many from the previous one."""
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        theirs = torch.empty_like(mine)
         sending = self.link.send(mine, self.next, control=True)
         self.link.receive(theirs, self.previous, control=True)
         sending.wait()
         return theirs.tolist()
+
+    def _is_next_ready(self, num_bytes: int, num_received: int, has_room: bool) -> bool:
+        """Tells the previous rank whether its payload may come; hears it from the next one."""
+        sending = None
+        if num_received:
+            mine = torch.tensor([has_room], dtype=torch.int64)
+            sending = self.link.send(mine, self.previous, control=True)
+        theirs = torch.ones(1, dtype=torch.int64)
+        if num_bytes:
+            self.link.receive(theirs, self.next, control=True)
+        if sending is not None:
+            sending.wait()
+        return bool(theirs.item())
 
     def _swap_headers(self, header: bytes, num_bytes: int) -> bytes:
         sending = None

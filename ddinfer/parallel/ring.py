@@ -154,9 +154,13 @@ class Ring:
         self._before, self._after, self._awaiting = before, after, awaiting
 
     def close(self) -> None:
-        """Gives the denoisers' blocks their own ``forward`` back (weights stay where they are)."""
+        """Gives the denoisers' blocks their own ``forward`` back, and ends groups made for this.
+
+        Weights stay where they are.
+        """
         for staged in self._staged:
             staged.detach()
+        self.link.close()
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
         """Runs ``job(pipe)`` for each of ``jobs`` and yields what became of them as they end.
@@ -184,9 +188,9 @@ class Ring:
         except BaseException as error:  # GeneratorExit: the caller has enough
             if not (self._has_ended or self._exchange.is_broken):
                 told = None if isinstance(error, GeneratorExit) else error
-                self._end(Message(END, header=_told(told)), self._settled())
+                self._end(Message(END, header=_told(told)), self._exchange.settle())
             raise
-        self._end(Message(END))
+        self._end(Message(END), Message())
 
     def _turn(self, queue: Queue) -> Iterator[Outcome]:
         message = Message()
@@ -250,7 +254,7 @@ class Ring:
     def _arrive(self, queue: Queue, message: Message) -> None:
         """What came back from the last stage goes to its image."""
         if message.kind == END:
-            self._end(message, message)
+            self._end(None, message)
         if message.kind not in (WORK, ERROR):
             return
         image = queue.in_ring.pop(message.serial)
@@ -270,8 +274,8 @@ class Ring:
         try:
             self._serve_until_the_end()
         except torch.AcceleratorError as error:
-            ours = Message(END, origin=self.link.group_rank, header=_told(error))
-            self._end(ours, self._settled())
+            own = Message(END, origin=self.link.group_rank, header=_told(error))
+            self._end(own, self._exchange.settle())
             raise
 
     def _serve_until_the_end(self) -> None:
@@ -285,7 +289,7 @@ class Ring:
                 received = self._exchange(message)
                 message = self._pass(received) if received.kind != END else received
             if received.kind == END:
-                self._end(received, received)
+                self._end(None, received)
                 return
 
     def _pass(self, message: Message) -> Message:
@@ -297,12 +301,7 @@ class Ring:
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001 - it travels to the image whose call this is
-            # Later ranks may still need the plan that came with the failed call.
-            told = (self.link.ranks[self.link.group_rank], ErrorRecord.of(error), message.header)
-            message = Message(
-                ERROR, message.slot, message.serial, message.model, message.plan,
-                header=pickle.dumps(told),
-            )  # fmt: skip
+            return message.failed(self.link.rank, error)
         return message
 
     # --- both ---------------------------------------------------------------------------------
@@ -331,32 +330,34 @@ class Ring:
         plan = self._plans[message.plan]
         return plan.edges[stage] if stage < self.link.size - 1 else plan.back
 
-    def _settled(self) -> Message | None:
-        """The end that another rank began while this one was about to, if there is one."""
-        received = self._exchange.settle()
-        return received if received.kind == END else None
+    def _end(self, own: Message | None, received: Message) -> None:
+        """Takes part in exchanges until every rank knows of the end.
 
-    def _end(self, ours: Message, theirs: Message | None = None) -> None:
-        """Takes part until every rank knows of the end; it goes once around.
+        An end takes as many exchanges as there are ranks to go around. Where two meet, both go on,
+        and all ranks stop together when the first has gone around.
 
         Args:
-            ours: the end as it begins here.
-            theirs: instead of it, one that another rank has begun.
+            own: the end that begins here.
+            received: one that another rank has begun, or a message that is dropped.
 
         Raises:
-            RankError: another rank has failed.
+            RankError: another rank has failed, and this one has no error of its own.
         """
-        size, message = self.link.size, theirs or ours
-        distance = 0 if theirs is None else (self.link.group_rank - theirs.origin) % size
-        record = None if theirs is None else theirs.loaded()
-        for _ in range(size - distance if size > 1 else 0):
+        size, message = self.link.size, own or received
+        left, failed = size, None
+        while True:
+            if received.kind == END and received.origin != self.link.group_rank:
+                message = received
+                left = min(left, size - (self.link.group_rank - received.origin) % size)
+                failed = received if failed is None and received.header else failed
+            if left == 0 or size == 1:
+                break
             received = self._exchange(message)
-            message = Message()
-            if received.kind == END and theirs is None and received.origin != ours.origin:
-                break  # it ends from two sides at once; the others are leaving
+            message, left = Message(), left - 1
         self._has_ended = True
-        if theirs is not None and record is not None:
-            raise RankError(self.link.ranks[theirs.origin], "running the ring", record)
+        if failed is not None and not (own and own.header):
+            record = failed.loaded()
+            raise RankError(self.link.ranks[failed.origin], "running the ring", record)
 
 
 def _told(error: BaseException | None) -> bytes:
@@ -390,6 +391,10 @@ def _refuse(name: str, model: nn.Module) -> None:
         raise UsageError(
             f"the {name} has a step cache enabled, which keeps one image's state on the model; "
             "call disable_cache() first"
+        )
+    if hasattr(model, "_orig_mod") or any(m._compiled_call_impl for m in model.modules()):
+        raise UsageError(
+            f"the {name} is compiled, which does not go with stages; do not compile it"
         )
     if getattr(model, "_hf_hook", None) is not None:
         raise UsageError(f"the {name} has an accelerate hook; load it without offloading")

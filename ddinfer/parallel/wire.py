@@ -72,6 +72,15 @@ class Layout:
             _view(buffer, place).copy_(value)
         return buffer
 
+    def empty_values(self, device: torch.device) -> dict[Any, torch.Tensor]:
+        """A tensor of its own for each name, not initialized."""
+        return {
+            place.name: torch.empty_strided(
+                place.shape, place.stride, dtype=place.dtype, device=device
+            )
+            for place in self.places
+        }
+
     def unpack(self, buffer: torch.Tensor) -> dict[Any, torch.Tensor]:
         """Views into ``buffer``, by name."""
         return {place.name: _view(buffer, place) for place in self.places}
