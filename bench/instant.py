@@ -2,20 +2,23 @@
 
 100,000 one-line prompts through the whole path (read, slice, journal, files, gather, metadata) on
 two ranks, with the memory of all processes together; then, with ``--full`` 1,000,000 and else
-200,000, for planning and for resuming a job of which all but a few are there.
+200,000, for planning and for resuming a job of which all but a few are there, and for what rank 0
+sends to 16 ranks.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench import inputs
 from bench.journal import image_line
@@ -35,6 +38,7 @@ from bench.report import table
 ABOUT = "100,000 prompts with a pipeline that takes no time; planning and resuming more"
 EXPECTED_SECONDS = 180
 RANKS = 2
+MANY_RANKS = 16
 NUM_LEFT = 8
 
 
@@ -49,6 +53,7 @@ def measure(size: Size) -> dict[str, Any]:
         prompts = write_prompts(folder, many)
         found["planning"] = planning(folder, model, prompts, many)
         found["resuming"] = resuming(folder, model, prompts, many)
+        found["sending"] = sending(folder, prompts, many)
     return found
 
 
@@ -129,6 +134,41 @@ def resuming(folder: Path, model: Path, prompts: Path, num_prompts: int) -> dict
     }
 
 
+def sending(folder: Path, prompts: Path, num_prompts: int) -> dict[str, Any]:
+    """What rank 0 sends to many ranks, and what one of them does with it; no rank is started."""
+    progress(f"assigning {num_prompts:,} prompts to {MANY_RANKS} ranks")
+    found: dict[str, Any] = {"num_prompts": num_prompts, "ranks": MANY_RANKS}
+    for schedule in ("static", "dynamic"):
+        done = run([PYTHON, "-m", "bench.instant", str(prompts), str(folder / schedule), schedule])
+        found[schedule] = json.loads(done.stdout)
+    return found
+
+
+def assign(prompts: str, output: str, schedule: Literal["static", "dynamic"]) -> dict[str, Any]:
+    """Open a job as rank 0 does, and measure what follows until every rank could load its model."""
+    from ddinfer.config import JobConfig
+    from ddinfer.distributed.world import World
+    from ddinfer.job.leader import Leader
+    from ddinfer.job.prepare import resolve_config
+    from ddinfer.storage.files import Files
+    from ddinfer.storage.metadata import read_request_rows
+
+    config = JobConfig(prompts=prompts, output=output, schedule=schedule, device="cpu")
+    leader = Leader(resolve_config(config), World())
+    started = time.process_time()
+    sent = [pickle.dumps(each) for each in leader.assignments(MANY_RANKS)]
+    assigned = time.process_time()
+    rows = read_request_rows(Files(), output, pickle.loads(sent[-1]).mask())
+    received = time.process_time()
+    leader.folder.close()
+    return {
+        "sent_bytes": sum(map(len, sent)),
+        "rank0_cpu_seconds": round(assigned - started, 2),
+        "rank_cpu_seconds": round(received - assigned, 2),
+        "rank_rows": len(rows),
+    }
+
+
 def stop_at_first_image(words: list[str], output: Path) -> float:
     """→ seconds from the command to the first image; then the job is interrupted."""
     progress("starting, until its first image")
@@ -189,4 +229,20 @@ def tables(figures: Mapping[str, Any]) -> str:
          f"{again['seconds']:.1f} s ({again['cpu_seconds']:.0f} s of CPU)",
          f"{again['peak_mb']:.0f} MB at most"],
     ]  # fmt: skip
-    return table(["", "time", "memory of all processes"], rows)
+    whole_path = table(["", "time", "memory of all processes"], rows)
+    sent = figures.get("sending")
+    if sent is None:  # figures from before this was measured
+        return whole_path
+    columns = ["", "rank 0 sends", "CPU of rank 0", "CPU of a rank that reads its requests"]
+    words = [
+        [f"{sent['num_prompts']:,} prompts over {sent['ranks']} ranks, {schedule}",
+         f"{sent[schedule]['sent_bytes'] / 1e6:.1f} MB",
+         f"{sent[schedule]['rank0_cpu_seconds']:.1f} s",
+         f"{sent[schedule]['rank_cpu_seconds']:.1f} s for {sent[schedule]['rank_rows']:,}"]
+        for schedule in ("static", "dynamic")
+    ]  # fmt: skip
+    return f"{whole_path}\n\n{table(columns, words)}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(assign(sys.argv[1], sys.argv[2], sys.argv[3])))  # type: ignore[arg-type]
