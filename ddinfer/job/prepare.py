@@ -123,13 +123,15 @@ def prepare(
     # They import torch; names and prompt files are checked before that.
     from ddinfer.engines.select import check_placement, check_stages
     from ddinfer.engines.whole import check_call
+    from ddinfer.models.check import check_pipeline
     from ddinfer.models.signature import call_parameters, pipeline_class
 
     model, model_name, defaults = resolve_model(config)
     hub = {"revision": config.revision, "token": config.token}
     pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
     parameters = call_parameters(model, config.trust_remote_code, **hub)
-    notes: list[str] = []
+    check_call(pipeline, parameters, (), config.batch_size)
+    notes = [check_pipeline(model, config.trust_remote_code, **hub)]
     if requests is None:
         allowed = [name for name in parameters if name not in RESERVED_CALL_ARGUMENTS]
         checker = FieldChecker("--pipeline_kwargs", os.getcwd())
@@ -142,12 +144,21 @@ def prepare(
             num_images=config.num_images_per_prompt,
             defaults=defaults,
         )
-        notes = _demonstration_note(requests) if model_name in tiny.PIPELINES else []
-        notes += filter(None, [checker.note_nulls()])
+        notes += _demonstration_note(requests) if model_name in tiny.PIPELINES else []
+        notes.append(checker.note_nulls())
     check_call(pipeline, parameters, call_arguments(requests), config.batch_size)
     check_placement(config, gpus)
     stages = check_stages(model, config)
-    return Job(config, model, model_name, pipeline, parameters, requests, stages, tuple(notes))
+    return Job(
+        config,
+        model,
+        model_name,
+        pipeline,
+        parameters,
+        requests,
+        stages,
+        tuple(filter(None, notes)),
+    )
 
 
 def check_images(

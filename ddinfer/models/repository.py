@@ -43,13 +43,15 @@ class ModelIndex:
     Attributes:
         class_name: of the pipeline; for a custom one the class inside ``custom_module``.
         custom_module: stem of the python file in the repository that defines the pipeline.
-        entries: components that are there (those declared as null are left out).
+        entries: components that are there.
+        nulls: names of those that are listed as null.
         settings: whatever else the pipeline's constructor takes.
     """
 
     class_name: str
     custom_module: str | None
     entries: tuple[Entry, ...]
+    nulls: tuple[str, ...]
     settings: Mapping[str, Any]
 
 
@@ -72,16 +74,18 @@ def read_model_index(folder: str | os.PathLike[str]) -> ModelIndex:
         custom_module, named = named
     if not isinstance(named, str):
         raise UsageError(f'{file} names no pipeline class ("_class_name"); found {named!r}')
-    entries, settings = [], {}
+    entries, nulls, settings = [], [], {}
     for key, value in data.items():
         if key.startswith("_"):
             continue
         if isinstance(value, list) and len(value) == 2 and all(_text_or_none(v) for v in value):
             if value[0] is not None and value[1] is not None:
                 entries.append(Entry(key, value[0], value[1]))
+            else:
+                nulls.append(key)
         else:
             settings[key] = value
-    return ModelIndex(named, custom_module, tuple(entries), settings)
+    return ModelIndex(named, custom_module, tuple(entries), tuple(nulls), settings)
 
 
 def _text_or_none(value: Any) -> bool:

@@ -115,25 +115,10 @@ class PipelineSource:
         Raises:
             UsageError: a library that components cannot come from, or a class it does not have.
         """
-        import diffusers
-
         entry = self._entry(name)
-        own = self.folder / name / f"{entry.library}.py"
-        if hasattr(diffusers.pipelines, entry.library):
-            return getattr(getattr(diffusers.pipelines, entry.library), entry.class_name)
-        if own.is_file():
+        if (own := own_code(self.folder, entry)) is not None:
             return dynamic_class(self.folder / name, own.name, entry.class_name)
-        if entry.library in ("diffusers", "transformers"):
-            return class_in(entry.library, _newer_name(entry), self.folder / name)
-        # Importing what a file names would run it; what the program imported itself is fine.
-        found = getattr(sys.modules.get(entry.library), entry.class_name, None)
-        if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
-            raise UsageError(
-                f"{self.folder}: component {name} is a {entry.class_name} of {entry.library}; "
-                "expected diffusers, transformers, or code in the component's own folder. Give the "
-                f"component itself: load_pipeline(…, components={{{name!r}: …}})"
-            )
-        return found
+        return installed_class(self.folder, entry)
 
     def open(self, name: str, dtype: torch.dtype | None, *, convert: bool = True) -> OpenModel:
         """A component that has weights, with its parameters still on meta (see `open_model`)."""
@@ -224,22 +209,17 @@ class PipelineSource:
             UsageError: a component is missing that the pipeline cannot do without.
         """
         kind, index = self.kind, self.index
-        if getattr(kind, "_load_connected_pipes", False):
-            raise UsageError(
-                f"{kind.__name__} takes its parts from several repositories, which ddinfer does "
-                "not follow; load the pipelines it is made of by themselves"
-            )
+        check_connected(kind)
         parameters = dict(inspect.signature(kind.__init__).parameters)
         parameters.pop("self")
         arguments = {k: v for k, v in index.settings.items() if k in parameters} | dict(components)
-        declared = _declared_null(self.folder)
         missing = []
         for name, parameter in parameters.items():
             if name in arguments or parameter.kind is parameter.VAR_KEYWORD:
                 continue
             if parameter.default is not parameter.empty:
                 continue
-            if name in declared or name in kind._optional_components:
+            if name in index.nulls or name in kind._optional_components:
                 arguments[name] = None
             else:
                 missing.append(name)
@@ -257,10 +237,51 @@ class PipelineSource:
         raise UsageError(f"{self.folder} has no component {name}")
 
 
-def _declared_null(folder: Path) -> set[str]:
-    """Components that model_index.json lists as ``[null, null]``."""
-    data = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return {name for name, value in data.items() if value == [None, None]}
+def check_connected(kind: Any) -> None:
+    """
+    Raises:
+        UsageError: a pipeline whose components are in several repositories.
+    """
+    if getattr(kind, "_load_connected_pipes", False):
+        raise UsageError(
+            f"{kind.__name__} takes its parts from several repositories, which ddinfer does "
+            "not follow; load the pipelines it is made of by themselves"
+        )
+
+
+def own_code(folder: Path, entry: Entry) -> Path | None:
+    """The Python file in a component's folder that defines its class, where there is one."""
+    import diffusers
+
+    file = folder / entry.name / f"{entry.library}.py"
+    return file if file.is_file() and not hasattr(diffusers.pipelines, entry.library) else None
+
+
+def installed_class(folder: Path, entry: Entry) -> Any:
+    """The class of a component in diffusers, transformers, or what the program has imported.
+
+    Raises:
+        UsageError: a library that components cannot come from, or a class it does not have.
+    """
+    import diffusers
+
+    where = folder / entry.name
+    if hasattr(diffusers.pipelines, entry.library):
+        # Classes move from a pipeline's own module to a common one in newer versions.
+        module = getattr(diffusers.pipelines, entry.library)
+        found = getattr(module, entry.class_name, None)
+        return class_in("diffusers", entry.class_name, where) if found is None else found
+    if entry.library in ("diffusers", "transformers"):
+        return class_in(entry.library, _newer_name(entry), where)
+    # Importing what a file names would run it; what the program imported itself is fine.
+    found = getattr(sys.modules.get(entry.library), entry.class_name, None)
+    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        raise UsageError(
+            f"{folder}: component {entry.name} is a {entry.class_name} of {entry.library}; "
+            "expected diffusers, transformers, or code in the component's own folder. Give the "
+            f"component itself: load_pipeline(…, components={{{entry.name!r}: …}})"
+        )
+    return found
 
 
 def _newer_name(entry: Entry) -> str:

@@ -1,0 +1,116 @@
+"""What a pipeline's model_index.json and class say, checked before any weight is fetched."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import sys
+import typing
+from typing import Any
+
+from ddinfer.errors import UsageError
+from ddinfer.models.repository import (
+    MODEL_INDEX,
+    ModelIndex,
+    index_folder,
+    local_folder,
+    read_model_index,
+)
+from ddinfer.models.signature import pipeline_class
+from ddinfer.models.source import DENOISER_NAMES, check_connected, installed_class, own_code
+
+
+def check_pipeline(
+    path: str | os.PathLike[str],
+    trust_remote_code: bool = False,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str | None:
+    """Check that a pipeline can generate images or videos from prompts here.
+
+    Called on rank 0, for all ranks. Only model_index.json is read (or fetched).
+
+    Returns:
+        What the user should know of its output.
+
+    Raises:
+        UsageError: a component that is null or has no class here, or another kind of output.
+    """
+    kind = pipeline_class(path, trust_remote_code, revision=revision, token=token)
+    folder = index_folder(path, revision=revision, token=token)
+    index = read_model_index(folder)
+    check_connected(kind)
+    note = _check_output(kind)
+    if missing := _missing(kind, index):
+        raise UsageError(
+            f"{os.fspath(path)}: {MODEL_INDEX} has no {', '.join(missing)} (null or not listed), "
+            f"without which {kind.__name__} cannot generate from prompts; expected [library, class]"
+        )
+    is_whole = local_folder(path) is not None  # else code in a component's folder is not here yet
+    for entry in index.entries:
+        is_ours = entry.library in ("diffusers", "transformers")
+        if (is_ours or is_whole) and own_code(folder, entry) is None:
+            installed_class(folder, entry)
+    return note
+
+
+def _missing(kind: Any, index: ModelIndex) -> list[str]:
+    """Components without which every prompt would fail, in the constructor's order.
+
+    A pipeline may go without a safety checker, or a third text encoder; `_optional_components`
+    does not tell, since it also lists what only precomputed embeddings make superfluous.
+    """
+    there = {entry.name for entry in index.entries}
+    given = there | {name for name, value in index.settings.items() if value is not None}
+    optional = set(getattr(kind, "_optional_components", ()))
+    absent = [
+        name
+        for name, parameter in inspect.signature(kind.__init__).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in (*given, "self")
+    ]
+    has_denoiser = not there.isdisjoint(DENOISER_NAMES)
+
+    def is_needed(name: str) -> bool:
+        if name not in (*index.nulls, *index.settings, *optional):
+            return True
+        if name.startswith("tokenizer"):
+            return name.replace("tokenizer", "text_encoder") in there
+        if name == "text_encoder":  # SDXL's refiner has the second alone
+            return name not in optional or "text_encoder_2" not in there
+        if name in DENOISER_NAMES:
+            return name not in optional or not has_denoiser
+        return name == "text_encoder_2" or (name in ("scheduler", "vae") and name not in optional)
+
+    return [name for name in absent if is_needed(name)]
+
+
+def _check_output(kind: Any) -> str | None:
+    """
+    Raises:
+        UsageError: the pipeline returns neither images nor frames.
+    """
+    signature = inspect.signature(kind.__call__)
+    fields = _fields(signature.return_annotation, kind)
+    if not fields and "audio_length_in_s" in signature.parameters:
+        fields = ["audios"]
+    if fields and not {"images", "frames"} & set(fields):
+        raise UsageError(
+            f"{kind.__name__} returns {', '.join(fields)}; ddinfer runs pipelines that return "
+            "images or video frames"
+        )
+    if "audio" in fields:
+        return f"{kind.__name__} also returns audio, which is not saved: the frames alone are"
+    return None
+
+
+def _fields(annotation: Any, kind: Any) -> list[str]:
+    """Names of the fields of the output's dataclass, as far as the signature says."""
+    kinds = typing.get_args(annotation) or (annotation,)
+    if isinstance(annotation, str):
+        module = sys.modules[kind.__module__]
+        kinds = tuple(getattr(module, part.strip(), None) for part in annotation.split("|"))
+    return [f.name for k in kinds if dataclasses.is_dataclass(k) for f in dataclasses.fields(k)]
