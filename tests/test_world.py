@@ -40,8 +40,55 @@ def test_an_address_alone_is_what_clusters_export_everywhere():
 
 def test_global_rank_and_local_rank_are_kept_apart():
     world = World.detect("auto", environment(6, 8, 2, 4, GROUP_RANK="1"), gpus=FOUR)
-    assert (world.rank, world.local_rank, world.node_rank, world.num_nodes) == (6, 2, 1, 2)
+    assert (world.rank, world.local_rank, world.num_nodes) == (6, 2, 2)
     assert world.device == "cuda:2"
+
+
+#: World size, what a launcher says → ranks on this machine, machines.
+COUNTED = [
+    (16, {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, (8, 2)),
+    (5, {"SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}, (2, 2)),
+    (
+        5,
+        {
+            "SLURM_STEP_NUM_TASKS": "5",
+            "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+            "SLURM_NODEID": "2",
+        },
+        (1, 5),
+    ),
+    (4, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4"}, (4, 1)),
+    (3, {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (2, 2)),
+    (4, {"PMI_SIZE": "4", "MPI_LOCALNRANKS": "2"}, (2, 2)),
+    (4, {"GROUP_WORLD_SIZE": "2"}, (2, 2)),
+    (4, {"LOCAL_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (1, 4)),
+    (4, {"MASTER_ADDR": "localhost"}, (4, 1)),
+    (1, {}, (1, 1)),
+]
+
+
+@pytest.mark.parametrize(("world_size", "given", "expected"), COUNTED)
+def test_launchers_say_how_many_ranks_a_machine_has(world_size, given, expected):
+    whole = {**environment(0, world_size), "MASTER_ADDR": "node1"}
+    del whole["LOCAL_WORLD_SIZE"]
+    world = from_environment({**whole, **given})
+    assert (world.local_world_size, world.num_nodes) == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"MASTER_ADDR": "127.0.1.1"},  # the own name on Debian: other machines may be there
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"},  # of another launch
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+    ],
+)
+def test_a_number_of_ranks_that_nothing_says_is_an_error_that_names_the_variable(given):
+    whole = {**environment(0, 16), "MASTER_ADDR": "node1", **given}
+    del whole["LOCAL_WORLD_SIZE"]
+    with pytest.raises(UsageError, match="LOCAL_WORLD_SIZE is missing"):
+        from_environment(whole)
 
 
 def test_every_half_set_environment_names_what_is_set_and_what_is_missing():

@@ -11,8 +11,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.distributed.peers import Board, Failure, StoreLost
+from ddinfer.distributed.store import announce_address, network_interface, open_store
 from ddinfer.distributed.store import loopback_store as loopback_store
-from ddinfer.distributed.store import on_loopback, open_store
 from ddinfer.distributed.world import World, from_environment
 from ddinfer.errors import DdinferError, JoinError, RankError, UsageError
 
@@ -258,8 +258,10 @@ def process_group(
         with _failures_told(_alone(world, join_timeout_seconds)) as group:
             yield group
         return
-    with on_loopback(world):
-        group = _join(world, join_timeout_seconds, control_timeout_seconds)
+    store = _own_store(world, join_timeout_seconds)
+    group = _enrolled(world, store, join_timeout_seconds)
+    with network_interface(world, store):
+        _connect(group, store, control_timeout_seconds)
         try:
             with _failures_told(group):
                 yield group
@@ -331,13 +333,13 @@ def _join_error(world: World, why: str, fix: str) -> JoinError:
     )
 
 
-def _join(world: World, join_seconds: float, control_seconds: float) -> Group:
+def _enrolled(world: World, store: Store, join_seconds: float) -> Group:
+    """The group once all ranks have come; they are not connected yet."""
     import torch
-    import torch.distributed as dist
 
-    store = _own_store(world, join_seconds)
     device = torch.device(world.device)
     group = Group(world, store, device=device, ranks=range(world.world_size), group_rank=world.rank)
+    announce_address(world, store)
     missing = group.board.enroll(join_seconds)
     if missing:
         raise _join_error(
@@ -346,6 +348,14 @@ def _join(world: World, join_seconds: float, control_seconds: float) -> Group:
             f"ranks were there; missing: {', '.join(map(str, missing[:20]))}",
             "See whether those ranks started, or give them more time to start",
         )
+    return group
+
+
+def _connect(group: Group, store: Store, control_seconds: float) -> None:
+    """Make the ``torch.distributed`` group."""
+    import torch.distributed as dist
+
+    world, device = group.world, group.device
     try:
         _use_device(device)
         dist.init_process_group(
@@ -365,7 +375,6 @@ def _join(world: World, join_seconds: float, control_seconds: float) -> Group:
             "NCCL_SOCKET_IFNAME choose the network interface)",
         ) from error
     group.device_group = group.object_group = dist.group.WORLD
-    return group
 
 
 def _use_device(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,18 @@ from ddinfer.errors import UsageError
 
 #: What torchrun sets, and every rank needs. All of them or none.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+#: What MASTER_ADDR is where all ranks are on one machine, and only there.
+LOOPBACK_NAMES = ("127.0.0.1", "localhost")
+
+_SLURM_TASKS = "SLURM_STEP_TASKS_PER_NODE"
+
+#: Launchers' variables: number of all ranks → number of ranks on this machine.
+_RANKS_HERE = {
+    "SLURM_STEP_NUM_TASKS": _SLURM_TASKS,
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "PMI_SIZE": "MPI_LOCALNRANKS",
+}
 
 #: Schedulers that start many copies and say so, without saying what torch needs.
 _OTHER_LAUNCHERS = {
@@ -29,7 +42,6 @@ class World:
         rank: global, 0-based; picks the share of the work.
         local_rank: among the ranks of this machine; picks the device.
         local_world_size: ranks on this machine.
-        node_rank: this machine's number, 0-based.
         num_nodes: machines.
         device: ``cpu`` or ``cuda:N``, where this rank computes (the first of its `devices`).
         gpus_per_rank: a rank with local rank l drives GPUs l·g … l·g + g − 1.
@@ -45,7 +57,6 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    node_rank: int = 0
     num_nodes: int = 1
     device: str = "cpu"
     gpus_per_rank: int = 1
@@ -92,10 +103,6 @@ class World:
         first = int(self.device.removeprefix("cuda:"))
         return tuple(f"cuda:{first + k}" for k in range(self.gpus_per_rank))
 
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
 
 def from_environment(environ: Mapping[str, str]) -> World:
     """The world that a launcher's variables describe; a world of one where there are none.
@@ -118,9 +125,13 @@ def from_environment(environ: Mapping[str, str]) -> World:
         )
     rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     local_rank = _number(environ, "LOCAL_RANK")
-    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", _guess_local_size(world_size, environ))
-    num_nodes = _number(environ, "GROUP_WORLD_SIZE", max(1, world_size // local_world_size))
-    node_rank = _number(environ, "GROUP_RANK", rank // local_world_size)
+    local_world_size = _ranks_per_machine(environ, world_size)
+    if local_world_size is None:
+        raise UsageError(
+            f"LOCAL_WORLD_SIZE is missing: WORLD_SIZE={world_size} and "
+            f"MASTER_ADDR={environ['MASTER_ADDR']} do not say how many of the ranks are on this "
+            "machine. Set LOCAL_WORLD_SIZE to that number for each rank, as torchrun does"
+        )
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise UsageError(
             f"the environment contradicts itself: RANK={rank} of WORLD_SIZE={world_size}, "
@@ -132,8 +143,7 @@ def from_environment(environ: Mapping[str, str]) -> World:
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_world_size,
-        node_rank=node_rank,
-        num_nodes=num_nodes,
+        num_nodes=_machines(environ, world_size, local_world_size),
         run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
         restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         max_restarts=_number(environ, "TORCHELASTIC_MAX_RESTARTS", 0),
@@ -228,15 +238,14 @@ def _from_live_group(environ: Mapping[str, str]) -> World | None:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
+    local_world_size = _ranks_per_machine(environ, world_size) or world_size
     local_rank = _number(environ, "LOCAL_RANK", rank % local_world_size)
     return World(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_world_size,
-        node_rank=_number(environ, "GROUP_RANK", rank // local_world_size),
-        num_nodes=_number(environ, "GROUP_WORLD_SIZE", max(1, world_size // local_world_size)),
+        num_nodes=_machines(environ, world_size, local_world_size),
         run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
         restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         max_restarts=_number(environ, "TORCHELASTIC_MAX_RESTARTS", 0),
@@ -244,9 +253,44 @@ def _from_live_group(environ: Mapping[str, str]) -> World | None:
     )
 
 
-def _guess_local_size(world_size: int, environ: Mapping[str, str]) -> int:
-    nodes = _number(environ, "GROUP_WORLD_SIZE", 1)
-    return max(1, world_size // max(1, nodes))
+def _ranks_per_machine(environ: Mapping[str, str], world_size: int) -> int | None:
+    """Ranks on this machine, as torchrun, srun or mpirun says; ``None`` where nothing says it."""
+    if environ.get("LOCAL_WORLD_SIZE"):
+        return _number(environ, "LOCAL_WORLD_SIZE")
+    if environ.get("GROUP_WORLD_SIZE"):
+        return max(1, world_size // max(1, _number(environ, "GROUP_WORLD_SIZE")))
+    for total, here in _RANKS_HERE.items():  # only where that launcher started exactly these ranks
+        if environ.get(total) == str(world_size) and environ.get(here):
+            if here == _SLURM_TASKS:
+                return _slurm_tasks(environ)
+            return _number(environ, here)
+    if world_size == 1 or environ.get("MASTER_ADDR") in LOOPBACK_NAMES:
+        return world_size
+    return None
+
+
+def _slurm_tasks(environ: Mapping[str, str]) -> int:
+    """``2(x3),1``: two tasks on each of three machines, one on the fourth."""
+    counts: list[int] = []
+    for part in environ[_SLURM_TASKS].split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if found is None:
+            raise UsageError(f"environment variable {_SLURM_TASKS}={environ[_SLURM_TASKS]!r}")
+        counts += [int(found[1])] * int(found[2] or 1)
+    node = _number(environ, "SLURM_NODEID", 0)
+    if node >= len(counts):
+        raise UsageError(
+            f"SLURM_NODEID={node}, but {_SLURM_TASKS}={environ[_SLURM_TASKS]} is about "
+            f"{len(counts)} machines; set LOCAL_WORLD_SIZE to the number of ranks on this machine"
+        )
+    return counts[node]
+
+
+def _machines(environ: Mapping[str, str], world_size: int, local_world_size: int) -> int:
+    """Machines of the world; from two on the number may be a guess."""
+    if local_world_size >= world_size:
+        return _number(environ, "GROUP_WORLD_SIZE", 1)
+    return _number(environ, "GROUP_WORLD_SIZE", max(2, world_size // local_world_size))
 
 
 def _refuse_other_launchers(environ: Mapping[str, str]) -> None:
