@@ -6,6 +6,7 @@ holds (rotary tables, position ids), so only parameters are put there, as they a
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -61,6 +62,9 @@ def build_on_meta(kind: Any, folder: Path, dtype: torch.dtype | None) -> torch.n
     import torch
     from diffusers import ModelMixin
 
+    if is_several_models(kind):
+        parts = folders_of_several(folder)
+        return kind([build_on_meta(model_class(part), part, dtype) for part in parts]).eval()
     config = read_config(folder)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype or torch.float32)
@@ -73,6 +77,53 @@ def build_on_meta(kind: Any, folder: Path, dtype: torch.dtype | None) -> torch.n
     finally:
         torch.set_default_dtype(previous)
     return model.eval()
+
+
+def model_class(folder: Path, *, trust_remote_code: bool = False) -> type:
+    """The class that a model folder's config.json names.
+
+    Raises:
+        UsageError: it names none, or one that the installed libraries do not have.
+    """
+    config = read_config(folder)
+    if "_class_name" in config:
+        return class_in("diffusers", config["_class_name"], folder)
+    names = config.get("architectures") or []
+    if len(names) != 1:
+        raise UsageError(
+            f"{folder}/config.json names no model class: expected _class_name (diffusers) or one "
+            f"name under architectures (transformers), found {names!r}"
+        )
+    return class_in("transformers", names[0], folder)
+
+
+def class_in(library: str, name: str, folder: Path) -> type:
+    module = importlib.import_module(library)
+    try:
+        found = getattr(module, name, None)
+    except ImportError as error:  # the lazy module tells what the class needs
+        raise UsageError(f"{folder} is a {name}: {str(error).strip()}") from error
+    if not isinstance(found, type) or "dummy" in found.__module__:
+        why = f"needs {getattr(found, '_backends', 'a package')}" if found else "is not in"
+        raise UsageError(
+            f"{folder} is a {name}, which {why} {library} {module.__version__} as installed here"
+        )
+    return found
+
+
+def is_several_models(kind: Any) -> bool:
+    """Whether a class only holds models of one kind, in ``nets``, such as MultiControlNetModel."""
+    from diffusers import ModelMixin
+
+    return issubclass(kind, ModelMixin) and not hasattr(kind, "from_config")
+
+
+def folders_of_several(folder: Path) -> list[Path]:
+    """Where diffusers saves them: ``controlnet``, ``controlnet_1``, ``controlnet_2``, …"""
+    found = [folder]
+    while (following := folder.with_name(f"{folder.name}_{len(found)}")).is_dir():
+        found.append(following)
+    return found
 
 
 def _transformers_config(kind: Any, folder: Path, dtype: torch.dtype) -> Any:

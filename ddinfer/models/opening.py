@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ from ddinfer.errors import UsageError
 from ddinfer.models.building import (
     NeedsConversion,
     build_on_meta,
+    folders_of_several,
+    is_several_models,
     match_checkpoint,
-    read_config,
+    model_class,
     tied_names,
 )
 from ddinfer.models.checkpoint import (
@@ -173,6 +174,16 @@ def open_model(
     if not folder.is_dir():
         raise UsageError(f"no such folder: {folder}")
     kind = kind or model_class(folder, trust_remote_code=trust_remote_code)
+    if is_several_models(kind):
+        nets = [
+            open_model(part, dtype=dtype, variant=variant, allow_pickle=allow_pickle)
+            for part in folders_of_several(folder)
+        ]
+        return OpenModel(
+            kind([net.model for net in nets]).eval(),
+            {f"nets.{k}.{n}": t for k, net in enumerate(nets) for n, t in net.stored.items()},
+            {f"nets.{k}.{n}": t for k, net in enumerate(nets) for n, t in net.dtypes.items()},
+        )
     table = read_checkpoint(folder, variant=variant, allow_pickle=allow_pickle)
     stored_dtype = getattr(torch, main_dtype(table) or "float32")
     model = build_on_meta(kind, folder, dtype or stored_dtype)
@@ -220,38 +231,6 @@ def _stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
         if dtype in (torch.float16, torch.bfloat16):
             wanted += list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     return any(f".{module}." in f".{name}." for module in wanted)
-
-
-def model_class(folder: Path, *, trust_remote_code: bool = False) -> type:
-    """The class that a model folder's config.json names.
-
-    Raises:
-        UsageError: it names none, or one that the installed libraries do not have.
-    """
-    config = read_config(folder)
-    if "_class_name" in config:
-        return class_in("diffusers", config["_class_name"], folder)
-    names = config.get("architectures") or []
-    if len(names) != 1:
-        raise UsageError(
-            f"{folder}/config.json names no model class: expected _class_name (diffusers) or one "
-            f"name under architectures (transformers), found {names!r}"
-        )
-    return class_in("transformers", names[0], folder)
-
-
-def class_in(library: str, name: str, folder: Path) -> type:
-    module = importlib.import_module(library)
-    try:
-        found = getattr(module, name, None)
-    except ImportError as error:  # the lazy module tells what the class needs
-        raise UsageError(f"{folder} is a {name}: {str(error).strip()}") from error
-    if not isinstance(found, type) or "dummy" in found.__module__:
-        why = f"needs {getattr(found, '_backends', 'a package')}" if found else "is not in"
-        raise UsageError(
-            f"{folder} is a {name}, which {why} {library} {module.__version__} as installed here"
-        )
-    return found
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

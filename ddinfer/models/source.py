@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
+from ddinfer.models.building import class_in
 from ddinfer.models.checkpoint import DTYPES, STEMS, has_variant, main_dtype, read_checkpoint
-from ddinfer.models.opening import OpenModel, class_in, open_model, parse_dtype
+from ddinfer.models.opening import OpenModel, open_model, parse_dtype
 from ddinfer.models.repository import (
     Entry,
     ModelIndex,
