@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import InputError
-from ddinfer.request import canonical_json, is_single_image
+from ddinfer.request import canonical_json
 
 if TYPE_CHECKING:
     import inspect
@@ -142,7 +142,8 @@ def _converted(name: str, image: Image) -> Image:
 
 
 def _is_picture(value: Any) -> bool:
-    return is_single_image(value) and not isinstance(value, str)
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
 
 
 def is_plain(value: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -130,8 +129,8 @@ class Request:
     def batch_key(self) -> str:
         """Two neighbours share a batch only where this is equal.
 
-        A single image can be repeated for every prompt of a batch. A list of images or a tensor
-        is one prompt's own, so that the Request is alone in its batch.
+        A Request with image inputs is alone in its batch: some pipelines take a list of images as
+        one for each prompt, others as several references for every prompt.
         """
         named = tuple(getattr(self, name) for name in CALL_FIELDS)
         if not self.kwargs and not self.input_hashes:
@@ -142,10 +141,10 @@ class Request:
             for name, value in self.parameters().items()
             if name not in texts and name not in self.input_hashes
         }
-        shared: list[Any] = [plain, dict(self.input_hashes), self.negative_prompt is None]
+        shared: list[Any] = [plain, {}, self.negative_prompt is None]
         if texts:
             shared.append(sorted(texts))
-        if not all(is_single_image(self.kwargs[name]) for name in self.input_hashes):
+        if self.input_hashes:
             shared.append(self.index)
         return canonical_json(shared)
 
@@ -229,12 +228,6 @@ class Result:
     def without_pictures(self) -> Result:
         """The same, light enough to gather: pictures dropped."""
         return replace(self, image=None, frames=None)
-
-
-def is_single_image(value: Any) -> bool:
-    """Whether a value is a path or a PIL image, and no list or tensor."""
-    pillow = sys.modules.get("PIL.Image")
-    return isinstance(value, str) or (pillow is not None and isinstance(value, pillow.Image))
 
 
 _canonical = json.JSONEncoder(

@@ -142,15 +142,17 @@ def test_images_for_all_prompts_and_a_row_that_has_its_own(folder, plain, tmp_pa
         assert np.array_equal(made(tmp_path)[k], np.asarray(plain("Inpaint", k, **images, **size)))
 
 
-def test_a_batch_shares_an_image_by_its_content(folder, tmp_path):
+def test_the_pictures_of_a_batch_are_those_of_single_calls(folder, plain, tmp_path):
     shutil.copy(folder / "phone.jpg", folder / "copy.jpg")
     rows = [{"prompt": "a red cat", "image": name} for name in ("phone.jpg", "copy.jpg")]
-    rows += [{"prompt": "a red cat", "image": ["phone.jpg"]}] * 2
     prompts = write(folder / "batch.jsonl", rows)
     run_job(job(folder, tmp_path, "Img2Img", prompts=prompts, batch_size=4))
+    for k, picture in enumerate(made(tmp_path)):
+        expected = plain("Img2Img", k, image=load_image(str(folder / "phone.jpg")))
+        assert np.array_equal(picture, np.asarray(expected))
     lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
-    assert [line["exact"] for line in lines] == [True] * 4
-    assert len({line["image_sha256"] for line in lines[:2]}) == 1
+    assert [line["exact"] for line in lines] == [True] * 2
+    assert len({line["image_sha256"] for line in lines}) == 1  # the same bytes, the same input
 
 
 def test_objects_per_prompt_in_a_program(folder, plain):

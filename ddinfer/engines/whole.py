@@ -157,13 +157,10 @@ class WholeEngine:
     def _arguments(self, part: list[Request]) -> dict[str, Any]:
         first, alone = part[0], len(part) == 1
         arguments = {**self.call, **first.parameters()}
-        for name, expected in first.input_hashes.items():
-            value, digest = load_input(name, first.kwargs[name])
+        for name, expected in first.input_hashes.items():  # which is alone then
+            arguments[name], digest = load_input(name, first.kwargs[name])
             if digest != expected:
                 raise InputError(f"{name} has changed since the prompts were read")
-            # A list of images for IP-Adapter is one for each adapter, not one for each prompt.
-            is_shared = alone or "ip_adapter" in name
-            arguments[name] = value if is_shared else [value] * len(part)
         for name in first.texts():
             texts = [request.kwargs[name] for request in part]
             arguments[name] = texts[0] if alone else texts
