@@ -147,7 +147,7 @@ def test_a_flipped_byte_in_the_prompts_is_another_job_and_says_which_prompt(
         if bit == 7:  # no UTF-8 any more
             assert f"prompts.txt:{line + 1}:" in str(caught.value)
         else:
-            assert "holds another job" in str(caught.value)
+            assert "contains another job" in str(caught.value)
             assert f"the first that differs is {line} " in str(caught.value)
         assert images(folder / "out") == images(finished / "out")
         (folder / "prompts.txt").write_bytes(data)

@@ -122,5 +122,5 @@ def test_a_prompt_that_fails_again_is_listed_again(finished, moody, capsys):
 @pytest.mark.parametrize("command", ["status", "verify", "retry-failed"])
 def test_a_folder_without_a_job_is_told(command, tmp_path, capsys):
     assert dispatch([command, str(tmp_path)]) == 2
-    assert "holds no ddinfer job" in capsys.readouterr().err
+    assert "contains no ddinfer job" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -170,10 +170,10 @@ def test_more_parts_than_batches_leave_some_with_nothing(moody, tmp_path):
 @pytest.mark.parametrize(
     ("begun", "then", "message"),
     [
-        ("1/2", "2/2", "holds part 1/2 of this job, but --shard 2/2 was asked for"),
-        ("1/2", "1/3", "holds part 1/2 of this job, but --shard 1/3 was asked for"),
-        ("1/2", None, "Go on with --shard 1/2, or choose another --output"),
-        (None, "1/2", "Go on without --shard, or choose another --output"),
+        ("1/2", "2/2", "contains part 1/2 of this job, but --shard 2/2 was requested"),
+        ("1/2", "1/3", "contains part 1/2 of this job, but --shard 1/3 was requested"),
+        ("1/2", None, "Resume with --shard 1/2, or choose another --output"),
+        (None, "1/2", "Resume without --shard, or choose another --output"),
     ],
 )
 def test_another_part_is_refused_in_a_folder(moody, tmp_path, begun, then, message):
@@ -198,7 +198,7 @@ def test_a_part_cannot_be_extended_but_the_joined_job_can(moody, tmp_path):
     report = run_job(config(moody, joined, extend=True, prompt=longer))
     assert (report.num_new, report.num_made) == (2, 7)
     assert dispatch(["verify", str(joined)]) == 0
-    with pytest.raises(UsageError, match="7 in the folder, 5 now; the first 5 are the same"):
+    with pytest.raises(UsageError, match="7 in the directory, 5 now; the first 5 are the same"):
         merge(Files(), parts, str(joined))
 
 
@@ -257,7 +257,7 @@ def test_what_is_missing_is_named_before_anything_is_copied(tmp_path, parts):
     unfinished = make_part(tmp_path / "half", 2, 2, stop_after=1)
     text = refusal([parts[0], unfinished], tmp_path / "joined")
     assert "1 of 7 images are in none of these folders: 00000006" in text
-    assert f"{unfinished} (part 2/2) is not finished, 1 images are to do" in text
+    assert f"{unfinished} (part 2/2) is not finished, 1 images are pending" in text
     assert not (tmp_path / "joined").exists()
 
 
@@ -275,8 +275,8 @@ def test_parts_of_different_jobs_are_told_apart(tmp_path, parts):
 def test_folders_that_cannot_be_joined_are_refused(tmp_path, parts):
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "holds no ddinfer job" in refusal([parts[0], str(empty)], tmp_path / "joined")
-    assert "are the same folder" in refusal([*parts, parts[0] + "/"], tmp_path / "joined")
+    assert "contains no ddinfer job" in refusal([parts[0], str(empty)], tmp_path / "joined")
+    assert "are the same directory" in refusal([*parts, parts[0] + "/"], tmp_path / "joined")
     with pytest.raises(UsageError, match="is one of the parts"):
         merge(Files(), parts, parts[0])
     assert "nothing to merge" in refusal([], tmp_path / "joined")

@@ -71,22 +71,22 @@ def test_another_job_is_refused_with_the_difference_and_the_ways_out(out):
     requests = make_requests(4)
     run_job(out, requests)
     text = refusal(out, requests, job=describe(requests, dtype="bfloat16"))
-    assert 'dtype: "float32" in the folder, "bfloat16" now' in text
+    assert 'dtype: "float32" in the directory, "bfloat16" now' in text
     assert "another --output" in text
     assert "--overwrite" in text
     changed = [*requests[:2], replace(requests[2], prompt="new"), requests[3]]
     text = refusal(out, changed)
-    assert 'the first that differs is 2 (id 00000002): prompt: "prompt 2" in the folder' in text
-    assert "4 in the folder, 3 now; the first 3 are the same" in refusal(out, requests[:3])
+    assert 'the first that differs is 2 (id 00000002): prompt: "prompt 2" in the directory' in text
+    assert "4 in the directory, 3 now; the first 3 are the same" in refusal(out, requests[:3])
     assert "(--extend adds the new ones)" in refusal(out, make_requests(5))
 
 
-def test_other_versions_can_be_waved_through(out):
+def test_other_versions_can_be_accepted(out):
     requests = make_requests(4)
     run_job(out, requests, stop_after=1)
     newer = describe(requests, {"torch": "3"})
     text = refusal(out, requests, job=newer)
-    assert 'version of torch: "2" in the folder, "3" now' in text
+    assert 'version of torch: "2" in the directory, "3" now' in text
     assert "--accept_versions" in text
     assert run_job(out, requests, job=newer, accept_versions=True) == JobReport(4, 0, [])
     assert run_job(out, requests, job=newer) == JobReport(4, 0, [])  # asked once
@@ -173,7 +173,7 @@ def test_looking_needs_no_prompts_and_no_lock(out):
     run_job(out, requests)
     with JobFolder.open(Files(), str(out), describe(requests)):
         assert JobFolder.look(Files(), str(out)).requests == requests
-    with pytest.raises(UsageError, match="holds no ddinfer job"):
+    with pytest.raises(UsageError, match="contains no ddinfer job"):
         JobFolder.look(Files(), str(out.parent))
 
 

@@ -161,9 +161,9 @@ def test_each_batch_is_handed_over_whole_in_whatever_order_its_results_come(out)
 @pytest.mark.parametrize(
     ("answers", "why"),
     [
-        ([0], "no answer to 1 requests, the first is 1"),
-        ([0, 0, 1], "twice"),
-        ([7], "unasked"),
+        ([0], "no result for 1 requests, the first is 1"),
+        ([0, 0, 1], "unexpected result for request 0"),
+        ([7], "unexpected result for request 7"),
     ],
 )
 def test_an_engine_that_answers_wrongly_is_found_out(out, answers, why):

@@ -1,9 +1,9 @@
-"""The one seam for file operations of a job's folder.
+"""All file operations of a job's directory pass through here.
 
-`Disk` is the operating system, one method an operation, raising `OSError` as it does. `Files` is
-what the rest of storage uses: whole writes, durable folders, and every `OSError` turned into a
-`StorageError` that names the path and the cause. A test puts another `Disk` below: one that
-crashes, fails or writes short at any single operation, or forgets what was not fsynced.
+`Disk` is the operating system: one method per operation, which raises `OSError`. `Files` is what
+the rest of storage uses: whole writes, durable directories, and every `OSError` as a `StorageError`
+that names the path and the cause. Tests replace `Disk` by one that crashes, fails or writes short
+at any single operation, or forgets what was not fsynced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ddinfer.errors import StorageError, describe_os_error
 
 _TEMPORARY = re.compile(r"\..+\.ddinfer-[0-9a-f]{8}\.tmp")
 
-#: Not every file system can fsync a folder; where none can, there is nothing to wait for.
+#: Errors of file systems that cannot fsync a directory.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
@@ -66,19 +66,19 @@ class Disk:
 
 
 class Files:
-    """File operations of a job's folder. Everything raises `StorageError`."""
+    """File operations of a job's directory. Everything raises `StorageError`."""
 
     def __init__(self, disk: Disk | None = None):
         self.disk = disk or Disk()
         self._paths: dict[int, str] = {}
-        # In the names of temporary files: two processes never write the same one.
+        # In the names of temporary files, so that two processes never write the same one.
         self._token = secrets.token_hex(4)
 
     def make_folder(self, path: str) -> None:
-        """Make a folder (its parent exists) whose entry outlives a power failure."""
-        with _named("make the folder", path), suppress(FileExistsError):
+        """Make a directory (its parent exists) whose entry outlives a power failure."""
+        with _named("make the directory", path), suppress(FileExistsError):
             self.disk.mkdir(path)
-        # Also where it existed: another process may have made it and not have synced yet.
+        # Also where it existed: the process that created it may not have synced it yet.
         self.sync_folder(os.path.dirname(path) or ".")
 
     def create(self, path: str) -> int:
@@ -129,11 +129,11 @@ class Files:
         self._sync_folder(path, _CANNOT_SYNC)
 
     def sync_folder_of_others(self, path: str) -> None:
-        """`sync_folder` of one that may be another user's, where we may not."""
+        """`sync_folder` of a directory that may belong to another user."""
         self._sync_folder(path, (*_CANNOT_SYNC, errno.EACCES, errno.EPERM))
 
     def _sync_folder(self, path: str, tolerated: tuple[int, ...]) -> None:
-        with _named("fsync the folder", path):
+        with _named("fsync the directory", path):
             try:
                 self.disk.fsync_folder(path)
             except OSError as error:
@@ -141,12 +141,12 @@ class Files:
                     raise
 
     def remove(self, path: str) -> None:
-        """Remove a file; one that is not there is no error."""
+        """Remove a file, if it exists."""
         with _named("remove", path), suppress(FileNotFoundError):
             self.disk.unlink(path)
 
     def remove_empty_folder(self, path: str) -> None:
-        """Remove a folder where it is empty."""
+        """Remove a directory, if it exists and is empty."""
         with _named("remove", path):
             try:
                 self.disk.rmdir(path)
@@ -155,7 +155,7 @@ class Files:
                     raise
 
     def list(self, path: str) -> list[str]:
-        """Sorted names in a folder; none where there is no folder."""
+        """Sorted names in a directory; none where it does not exist."""
         with _named("list", path):
             try:
                 return sorted(self.disk.listdir(path))
@@ -164,7 +164,7 @@ class Files:
 
     def size(self, path: str) -> int | None:
         """Bytes of a file, or ``None`` where there is none."""
-        with _named("look at", path):
+        with _named("stat", path):
             try:
                 return self.disk.size(path)
             except (FileNotFoundError, NotADirectoryError):
@@ -187,7 +187,7 @@ class Files:
 
     @contextmanager
     def reading(self, path: str) -> Iterator[BinaryIO]:
-        """A file to read in pieces; errors on the way are `StorageError`, too."""
+        """A file to read in pieces; errors meanwhile are `StorageError` as well."""
         with self.open_read(path) as file, _named("read", path):
             yield file
 
@@ -209,11 +209,11 @@ class Files:
         return True
 
     def free_bytes(self, path: str) -> int:
-        with _named("look at the free space of", path):
+        with _named("read the free space of", path):
             return self.disk.free_bytes(path)
 
     def temporary_name(self, path: str) -> str:
-        """A hidden name in the same folder, so that `replace` stays within one file system."""
+        """A hidden name in the same directory, so that `replace` stays within one file system."""
         folder, name = os.path.split(path)
         return os.path.join(folder, f".{name}.ddinfer-{self._token}.tmp")
 
@@ -223,24 +223,24 @@ def _named(verb: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # not the system's: gzip's complaint about bytes, for one
+        if error.errno is None:  # not from the system, but gzip's about damaged bytes
             raise
         raise StorageError(f"cannot {verb} {path}: {describe_os_error(error)}") from error
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a crash of ddinfer has left this name."""
+    """Whether this is the name of a temporary file of ddinfer."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
 def write_and_rename(files: Files, path: str, data: bytes) -> None:
-    """Put ``data`` at ``path`` whole or not at all. The caller syncs the folder."""
+    """Write ``data`` to ``path`` whole or not at all. The caller syncs the directory."""
     with _renamed_at_end(files, path) as write:
         write(data)
 
 
 def atomic_write(files: Files, path: str, data: bytes) -> None:
-    """Put ``data`` at ``path``: after a crash there is the old content or all of the new."""
+    """Write ``data`` to ``path``: after a crash it has the old content or all of the new."""
     write_and_rename(files, path, data)
     files.sync_folder(os.path.dirname(path) or ".")
 
@@ -265,8 +265,8 @@ def _renamed_at_end(files: Files, path: str) -> Iterator[Callable[[bytes], None]
             files.close(fd)
         files.replace(temporary, path)
     except BaseException:
-        # On a full disk the leftover would be in the way. Removing it may fail as well: the
-        # first error is the one to tell, and opening the folder again removes leftovers.
+        # On a full disk the leftover takes space. Removing it may fail as well: the first error is
+        # the one to report, and opening the directory again removes leftovers.
         with suppress(StorageError):
             files.remove(temporary)
         raise

@@ -51,18 +51,18 @@ _SAMPLERS = {
 
 
 def image_path(index: int) -> str:
-    """Where image ``index`` lies below the output folder. Nothing else goes into a path."""
+    """Path of image ``index`` below the output directory. It depends on nothing else."""
     return f"{IMAGES_FOLDER}/{index // IMAGES_PER_FOLDER:04d}/{index:08d}.png"
 
 
 def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
-    """One picture as PNG.
+    """One image as PNG.
 
     Args:
         text: keyword → text, written before the pixels.
 
     Raises:
-        ValueError: a picture of a kind that PNG cannot hold.
+        ValueError: an image mode that PNG does not have.
     """
     pixels, bits = _pixels(image)
     return b"".join(
@@ -73,9 +73,9 @@ def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
 def encode_animation(
     frames: Sequence[Image], fps: float, text: Mapping[str, str] | None = None
 ) -> bytes:
-    """Pictures of one size as an animated PNG: lossless, each frame kept, even equal ones.
+    """Images of one size as an animated PNG: lossless, each frame kept, even equal ones.
 
-    Programs that know no animated PNG show the first frame.
+    Programs without support for animated PNG show the first frame.
 
     Args:
         fps: frames per second.
@@ -169,7 +169,7 @@ def _frame_delay(fps: float) -> tuple[int, int]:
     return min(0xFFFF, max(1, round(1000 / fps))), 1000
 
 
-# --- what is written beside the pixels --------------------------------------------------------
+# --- the text chunks ------------------------------------------------------------------------
 
 
 def image_text(
@@ -183,7 +183,7 @@ def image_text(
     """The text chunks of an image: ``parameters`` for other tools, ``ddinfer`` to remake it.
 
     Args:
-        info: what the whole job shares (model, dtype, scheduler, num_threads, versions …).
+        info: common to the whole job (model, dtype, scheduler, num_threads, versions …).
             It must be the same in every run of the job, or the bytes are not.
         size: width and height in pixels.
         batch: indices of the Requests that shared the pipeline call, in call order.

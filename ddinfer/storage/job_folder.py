@@ -1,13 +1,13 @@
-"""An output folder as a job's home: made, found again, compared, finished.
+"""The output directory of a job: create, resume, overwrite, finish.
 
-The straight line of a job, seen from the disk::
+The steps of a job::
 
     with JobFolder.open(files, path, job) as folder:          # rank 0: lock, job.json, requests
-        state = folder.read_state()                           # journals and files, reconciled
+        state = folder.read_state()                           # journals, compared with the files
         batches = folder.pending_batches(all_batches, state)
         with start_writer(files, path, header, info) as writer:       # every rank
             for result in save_as_made(engine.run, batches, writer): ...
-        report = folder.finish()                              # rank 0: reconciled once more
+        report = folder.finish()                              # rank 0: compared once more
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ B = TypeVar("B", bound=Sequence[int])
 
 @dataclass(frozen=True)
 class JobReport:
-    """What a job has come to: every Request is in exactly one of the three."""
+    """The state of a job: every Request is in exactly one of the three."""
 
     num_done: int
     num_failed: int
@@ -66,14 +66,14 @@ class JobReport:
 
 
 class JobFolder:
-    """A folder that holds this job, locked for it.
+    """The directory of a job, locked by it.
 
     Attributes:
-        requests: that it is to answer: the whole job's, or those of its shard.
+        requests: whose images belong here: the whole job's, or those of its shard.
         all_requests: of the whole job.
         record: its ``job.json``.
         attempt: number of this attempt, from 0: for journal headers.
-        is_resumed: whether the folder held the job already.
+        is_resumed: whether the directory held the job already.
     """
 
     def __init__(
@@ -105,17 +105,17 @@ class JobFolder:
         run_id: str = "",
         notify: Callable[[str], object] = lambda text: None,
     ) -> JobFolder:
-        """Lock the folder and make it hold this job, or find that it does.
+        """Lock the directory, and create or resume this job in it. Rank 0 calls this.
 
         Args:
-            overwrite: delete another job, or this one, and start again.
-            extend: accept Requests that were appended to those in the folder.
-            accept_versions: go on with other library versions.
-            run_id: of the torchrun run, whose restarts take over from one another.
+            overwrite: delete the job that is there, and start again.
+            extend: accept Requests that were appended to those in the directory.
+            accept_versions: resume with other library versions.
+            run_id: of the launcher, whose restarts take over the lease from one another.
 
         Raises:
-            UsageError: the folder holds another job or other data; says what differs.
-            FolderInUse: another process writes there.
+            UsageError: the directory contains another job or other files; names the differences.
+            FolderInUse: another job is running there.
         """
         path = os.path.abspath(path)
         _reject_foreign(files, path)  # before anything is written there
@@ -138,15 +138,15 @@ class JobFolder:
 
     @classmethod
     def look(cls, files: Files, path: str) -> JobFolder:
-        """A folder as it is, to read only: Requests from the folder itself, no lock."""
+        """Open read-only, without a lock; the Requests are those in the directory."""
         record = read_job(files, path)
         if record is None:
-            raise UsageError(f"{path} holds no ddinfer job (there is no {metadata.JOB_FILE})")
+            raise UsageError(f"{path} contains no ddinfer job (no {metadata.JOB_FILE})")
         requests = metadata.read_requests(files, path, record.num_requests)
         if len(requests) != record.num_requests:
             raise StorageError(
-                f"{os.path.join(path, metadata.REQUESTS_FILE)} holds {len(requests)} of the job's "
-                f"{record.num_requests} Requests"
+                f"{os.path.join(path, metadata.REQUESTS_FILE)} contains {len(requests)} requests, "
+                f"{record.num_requests} expected"
             )
         return cls(files, path, requests, record, attempt=_next_attempt(files, path))
 
@@ -155,7 +155,7 @@ class JobFolder:
         return self.record.fingerprint
 
     def read_state(self) -> JournalState:
-        """What the journals say; images whose file is not there are pending again."""
+        """The state by the journals; images whose file is missing are pending again."""
         capacity = 1 + max((request.index for request in self.requests), default=-1)
         state = read_journals(self.files, self.path, self.record.fingerprints, capacity)
         present = list_images(self.files, self.path, capacity)
@@ -165,15 +165,15 @@ class JobFolder:
         return state
 
     def pending(self, state: JournalState) -> list[int]:
-        """Indices that are neither made nor failed, in order."""
+        """Indices without image or failure, in order."""
         return [r.index for r in self.requests if state.is_pending(r.index)]
 
     def pending_batches(self, batches: Sequence[B], state: JournalState) -> list[B]:
-        """Batches (of indices) with an image to make. Each runs whole."""
+        """Batches (of indices) with a pending image. Each runs whole."""
         return [batch for batch in batches if any(map(state.is_pending, batch))]
 
     def retry_failed(self, state: JournalState) -> None:
-        """Make failed prompts pending again, in ``state`` and for every run from here on."""
+        """Make failed prompts pending again, in ``state`` and in the journals."""
         self.journal_decisions([{"kind": "retry", "indices": sorted(state.failures)}], state)
 
     def journal_decisions(self, records: Sequence[Mapping[str, Any]], state: JournalState) -> None:
@@ -193,9 +193,9 @@ class JobFolder:
             state.add(record)
 
     def finish(self) -> JobReport:
-        """Reconcile journals and Requests once more; write metadata and failures.
+        """Compare journals and Requests once more; write metadata and failures.
 
-        The job is complete when this says so, not when processes ended well.
+        This decides whether the job is complete, not the exit codes of processes.
         """
         state = self.read_state()
         metadata.write_metadata(self.files, self.path, self.requests, state)
@@ -229,13 +229,13 @@ def start_writer(
     wanted: Callable[[int], bool] = lambda index: True,
     writer_class: type[Writer] = Writer,
 ) -> Writer:
-    """This process's writer, with a journal of its own. Any rank, once rank 0 has opened."""
+    """This process's writer and journal. Each rank calls this, after `JobFolder.open` on rank 0."""
     journal = JournalWriter(files, path, header)
     return writer_class(files, path, journal, info, fps=fps, wanted=wanted)
 
 
 def list_images(files: Files, path: str, capacity: int) -> bytearray:
-    """1 at each index whose image file is there."""
+    """1 at each index whose image file exists."""
     present = bytearray(capacity)
     images = os.path.join(path, IMAGES_FOLDER)
     for folder in files.list(images):
@@ -282,11 +282,11 @@ def _create_or_resume(
     return new, False
 
 
-# --- the folder ---------------------------------------------------------------------------------
+# --- the directory ----------------------------------------------------------------------------
 
 
 def _make_folders(files: Files, path: str) -> None:
-    """Make the output folder, and what is missing above it, so that a power failure keeps it."""
+    """Make the output directory and its parents durably."""
     if files.exists(os.path.join(path, metadata.JOB_FILE)):
         return
     above, at = [], os.path.dirname(path)
@@ -297,7 +297,7 @@ def _make_folders(files: Files, path: str) -> None:
         if not files.exists(folder):
             files.make_folder(folder)
     files.make_folder(path)
-    # A run that was killed here may have left folders that are not durable yet.
+    # A process that was killed here may have left directories that are not durable yet.
     for folder in above:
         files.sync_folder_of_others(folder)
 
@@ -350,9 +350,10 @@ def _image_folders(path: str, record: JobRecord) -> Iterator[tuple[str, range]]:
 
 
 def _make_journals_durable(files: Files, path: str) -> None:
-    """A killed process may have written lines that it had no time to fsync.
+    """Fsync the journals of earlier attempts.
 
-    This run is going to build on them, so they must not be lost with the power after it.
+    A killed process may have written lines without fsync. This attempt relies on them, so a power
+    failure must not take them away afterwards.
     """
     for name in journal_paths(files, path):
         fd = files.open_to_write(name)
@@ -364,7 +365,7 @@ def _make_journals_durable(files: Files, path: str) -> None:
 
 
 def _remove_temporaries(files: Files, path: str, record: JobRecord) -> None:
-    """Remove what a crash of this job has left half written."""
+    """Remove the temporary files that a crash of this job has left."""
     for folder in [path, *(folder for folder, _ in _image_folders(path, record))]:
         for name in files.list(folder):
             if is_temporary(name):

@@ -1,4 +1,4 @@
-"""``job.json``: which job a folder holds, and whether it is the one that is asked for."""
+"""``job.json``: which job a directory contains, and whether it is the requested one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ JOB_VERSION = 1
 
 @dataclass(frozen=True)
 class Shard:
-    """A folder's part of a job that is made on machines that share nothing.
+    """The part of a job that a directory contains, with ``--shard``.
 
     Attributes:
         part: from 1, of ``num_parts``.
-        start, stop: its images, a range of Request indices; it may be empty.
+        start, stop: its images, a range of Request indices that may be empty.
     """
 
     part: int
@@ -37,13 +37,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class JobDescription:
-    """What a folder must agree with.
+    """A job as requested, to be compared with the one in the directory.
 
     Attributes:
-        requests: of the whole job, also where the folder is to hold a part of it.
-        identity: everything beside the requests that decides the images (model, dtype, …).
-        versions: of the libraries. Compared like the rest, but can be waved through.
-        config: the resolved configuration, kept for the user and to run again.
+        requests: of the whole job, also with ``--shard``.
+        identity: everything but the requests that decides the images (model, dtype, …).
+        versions: of the libraries; ``--accept_versions`` overrides a difference.
+        config: the resolved configuration, stored for the user and to run again.
     """
 
     requests: Sequence[Request]
@@ -60,11 +60,11 @@ class JobRecord:
     Attributes:
         fingerprint: SHA-256 of requests, identity and versions.
         fingerprints: of all journals that belong to the job; several once it was extended.
-        segments: where each extension ended, as numbers of Requests. Batches are cut within
-            a segment, so that what was added changes no batch of before.
-        other_versions: with which it was gone on, where that was asked for.
-        shard: the part of the job that the folder holds; ``None`` for all of it. All else here
-            is of the whole job, so that the parts of a job have one fingerprint.
+        segments: where each extension ends, in numbers of Requests. No batch crosses a segment,
+            so that an extension changes no earlier batch.
+        other_versions: library versions that were accepted when resuming.
+        shard: the part of the job in this directory; ``None`` for all of it. Everything else here
+            is of the whole job, so that its parts have one fingerprint.
     """
 
     fingerprint: str
@@ -81,7 +81,7 @@ class JobRecord:
 
     @property
     def images(self) -> range:
-        """Indices of the Requests that this folder is to answer."""
+        """Indices of the Requests whose images belong into this directory."""
         if self.shard is None:
             return range(self.num_requests)
         return range(self.shard.start, self.shard.stop)
@@ -128,7 +128,7 @@ _NO_RECORD = "restore a copy of it, or choose another --output"
 
 
 def _is_sound(record: JobRecord) -> bool:
-    """Whether it agrees with itself: by its segments batches are cut, by its counts a job ends."""
+    """Whether fingerprint, counts and segments are consistent."""
     own = _fingerprint(record.requests_sha256, record.identity, record.versions)
     is_own = record.fingerprint == own == record.fingerprints[-1]
     ends, images = record.segments, record.images
@@ -176,10 +176,10 @@ def same_or_extended(
     extend: bool,
     accept_versions: bool,
 ) -> JobRecord:
-    """The record under which ``job`` goes on in a folder that holds ``old``; writes nothing.
+    """The record of ``job`` in a directory that contains ``old``. Writes nothing.
 
     Raises:
-        UsageError: another job; says what differs and the ways out.
+        UsageError: another job; names the differences and the options.
     """
     differences = differences_of(old.identity, new.identity)
     is_grown = _is_extension(job.requests, old)
@@ -219,9 +219,9 @@ def differences_of(
     new: Mapping[str, Any],
     what: str = "",
     *,
-    where: tuple[str, str] = ("in the folder", "now"),
+    where: tuple[str, str] = ("in the directory", "now"),
 ) -> list[str]:
-    """A line for each name that has not the same value in both."""
+    """A line for each name whose values differ."""
     names = sorted({*old, *new})
     return [
         f"{what}{name}: {_shown(old.get(name))} {where[0]}, {_shown(new.get(name))} {where[1]}"
@@ -233,7 +233,7 @@ def differences_of(
 def _requests_difference(
     files: Files, path: str, requests: Sequence[Request], old: JobRecord, grown: bool
 ) -> str:
-    counts = f"requests: {old.num_requests} in the folder, {len(requests)} now"
+    counts = f"requests: {old.num_requests} in the directory, {len(requests)} now"
     if grown:
         return f"{counts}; the first {old.num_requests} are the same (--extend adds the new ones)"
     try:
@@ -251,12 +251,12 @@ def _refusal(path: str, differences: list[str], versions: list[str], *, is_exten
     if not differences:
         lines = "".join(f"\n  {line}" for line in versions)
         return (
-            f"{path} holds this job, begun with other library versions:{lines}\n"
-            "Images made from here on may differ in their last bits. Go on with "
-            "--accept_versions, or install the versions of before, or choose another --output"
+            f"{path} contains this job, started with other library versions:{lines}\n"
+            "Images made from here on may differ in their last bits. Resume with "
+            "--accept_versions, install the earlier versions, or choose another --output"
         )
     lines = "".join(f"\n  {line}" for line in (*differences, *versions))
-    what = "cannot be extended: not only prompts differ" if is_extending else "holds another job"
+    what = "cannot be extended: not only prompts differ" if is_extending else "contains another job"
     return (
         f"{path} {what}:{lines}\n"
         "Choose another --output, or delete that job and start again with --overwrite"
@@ -264,12 +264,12 @@ def _refusal(path: str, differences: list[str], versions: list[str], *, is_exten
 
 
 def _shard_refusal(path: str, old: Shard | None, new: Shard | None) -> str:
-    held = "the whole of this job" if old is None else f"part {old} of this job"
+    found = "the whole of this job" if old is None else f"part {old} of this job"
     asked = "the whole was" if new is None else f"--shard {new} was"
     again = "without --shard" if old is None else f"with --shard {old}"
     return (
-        f"{path} holds {held}, but {asked} asked for. Go on {again}, or choose another --output; "
-        "ddinfer merge joins the parts of a job in a folder of their own"
+        f"{path} contains {found}, but {asked} requested. Resume {again}, or choose another "
+        "--output; ddinfer merge joins the parts of a job in a directory of their own"
     )
 
 

@@ -1,4 +1,4 @@
-"""The journal: what was made, line by line, so that nothing is lost and nothing is made twice.
+"""The journal: an append-only record of what each process has made, and its replay.
 
 Each process of each attempt appends to a file of its own, ``journal/ATTEMPT-RANK.jsonl``, so a
 crash can tear only the last line, and a power failure only lines that were not fsynced. Each line
@@ -7,12 +7,12 @@ header; the others are of one of these kinds:
 
 - ``start``: a batch is about to run (``indices``; ``beside``: the first index of each other batch
   that is running in this process);
-- ``image``: an image is in its place and durable (``index``, ``sha256``, ``bytes``);
+- ``image``: an image is stored durably (``index``, ``sha256``, ``bytes``);
 - ``failed``: a prompt could not be made (``index``, ``error``);
 - ``death``: a process was killed by a signal (``signal``) with these prompts in flight
   (``indices``; ``alone``: it was one);
-- ``retry``: failed prompts are to be made again, and what is known against them is forgotten;
-- ``end``: the process ended in order (``reason``).
+- ``retry``: failed prompts are pending again, and the deaths recorded for them are dropped;
+- ``end``: the process ended without being killed (``reason``).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _CRC_BYTES = len(',"crc":"00000000"}\n')
 
 
 class JournalError(StorageError):
-    """A journal that cannot be believed. Names file and line, and the way out."""
+    """A journal that is corrupt, or of another job. Names file, line and fix."""
 
 
 @dataclass(frozen=True)
 class JournalHeader:
-    """First line of a journal file: whose it is, and of which job."""
+    """First line of a journal file: its rank, attempt and job."""
 
     fingerprint: str
     rank: int = 0
@@ -79,7 +79,7 @@ def journal_paths(files: Files, folder: str) -> list[str]:
 
 
 class JournalWriter:
-    """Appends to this process's own file. Threads may share it."""
+    """Appends to this process's own file. Safe to share between threads."""
 
     def __init__(self, files: Files, folder: str, header: JournalHeader):
         """Create ``journal/ATTEMPT-RANK.jsonl`` below ``folder``, durable with its header."""
@@ -104,9 +104,9 @@ class JournalWriter:
         return os.path.join(journal, name)
 
     def append(self, records: Sequence[Mapping[str, Any]], *, sync: bool = True) -> None:
-        """Write lines, and wait until they are durable unless told otherwise.
+        """Write lines, and wait until they are durable unless ``sync`` is false.
 
-        After a failed write nothing is ever appended: a torn line must stay the last.
+        After a failed write nothing is appended any more: a torn line must stay the last.
         """
         data = b"".join(map(encode_line, records))
         with self._lock:
@@ -134,11 +134,11 @@ class JournalWriter:
 
 @dataclass
 class Attempt:
-    """One journal file: who wrote it, and how it ended.
+    """One journal file: the process that wrote it, and how that ended.
 
     Attributes:
         in_flight: indices of the batches that were started and are not journaled yet.
-        end: the reason it gave, or ``None`` where it died.
+        end: the reason of its end, or ``None`` where it was killed.
     """
 
     path: str
@@ -148,9 +148,9 @@ class Attempt:
 
 
 class JournalState:
-    """What all journals of a job say together, by index. 45 bytes an image.
+    """The state of a job by all of its journals, per index. 45 bytes an image.
 
-    An image that any process made stays made, whatever else is said of it.
+    An image that any process made stays made, whatever other lines follow.
 
     Attributes:
         failures: index → the ``failed`` record.
@@ -193,7 +193,7 @@ class JournalState:
         return self._sizes[index]
 
     def forget(self, index: int) -> None:
-        """Make an image pending again: its file is gone, or its prompt is to be retried."""
+        """Make an image pending again: its file is missing, or its prompt is to be retried."""
         if self._status[index] == _DONE:
             self.num_done -= 1
             self.total_bytes -= self._sizes[index]
@@ -202,14 +202,14 @@ class JournalState:
         self.notes.pop(index, None)
 
     def retry(self, indices: Collection[int]) -> None:
-        """Make failed prompts pending again, as if they had never been tried."""
+        """Make failed prompts pending again, as if they had never run."""
         for index in indices:
             if self.is_failed(index):
                 self.forget(index)
         self.deaths = [d for d in self.deaths if not set(d["indices"]).intersection(indices)]
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take in a record that concerns images, not the process that wrote it.
+        """Apply a record about images, rather than about the process that wrote it.
 
         Raises:
             ValueError: of a kind that is not known.
@@ -224,7 +224,7 @@ class JournalState:
         elif kind == "retry":
             self.retry(record["indices"])
         else:
-            raise ValueError(f"its kind {kind!r} is not known")
+            raise ValueError(f"unknown kind {kind!r}")
 
     def add_image(self, record: Mapping[str, Any]) -> None:
         index, size = record["index"], record["bytes"]
@@ -254,7 +254,7 @@ class JournalState:
 def read_journals(
     files: Files, folder: str, fingerprints: Collection[str], num_requests: int
 ) -> JournalState:
-    """Everything that the journals below ``folder`` say.
+    """The state by all journals below ``folder``.
 
     Args:
         fingerprints: of the job (several once it was extended).
@@ -311,7 +311,7 @@ def _header(record: Mapping[str, Any], path: str, fingerprints: Collection[str])
     if record["version"] != JOURNAL_VERSION:
         raise JournalError(
             f"{path}:1: journal format {record['version']}, this ddinfer reads "
-            f"{JOURNAL_VERSION}; finish the job with the ddinfer that began it"
+            f"{JOURNAL_VERSION}; finish the job with the ddinfer that started it"
         )
     if record["fingerprint"] not in fingerprints:
         raise JournalError(

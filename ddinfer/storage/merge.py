@@ -1,8 +1,8 @@
-"""The parts of a job, made on machines that share nothing, joined into one ordinary job folder.
+"""Merge the parts of a job (``--shard``) into one ordinary output directory.
 
-Joining is one more attempt at the whole job, in a folder of its own, whose images are copied
-instead of drawn. So whatever ends it, the same command again goes on, and what it leaves is
-locked, resumed, verified and extended like any other job's folder.
+A merge is one more attempt at the whole job, in a directory of its own, whose images are copied
+instead of generated. So the same command resumes it after any interruption, and its result is
+locked, resumed, verified and extended like any other job's directory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was joined: every Request of the job is made or failed.
+    """The result of a merge: every Request of the job is made or failed.
 
     Attributes:
-        num_copied: images that this run brought in; the others were there from an earlier one.
+        num_copied: images that this run copied; an earlier one has copied the others.
     """
 
     output: str
@@ -59,14 +59,14 @@ def merge(
     """Copy the images and records of a job's parts into ``target``; the parts stay as they are.
 
     Args:
-        paths: folders that hold parts of one job (or all of it). They may overlap.
-        target: a new folder, or one that an earlier `merge` of this job has begun.
-        notify: told what is about to be copied.
+        paths: directories that hold parts of one job (or all of it). They may overlap.
+        target: a new directory, or one that an earlier `merge` of this job has begun.
+        notify: called with a sentence before copying.
 
     Raises:
-        UsageError: the folders are not of one job, or do not cover it; nothing was written.
-        StorageError: two folders have different bytes for one image; an image is damaged; the
-            disk failed. The same call again goes on.
+        UsageError: the directories are not of one job, or do not cover it; nothing was written.
+        StorageError: two directories have different bytes for one image; an image is damaged; an
+            I/O operation failed. The same call resumes.
     """
     parts = _parts(files, paths, target)
     state = _joined(parts)
@@ -91,7 +91,7 @@ def merge(
     return report
 
 
-# --- what is to be joined -----------------------------------------------------------------------
+# --- the parts ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -108,21 +108,21 @@ class _Part:
 
 
 def _parts(files: Files, paths: Sequence[str], target: str) -> list[_Part]:
-    """The folders, read and compared.
+    """The directories, read and compared.
 
     Raises:
-        UsageError: they cannot be joined.
+        UsageError: they cannot be merged.
     """
     if not paths:
-        raise UsageError("nothing to merge: name the output folders of the job's parts")
+        raise UsageError("nothing to merge: name the output directories of the job's parts")
     folders: list[JobFolder] = []
     seen: dict[str, str] = {}
     for path in paths:
         real = os.path.realpath(path)
         if real == os.path.realpath(target):
-            raise UsageError(f"--output {target} is one of the parts; choose a new folder")
+            raise UsageError(f"--output {target} is one of the parts; choose a new directory")
         if real in seen:
-            raise UsageError(f"{path} and {seen[real]} are the same folder; name it once")
+            raise UsageError(f"{path} and {seen[real]} are the same directory; name it once")
         seen[real] = path
         folder = JobFolder.look(files, path)
         if is_held(files, path):
@@ -137,7 +137,7 @@ def _check_same_job(first: JobFolder, folder: JobFolder) -> None:
     if len(b.segments) > 1:
         raise UsageError(
             f"{folder.path} was extended with --extend, so that its batches were cut otherwise; "
-            "merge the parts of a job as it was begun, and extend the joined folder"
+            "merge the parts of a job as it was begun, and extend the joined directory"
         )
     if a.fingerprint == b.fingerprint:
         return
@@ -155,10 +155,10 @@ def _check_same_job(first: JobFolder, folder: JobFolder) -> None:
 
 
 def _joined(parts: Sequence[_Part]) -> JournalState:
-    """What all parts say together.
+    """The state of the whole job.
 
     Raises:
-        UsageError: a Request that none of them has answered.
+        UsageError: a Request without image or failure in any part.
         StorageError: two of them have different bytes for one image.
     """
     requests = parts[0].folder.all_requests
@@ -205,7 +205,7 @@ def _missing_message(parts: Sequence[_Part], missing: Sequence[int]) -> str:
         if unfinished:
             what = f"part {part.folder.record.shard}" if part.folder.record.shard else "the job"
             lines.append(
-                f"{part.path} ({what}) is not finished, {len(unfinished)} images are to do: run "
+                f"{part.path} ({what}) is not finished, {len(unfinished)} images are pending: run "
                 "its own command again"
             )
     absent = _absent_shards([part.folder.record for part in parts])
@@ -215,7 +215,7 @@ def _missing_message(parts: Sequence[_Part], missing: Sequence[int]) -> str:
 
 
 def _absent_shards(records: Sequence[JobRecord]) -> str:
-    """Which of the N parts nobody has named, where all folders were cut into as many."""
+    """Which of the N parts are not given, where all directories belong to the same N."""
     shards: list[Shard] = [record.shard for record in records if record.shard is not None]
     numbers = {shard.num_parts for shard in shards}
     if len(shards) < len(records) or len(numbers) > 1:
@@ -231,11 +231,11 @@ def _description(whole: JobFolder, target: str) -> JobDescription:
     return JobDescription(whole.all_requests, record.identity, record.versions, config)
 
 
-# --- joining ------------------------------------------------------------------------------------
+# --- copying ------------------------------------------------------------------------------------
 
 
 def _check_same_images(folder: JobFolder, there: JournalState, state: JournalState) -> None:
-    """What an earlier run has brought in must still be what the parts have."""
+    """What an earlier run has copied must still be what the parts contain."""
     for request in folder.requests:
         index = request.index
         if not (there.is_done(index) and state.is_done(index)):
@@ -243,7 +243,7 @@ def _check_same_images(folder: JobFolder, there: JournalState, state: JournalSta
         if there.sha256(index) != state.sha256(index):
             raise StorageError(
                 f"{folder.path} has other bytes for {image_path(index)} than the parts have; "
-                "merge into a new folder"
+                "merge into a new directory"
             )
 
 
@@ -260,7 +260,7 @@ def _copy(
     there: JournalState,
     wanted: Sequence[int],
 ) -> int:
-    """Bring in what is wanted; images first, durably, then their journal lines."""
+    """Copy images durably, then append their journal lines."""
     header = JournalHeader(folder.fingerprint, attempt=folder.attempt)
     journal = JournalWriter(files, folder.path, header)
     num_copied = 0

@@ -1,4 +1,4 @@
-"""The files around the images: what was asked, what became of it, and how the job stands."""
+"""The files next to the images: requests, metadata, failures and status."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ _NOTHING: dict[str, Any] = {}  # one for all: there may be millions
 
 def _damaged_request(path: str, line: int, why: object) -> StorageError:
     return StorageError(
-        f"{path}:{line}: damaged ({why}); run the job's own command again: it is written anew from "
+        f"{path}:{line}: damaged ({why}); run the job's own command again, which writes it from "
         "the prompts"
     )
 
@@ -188,7 +188,7 @@ def write_metadata(
 
 
 def metadata_rows(requests: Sequence[Request], state: JournalState) -> Iterator[dict[str, Any]]:
-    """What ``metadata.jsonl`` says, row by row."""
+    """The rows of ``metadata.jsonl``."""
     made = [request for request in requests if state.is_done(request.index)]
     named = [
         name
@@ -226,7 +226,7 @@ def _argument_columns(requests: Sequence[Request]) -> dict[str, Callable[[Reques
         inputs.update(request.input_hashes)
     columns: dict[str, Callable[[Request], Any]] = {}
     for name in sorted(kinds):
-        # datasets' own names: "image" is the picture, "*file_name" a picture beside it.
+        # datasets reserves "image" for the image and "*file_name" for further files.
         clash = name in ("image", "label", *_OWN_COLUMNS) or name.endswith(
             ("file_name", "file_names")
         )
@@ -262,7 +262,7 @@ def write_failures(
 
 
 def failure_rows(requests: Sequence[Request], state: JournalState) -> Iterator[dict[str, Any]]:
-    """What ``failures.jsonl`` says, row by row."""
+    """The rows of ``failures.jsonl``."""
     for request in requests:
         if state.is_failed(request.index):
             error = state.failures[request.index]["error"]

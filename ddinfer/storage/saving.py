@@ -14,16 +14,16 @@ def save_as_made(
     batches: Iterable[Sequence[Request]],
     writer: Writer,
 ) -> Iterator[Result]:
-    """Run ``make`` (an engine's ``run``) and hand each batch to the writer once it is whole.
+    """Run ``make`` (an engine's ``run``) and pass each complete batch to the writer.
 
     A batch's start is journaled when the engine pulls it. Results may come in any order.
 
     Yields:
-        each Result when it has been handed over, without its pictures.
+        each Result once the writer has it, without its images.
 
     Raises:
-        StorageError: what was made could not be written.
-        DdinferError: the engine answered a Request twice, or not at all.
+        StorageError: an image could not be written.
+        DdinferError: the engine returned a Request's Result twice, or not at all.
     """
     open_batches: dict[int, _OpenBatch] = {}
 
@@ -37,7 +37,9 @@ def save_as_made(
     for result in make(announced()):
         batch = open_batches.pop(result.index, None)
         if batch is None:
-            raise DdinferError(f"the engine answered request {result.index} twice or unasked")
+            raise DdinferError(
+                f"the engine returned an unexpected result for request {result.index}"
+            )
         batch.results.append(result)
         if len(batch.results) == batch.size:
             writer.put(batch.results)
@@ -45,7 +47,7 @@ def save_as_made(
                 yield made.without_pictures()
     if open_batches:
         raise DdinferError(
-            f"the engine gave no answer to {len(open_batches)} requests, the first is "
+            f"the engine returned no result for {len(open_batches)} requests, the first is "
             f"{min(open_batches)}"
         )
 

@@ -22,17 +22,17 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass
 class VerifyReport:
-    """What `verify` found.
+    """The findings of `verify`.
 
     Attributes:
         num_requests: of the job; each is made, failed, missing or pending.
-        num_good: images that are there with the bytes that were journaled.
+        num_good: images whose bytes are those that were journaled.
         num_failed: prompts listed as failed.
-        pending: indices that were never made: the job is not finished.
-        missing: indices that were made but whose file is gone.
-        torn: indices whose file has other bytes than were journaled → what is wrong.
-        extra: files below ``images`` that no journal line speaks of.
-        stale: metadata files that do not say what the journals say.
+        pending: indices without a journal line: the job is not finished.
+        missing: indices that were made and whose file is missing.
+        torn: indices whose file has other bytes than were journaled → the difference.
+        extra: files below ``images`` without a journal line.
+        stale: metadata files that do not agree with the journals.
     """
 
     num_requests: int = 0
@@ -56,14 +56,14 @@ class VerifyReport:
 def verify(
     files: Files, path: str, *, progress: Callable[[int], object] = lambda done: None
 ) -> VerifyReport:
-    """Compare a job's folder with its journals: every hash, every Request, every file.
+    """Compare a job's directory with its journals: every hash, every Request, every file.
 
     Args:
-        progress: told how many images have been read, now and then.
+        progress: called now and then with the number of images that have been read.
 
     Raises:
         UsageError: no job there.
-        StorageError: a journal, ``job.json`` or ``requests.jsonl.gz`` cannot be believed.
+        StorageError: a journal, ``job.json`` or ``requests.jsonl.gz`` is damaged.
     """
     folder = JobFolder.look(files, path)
     capacity = 1 + max((request.index for request in folder.requests), default=-1)
@@ -85,14 +85,14 @@ def verify(
 
 
 def rebuild_metadata(files: Files, path: str) -> None:
-    """Write ``metadata.jsonl`` and ``failures.jsonl`` anew from the journals."""
+    """Write ``metadata.jsonl`` and ``failures.jsonl`` again from the journals."""
     JobFolder.look(files, path).finish()
 
 
 def remove_torn(files: Files, path: str, report: VerifyReport) -> None:
-    """Delete the torn images that ``report`` names, so that the same command makes them again.
+    """Delete the torn images of ``report``, so that the same command generates them again.
 
-    The caller holds the folder's lease. In ``report`` they are missing afterwards.
+    The caller holds the lease. In ``report`` they are missing afterwards.
     """
     names = [os.path.join(path, image_path(index)) for index in report.torn]
     for name in names:
@@ -151,11 +151,11 @@ def _stale_files(
         (metadata.METADATA_FILE, metadata.metadata_rows(requests, state)),
         (metadata.FAILURES_FILE, metadata.failure_rows(requests, state)),
     ):
-        if not _says(files, os.path.join(path, name), rows):
+        if not _has_rows(files, os.path.join(path, name), rows):
             yield name
 
 
-def _says(files: Files, path: str, rows: Iterator[Mapping[str, Any]]) -> bool:
+def _has_rows(files: Files, path: str, rows: Iterator[Mapping[str, Any]]) -> bool:
     if not files.exists(path):
         return False
     with files.reading(path) as file:

@@ -1,8 +1,8 @@
-"""Results → files, on a thread, so that the next batch is already being computed.
+"""Results → files, on a thread, while the next batch is running.
 
-A batch is committed as one group. First every image: temporary file in the same folder, fsync,
-rename into place, then one fsync of the folder; then one journal line each and one fsync of the
-journal. So a journal line never speaks of an image that a power failure could take away.
+A batch is committed as one group. First every image: temporary file in the same directory, fsync,
+rename into place, then one fsync of the directory; then one journal line each and one fsync of the
+journal. So a journal line never refers to an image that a power failure could take away.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Writer:
     """Writes this process's Results.
 
     Args:
-        folder: the output folder.
+        folder: the output directory.
         journal: this process's own.
-        info: what the ``ddinfer`` chunk of every image says of the job; see `image_text`.
+        info: about the job, for the ``ddinfer`` chunk of every image; see `image_text`.
         fps: frames per second of videos.
-        wanted: whether an image of this index is to be written. A batch runs whole even where
-            some of its images are there already; those are not written again.
+        wanted: whether the image of this index is to be written. A batch runs whole also where
+            some of its images exist already; those are not written again.
 
     Attributes:
         num_written, num_failed: journaled so far.
@@ -77,7 +77,7 @@ class Writer:
         self.journal.append([line], sync=False)
 
     def put(self, results: Sequence[Result]) -> None:
-        """Hand over one batch; waits while the one before the last is still being written.
+        """Queue one batch for writing; blocks while the queue, of one batch, is full.
 
         Raises:
             StorageError: writing an earlier batch failed.
@@ -92,7 +92,7 @@ class Writer:
         self._raise_error()
 
     def close(self, reason: str = "done") -> None:
-        """Flush, journal why this process ends, and close the journal."""
+        """Flush, journal the reason of this process's end, and close the journal."""
         if self._thread is None:
             return
         thread, self._thread = self._thread, None
@@ -111,7 +111,7 @@ class Writer:
         if kind is None:
             self.close()
             return
-        try:  # what was handed over is still worth keeping
+        try:  # batches in the queue are still written
             self.close(reason=kind.__name__)
         except StorageError:
             if not issubclass(kind, StorageError):
@@ -124,9 +124,9 @@ class Writer:
     def _work(self) -> None:
         while (results := self._queue.get()) is not None:
             try:
-                if self._error is None:  # else drain, so that nobody waits for ever
+                if self._error is None:  # else drain the queue, so that put() never blocks for ever
                     self.commit(results)
-            except BaseException as error:  # noqa: BLE001  surfaces in the caller's next call
+            except BaseException as error:  # noqa: BLE001  raised by the next call of the caller
                 self._error = error
             finally:
                 self._queue.task_done()
@@ -140,17 +140,17 @@ class Writer:
         self.journal_lines(lines)
 
     def store_images(self, results: Sequence[Result]) -> list[dict[str, Any]]:
-        """Every image in its place and durable; returns the journal lines that may now be said."""
+        """Write every image durably → the journal lines that may now be appended."""
         lines = []
         folders = set()
         for result in results:
             try:
                 data = None if result.error is not None else self._encode(result)
                 error = result.error
-            except (OSError, MemoryError, ImportError) as problem:  # the machine's, not its
+            except (OSError, MemoryError, ImportError) as problem:  # not the prompt's
                 why = describe_os_error(problem) if isinstance(problem, OSError) else problem
                 raise StorageError(f"cannot encode image {result.index}: {why}") from problem
-            except Exception as problem:  # noqa: BLE001  a picture that cannot be encoded
+            except Exception as problem:  # noqa: BLE001  an image that cannot be encoded
                 data, error = None, ErrorRecord.of(problem)
             if data is None:
                 lines.append(_failure_line(result, error))
