@@ -138,7 +138,7 @@ def test_json_takes_strings_and_objects(file):
     path = file("p.json", '[\n "a",\n\n {"prompt": "b",\n "id": 7}\n]\n')
     prompts = read_prompts(path)
     assert [dict(p.fields) for p in prompts] == [{"prompt": "a"}, {"prompt": "b", "id": "7"}]
-    assert [p.where for p in prompts] == [f"{path}:2", f"{path}:4"]
+    assert [p.where for p in prompts] == [f"{path}: item 1", f"{path}: item 2"]
 
 
 def test_jsonl_takes_every_standard_field(file):
@@ -283,18 +283,19 @@ BAD = {
     "column.csv": (b"caption,seed\na,1\n", 1, "no column is named prompt.*'caption'"),
     "twice.csv": (b"prompt,Seed,seed\na,1,2\n", 1, "two columns are named seed"),
     "slip.csv": (b"prompt,sede\na,1\n", 1, "'sede'; did you mean seed"),
+    "long.csv": (b"prompt,negativ_promt\na,1\n", 1, "did you mean negative_prompt"),
     "slip.tsv": (b"prompt\tWidht\na\t1\n", 1, "did you mean width"),
     "foreign.csv": (b"prompt,steps\na,1\n", 1, "did you mean num_inference_steps"),
     "no_prompt.csv": (b"prompt,seed\n,1\n", 2, "prompt is empty"),
     "seed.csv": (b"prompt,seed\na,1.0\n", 2, "seed must be an integer"),
     "text.csv": (b"prompt,width\na,wide\n", 2, "width must be a positive integer, got 'wide'"),
     "nan.csv": (b"prompt,guidance_scale\na,NaN\n", 2, "NaN"),
-    "object.json": (b'{"prompt": "a"}', 1, "expected a list"),
-    "open.json": (b'["a",\n"b"', 2, "the file ends"),
+    "object.json": (b'{"prompt": "a"}', None, "expected a list"),
+    "open.json": (b'["a",\n"b"', 2, "Expecting ',' delimiter"),
     "comma.json": (b'["a",\n]', 2, "broken JSON"),
-    "after.json": (b'["a"]\n["b"]', 2, "more text"),
-    "number.json": (b'["a",\n7]', 2, "expected a string or an object, got int"),
-    "deep.json": (b'["a",\n' + b"[" * 100_000, 2, "broken JSON"),
+    "after.json": (b'["a"]\n["b"]', 2, "Extra data"),
+    "number.json": (b'["a",\n7]', None, "item 2: expected a string or an object, got int"),
+    "deep.json": (b'["a",\n' + b"[" * 100_000, None, "broken JSON"),
     "cut.jsonl": (GOOD + b'{"prompt": "b"', 2, "broken JSON"),
     "list.jsonl": (GOOD + b'["b"]', 2, "got list"),
     "two.jsonl": (GOOD + b'{"prompt": "b"} {"prompt": "c"}', 2, "Extra data"),
@@ -305,15 +306,20 @@ BAD = {
     "case.jsonl": (b'{"Prompt": "a"}', 1, "did you mean prompt"),
     "own.jsonl": (b'{"prompt": "a", "output_type": "np"}', 1, "ddinfer decides"),
     "tensor.jsonl": (b'{"prompt": "a", "prompt_embeds": [1]}', 1, "takes a tensor"),
-    "key.jsonl": (b'{"prompt": "a", "seed": 1, "seed": 2}', 1, "'seed' stands twice"),
-    "nested_key.jsonl": (b'{"prompt": "a", "sigmas": {"a": 1, "a": 2}}', 1, "stands twice"),
+    "key.jsonl": (b'{"prompt": "a", "seed": 1, "seed": 2}', 1, "'seed' appears twice"),
+    "nested_key.jsonl": (b'{"prompt": "a", "sigmas": {"a": 1, "a": 2}}', 1, "appears twice"),
     "nan.jsonl": (b'{"prompt": "a", "eta": NaN}', 1, "NaN"),
     "infinity.jsonl": (b'{"prompt": "a", "eta": -Infinity}', 1, "Infinity"),
     "huge.jsonl": (b'{"prompt": "a", "eta": 1e999}', 1, "too large"),
     "digits.jsonl": (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", 1, "broken JSON"),
     "surrogate.jsonl": (b'{"prompt": "a \\ud800"}', 1, r"lone surrogate \(U\+D800\)"),
     "surrogate2.jsonl": (b'{"prompt": "a", "prompt_2": "\\udc36"}', 1, "prompt_2 .*surrogate"),
-    "surrogate3.json": (b'["a", "b",\n"\\udfff"]', 2, "lone surrogate"),
+    "surrogate3.json": (b'["a", "b",\n"\\udfff"]', None, "item 3: .*lone surrogate"),
+    "id.json": (
+        b'[{"prompt": "a", "id": "x"},\n{"prompt": "b", "id": "x"}]',
+        None,
+        ": item 1; ids",
+    ),
     "escape.jsonl": (b'{"prompt": "a\\u0000b"}', 1, "NUL"),
     "id.jsonl": (GOOD + b'{"prompt": "b", "id": 7}\n{"prompt": "b", "id": "7"}', 3, ":2; ids"),
     "id.csv": (b"prompt,id\na,x\nb,y\nc,x\n", 4, "id 'x' is already used by .*id.csv:2"),

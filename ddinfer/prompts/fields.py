@@ -111,6 +111,7 @@ class FieldChecker:
         self.source, self.folder, self.in_program = source, folder, in_program
         self.call_parameters = None if call_parameters is None else frozenset(call_parameters)
         self.nulls: Counter[str] = Counter()  # field → rows where it is null
+        self.counts_items = False  # rows are items of a JSON list rather than lines
         self._ids: dict[str, int | None] = {}
         self._image_hashes: dict[str, str] = {}
         own = ("prompt", "id", "seed", "num_images")
@@ -121,7 +122,15 @@ class FieldChecker:
         self.known = frozenset(known) - set(RESERVED_FIELDS)
 
     def error(self, message: str, line: int | None) -> InputError:
+        if self.counts_items and line is not None:
+            return InputError(f"item {line}: {message}", file=self.source)
         return InputError(message, file=self.source, line=line)
+
+    def place(self, line: int | None) -> str:
+        """Where a row is, for messages that name another one."""
+        if line is None:
+            return self.source
+        return f"{self.source}: item {line}" if self.counts_items else f"{self.source}:{line}"
 
     def suggestion(self, name: str) -> str | None:
         """The field that ``name`` was probably meant to be."""
@@ -131,8 +140,10 @@ class FieldChecker:
         foreign = FOREIGN_NAMES.get(plain)
         if foreign is not None and (foreign in self.known or " " in foreign):
             return foreign
-        close = difflib.get_close_matches(plain, self.known, n=3, cutoff=0.6)
-        return next((c for c in close if _typing_slips(plain, c) <= (1 if len(c) < 6 else 2)), None)
+        is_short = len(plain) < 6  # one letter of few weighs more
+        close = difflib.get_close_matches(plain, self.known, cutoff=0.75 if is_short else 0.8)
+        most = 1 if is_short else 2  # prompt_id is not prompt
+        return next((name for name in close if abs(len(name) - len(plain)) <= most), None)
 
     def is_refused(self, name: str) -> bool:
         """Whether ``name`` is known well, and this pipeline does not take it."""
@@ -189,12 +200,12 @@ class FieldChecker:
             name = out["id"]
             if name in self._ids:
                 raise self.error(
-                    f"id {name!r} is already used by {self.source}:{self._ids[name]}; "
-                    "ids must be unique",
+                    f"id {name!r} is already used by {self.place(self._ids[name])}; ids must be "
+                    "unique",
                     line,
                 )
             self._ids[name] = line
-        return Prompt(out, self.source if line is None else f"{self.source}:{line}")
+        return Prompt(out, self.place(line))
 
     def check_defaults(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments for all prompts: those that are null left out, image inputs as in `check`.
@@ -311,17 +322,3 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _typing_slips(a: str, b: str) -> int:
-    """Edits between two words, a swap of neighbours counting as one (optimal string alignment)."""
-    rows = [list(range(len(b) + 1))]
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            best = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (x != y))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                best = min(best, rows[-2][j - 2] + 1)
-            row.append(best)
-        rows.append(row)
-    return rows[-1][-1]

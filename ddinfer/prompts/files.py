@@ -3,16 +3,16 @@
 How a file is read:
 
 - **Every kind** is UTF-8, with or without a byte order mark; lines end with LF or CRLF. A blank
-  line is no prompt: it is skipped, and a note in the log counts them. Nothing else is skipped:
+  line is not a prompt: it is skipped, and a note in the log counts them. Nothing else is skipped:
   whatever cannot be a prompt is an `InputError` with file and line.
 - **txt**: a line is a prompt, literally: nothing is interpreted, spaces at its edges stay.
 - **tsv**: the first line names the columns; cells end at tabs, quotes are ordinary characters.
 - **csv**: the same, with commas and standard quoting (``"a ""quoted"" cell"``, line breaks within).
   Columns are matched whatever their case (``Prompt``, ``Guidance Scale``). A column of an unknown
-  name is listed in one note, unless it looks like a slip of a known one (``sede``), which is an
+  name is listed in one note, unless it looks like a misspelt known one (``sede``), which is an
   error.
-- **json**: a list of strings or objects. **jsonl**: a string or an object a line. An unknown
-  field is an error.
+- **json**: a list of strings or objects; errors name an item by its number. **jsonl**: a string or
+  an object per line. An unknown field is an error.
 - An empty cell and ``null`` mean the default: the job's own (``--guidance_scale``, …) where there
   is one, else the pipeline's. One note in the log counts them by field. A prompt cannot be empty.
 - ``-``: standard input; jsonl where its first line starts with ``{"``, else txt. The names of this
@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 #: Names that stand for an open file of the process that uses them.
 _OPEN_FILE = re.compile(r"/dev/stdin|(?:/dev|/proc/self)/fd/(?P<descriptor>\d+)")
 
-#: A line number (1-based) and what stands there.
+#: A line number or the number of an item in a JSON list (1-based), and what is there.
 _Row = tuple[int, Any]
 
 
@@ -78,7 +78,7 @@ def read_prompts(
     checker = FieldChecker(source, folder, call_parameters)
     prompts = _READERS[kind](text, checker)
     if not prompts:
-        raise InputError("holds no prompts", file=source)
+        raise InputError("contains no prompts", file=source)
     if (note := checker.note_nulls()) is not None:
         _log.warning("%s", note)
     return prompts
@@ -140,22 +140,16 @@ def kind_of_prompt_file(path: str) -> str | None:
 
 
 def read_requests(
-    path: str | os.PathLike[str],
-    *,
-    call_parameters: Collection[str] | None = None,
-    base_seed: int = 0,
-    num_images: int = 1,
-    defaults: Mapping[str, Any] | None = None,
+    path: str | os.PathLike[str], *, call_parameters: Collection[str] | None = None
 ) -> list[Request]:
-    """Read a prompt file into Requests: `read_prompts`, then `resolve_requests`."""
-    prompts = read_prompts(path, call_parameters=call_parameters)
-    return resolve_requests(prompts, base_seed=base_seed, num_images=num_images, defaults=defaults)
+    """Read a prompt file into Requests without any defaults of a job. Other tools call this."""
+    return resolve_requests(read_prompts(path, call_parameters=call_parameters))
 
 
 def prompt_from_fields(
     fields: Mapping[str, Any], where: str, *, call_parameters: Collection[str] | None = None
 ) -> Prompt:
-    """A dict of a program, checked like a row of a file.
+    """Check a dict of a program like a row of a file.
 
     Image inputs may be objects rather than paths. Without ``call_parameters`` any argument is
     taken: whoever has the pipeline checks it against the signature.
@@ -303,7 +297,7 @@ def _table(rows: Iterator[tuple[int, list[str]]], checker: FieldChecker) -> list
 
 
 def _columns(header: list[str], line: int, checker: FieldChecker) -> list[tuple[int, str]]:
-    """Place and field of each column that is one; others are noted, slips are errors."""
+    """Number and field of each known column; others are logged, misspelt ones are errors."""
     columns: dict[str, int] = {}
     unused = []
     for at, title in enumerate(header):
@@ -352,7 +346,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         seen: set[str] = set()
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} appears twice in one object")
     return out
 
 
@@ -388,54 +382,18 @@ def _read_jsonl(text: str, checker: FieldChecker) -> list[Prompt]:
 
 
 def _read_json(text: str, checker: FieldChecker) -> list[Prompt]:
-    return _objects(_json_items(text, checker), checker, check_text="\\u" in text)
-
-
-def _json_items(text: str, checker: FieldChecker) -> Iterator[_Row]:
-    """Items of a JSON list, each with the line where it starts."""
-    skip = re.compile(r"[ \t\r\n]*").match
-    line, counted = 1, 0
-
-    def line_at(position: int) -> int:
-        nonlocal line, counted
-        line += text.count("\n", counted, position)
-        counted = max(counted, position)
-        return line
-
-    def after_space(position: int) -> int:
-        match = skip(text, position)
-        assert match is not None
-        return match.end()
-
-    at = after_space(0)
-    if text[at : at + 1] != "[":
-        raise checker.error("expected a list of strings or objects", line_at(at))
-    at = after_space(at + 1)
-    if text[at : at + 1] == "]":
-        at += 1
-    else:
-        while True:
-            start = line_at(at)
-            try:
-                item, at = _DECODER.raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                raise checker.error(
-                    f"broken JSON: {error.msg} (column {error.colno})", error.lineno
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise checker.error(f"broken JSON: {error}", start) from None
-            yield start, item
-            at = after_space(at)
-            mark = text[at : at + 1]
-            if mark not in (",", "]"):
-                found = f"got {mark!r}" if mark else "the file ends"
-                raise checker.error(f"broken JSON: expected ',' or ']', {found}", line_at(at))
-            at += 1
-            if mark == "]":
-                break
-            at = after_space(at)
-    if text[after_space(at) :]:
-        raise checker.error("broken JSON: more text after the list", line_at(after_space(at)))
+    try:
+        items = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise checker.error(
+            f"broken JSON: {error.msg} (column {error.colno})", error.lineno
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise checker.error(f"broken JSON: {error}", None) from None
+    if not isinstance(items, list):
+        raise checker.error("expected a list of strings or objects", None)
+    checker.counts_items = True  # the decoder does not say on which line an item starts
+    return _objects(enumerate(items, 1), checker, check_text="\\u" in text)
 
 
 def _objects(rows: Iterable[_Row], checker: FieldChecker, *, check_text: bool) -> list[Prompt]:
