@@ -1,5 +1,6 @@
 """Nothing that somebody handed on makes its code run: trust is said on the command line."""
 
+import gzip
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from ddinfer import load_pipeline
+from ddinfer.cli import dispatch
 from ddinfer.errors import UsageError
 from tests.local_hub import local_hub
 from tests.test_cli import HANG_SECONDS, MAIN, ROOT, run, status
@@ -149,3 +151,35 @@ def test_an_index_of_safetensors_names_no_pickle_and_no_file_elsewhere(shard, ha
     (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
     with pytest.raises(UsageError, match=r"expected \.safetensors files in or below"):
         load_pipeline(model)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "status out",
+        "verify out",
+        "verify out --rebuild --repair",
+        "merge out --output merged",
+        "retry-failed out --trust_remote_code",
+        "replay out/images/0000/00000000.png --trust_remote_code",
+    ],
+)
+@pytest.mark.parametrize("index", ["../../../../outside", "/outside", -1, 7, None])
+def test_no_record_of_a_folder_decides_a_path(
+    words, index, handed_on, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(handed_on / "out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    with gzip.open("out/requests.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    rows[1]["index"] = index
+    with gzip.open("out/requests.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    before = everything(tmp_path)
+    assert dispatch(words.split()) == 74
+    assert "requests.jsonl.gz:2: damaged" in capsys.readouterr().err
+    assert everything(tmp_path) == before
+
+
+def everything(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
