@@ -305,6 +305,25 @@ def test_blocks_are_fetched_one_after_the_other_and_no_more_than_two_are_held(ti
         assert max(held) <= 2
 
 
+def test_what_failed_ahead_of_time_fails_no_other_call(tiny, monkeypatch):
+    pipe = load_pipeline(tiny("flux"), placement="balanced", max_memory={"cpu": 400_000})
+    expected = draw(pipe, "flux")
+    fetcher = pipe.ddinfer_dispatched.fetcher
+    load, here = fetcher._load, threading.get_ident()
+    failed = []
+
+    def short(*args: Any) -> Any:
+        if threading.get_ident() != here:
+            failed.append(1)
+            raise torch.OutOfMemoryError("ahead of time")
+        return load(*args)
+
+    monkeypatch.setattr(fetcher, "_load", short)
+    assert torch.equal(draw(pipe, "flux"), expected)
+    assert len(failed) > 5
+    fetcher.forget()
+
+
 def test_without_room_for_two_nothing_is_fetched_ahead(tiny):
     model = load_model(tiny("flux") / "transformer")
     placement = Placement({"": "cpu"}, main="cpu:0", prefetch=False)

@@ -20,6 +20,7 @@ from ddinfer.models.checkpoint import CheckpointError, read_checkpoint, read_hea
 from ddinfer.models.loading import denoisers, load_model, load_pipeline
 from ddinfer.models.opening import open_model
 from ddinfer.models.signature import call_parameters, pipeline_class
+from ddinfer.models.source import PipelineSource
 from tests.tiny_pipelines import KINDS, call_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -248,6 +249,56 @@ def test_missing_surplus_and_misshapen_tensors_are_named(tiny, tmp_path):
     assert "x_embedder.bias is [7], expected [32]" in text
 
 
+def test_surplus_tensors_are_told_and_not_used(tiny, tmp_path, caplog):
+    for part, name in (
+        ("transformer", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        shutil.copytree(tiny("flux") / part, tmp_path / part)
+        file = tmp_path / part / f"{name}.safetensors"
+        save_file(load_file(file) | {"ema.decay": torch.zeros(7)}, file, {"format": "pt"})
+        assert_same_model(load_model(tmp_path / part), load_model(tiny("flux") / part))
+        assert f"{tmp_path / part}: 1 tensors that" in caplog.text
+        assert "not used: ema.decay" in caplog.text
+
+
+def test_a_surplus_component_is_told_and_not_loaded(tiny, tmp_path, caplog):
+    shutil.copytree(tiny("sd"), tmp_path / "sd")
+    file = tmp_path / "sd" / "model_index.json"
+    data = json.loads(file.read_text()) | {"watermarker": ["diffusers", "UNet2DModel"]}
+    file.write_text(json.dumps(data))
+    pipe = load_pipeline(tmp_path / "sd")
+    assert "watermarker" not in pipe.components
+    assert "StableDiffusionPipeline takes no watermarker" in caplog.text
+
+
+def test_how_generate_samples_is_read(tmp_path):
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1))
+    model.generation_config = GenerationConfig(max_new_tokens=77, do_sample=True, top_p=0.33)
+    model.save_pretrained(tmp_path)
+    plain = GPT2LMHeadModel.from_pretrained(tmp_path).generation_config
+    found = load_model(tmp_path).generation_config
+    assert (found.max_new_tokens, found.do_sample, found.top_p) == (77, True, 0.33)
+    assert found.to_dict() == plain.to_dict()
+
+
+def test_weights_in_eight_bits_need_a_type_to_compute_in(tiny, tmp_path):
+    shutil.copytree(tiny("flux"), tmp_path / "flux")
+    file = tmp_path / "flux" / "transformer" / "diffusion_pytorch_model.safetensors"
+    stored = {n: t.to(torch.float8_e4m3fn) for n, t in load_file(file).items()}
+    save_file(stored, file)
+    for attempt in (
+        lambda: load_model(tmp_path / "flux" / "transformer"),
+        lambda: PipelineSource(tmp_path / "flux").dtypes("auto", torch.device("cuda")),
+    ):
+        with pytest.raises(CheckpointError, match=r"stored in float8_e4m3fn, .* give --dtype"):
+            attempt()
+    weight = load_pipeline(tmp_path / "flux").transformer.proj_out.weight
+    assert torch.equal(weight, stored["proj_out.weight"].float())
+
+
 def test_a_file_cut_short_is_an_error_before_anything_is_built(tiny, tmp_path):
     shutil.copytree(tiny("flux") / "transformer", tmp_path / "t")
     file = tmp_path / "t" / "diffusion_pytorch_model.safetensors"
@@ -284,6 +335,25 @@ def test_pickles_are_refused_unless_allowed(tiny, tmp_path):
         load_pipeline(tmp_path / "sd")
     loaded = load_pipeline(tmp_path / "sd", allow_pickle=True)
     assert_same_model(load_model(tiny("sd") / "unet"), loaded.unet)
+
+
+def test_old_pickles_are_read_and_broken_files_are_told(tiny, tmp_path):
+    shutil.copytree(tiny("sd") / "unet", tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    pickled = file.with_suffix(".bin")
+    torch.save(load_file(file), pickled, _use_new_zipfile_serialization=False)
+    file.unlink()
+    assert_same_model(
+        load_model(tiny("sd") / "unet"), load_model(tmp_path / "unet", allow_pickle=True)
+    )
+    pickled.write_bytes(b"<html>not found</html>")
+    with pytest.raises(CheckpointError, match=r"\.bin cannot be read as pickled weights"):
+        load_model(tmp_path / "unet", allow_pickle=True)
+    index = file.with_name(f"{file.name}.index.json")
+    for text in ("{}", "[]", '{"weight_map": 3}', "{"):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match="is not an index of shards"):
+            load_model(tmp_path / "unet")
 
 
 def test_an_embedded_pipeline_is_known_by_its_name(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG = "config.json"
+
+log = logging.getLogger(__name__)
 
 #: Tables that transformers once stored in every layer and computes today.
 COMPUTED = ("position_ids", "rotary_emb.inv_freq")
@@ -74,6 +77,7 @@ def build_on_meta(kind: Any, folder: Path, dtype: torch.dtype | None) -> torch.n
                 model = _build_diffusers(kind, config)
             else:
                 model = kind(_transformers_config(kind, folder, dtype or torch.float32))
+                _read_generation_config(model, folder)
     finally:
         torch.set_default_dtype(previous)
     return model.eval()
@@ -138,6 +142,12 @@ def _transformers_config(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
         if getattr(config, name) is not None:
             getattr(config, name).dtype = dtype
     return config
+
+
+def _read_generation_config(model: Any, folder: Path) -> None:
+    """How ``generate`` samples (some pipelines call it on their text encoder)."""
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
 
 
 def _build_diffusers(kind: Any, config: dict[str, Any]) -> torch.nn.Module:
@@ -212,7 +222,7 @@ def match_checkpoint(
     Of names tied to one parameter only those that the checkpoint has appear.
 
     Raises:
-        CheckpointError: tensors are missing, left over or of another shape.
+        CheckpointError: tensors are missing or of another shape.
     """
     from diffusers import ModelMixin
 
@@ -239,7 +249,12 @@ def match_checkpoint(
         for name, stored in found.items()
         if name in state and stored.shape != tuple(state[name].shape)
     }
-    if surplus or missing or shapes:
+    if surplus and not missing and not shapes:
+        log.warning(
+            "%s: %d tensors that %s does not have are not used: %s",
+            folder, len(surplus), type(model).__name__, _some(surplus),
+        )  # fmt: skip
+    if missing or shapes:
         raise CheckpointError(
             _mismatch_message(model, folder, len(state), missing, surplus, shapes)
         )

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +103,14 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     import torch
 
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    # Files of torch before 1.6 are no zip archives and cannot be mapped.
+    try:
+        return torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{file} cannot be read as pickled weights: {reason}") from error
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -215,8 +224,14 @@ def has_variant(folder: Path, variant: str) -> bool:
 
 def _shards(index: Path, suffix: str) -> list[Path]:
     """The files that an index names: all of its own kind, in its own folder or below."""
-    weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    names = sorted(set(weight_map.values()))
+    try:
+        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(map(str, set(weight_map.values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is not an index of shards; expected a JSON object with weight_map, a table "
+            f"of tensors and their files: {error!r}"
+        ) from None
     for name in names:
         if not name.endswith(suffix) or Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(
@@ -239,3 +254,18 @@ def main_dtype(table: Mapping[str, StoredTensor]) -> str | None:
         if tensor.is_floating:
             totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.num_bytes
     return max(totals, key=lambda name: totals[name]) if totals else None
+
+
+def computing_dtype(table: Mapping[str, StoredTensor], folder: Path) -> str:
+    """`main_dtype` as the type to compute in; float32 where nothing is floating.
+
+    Raises:
+        CheckpointError: a type of one byte, in which weights can only be stored.
+    """
+    found = main_dtype(table) or "float32"
+    if itemsize(found) < 2:
+        raise CheckpointError(
+            f"{folder} is stored in {found}, in which PyTorch does not compute; give --dtype "
+            "bfloat16 (dtype='bfloat16'), or float16 or float32"
+        )
+    return found

@@ -120,14 +120,14 @@ class Fetcher:
     def take(self, unit: Unit) -> list[torch.Tensor]:
         """The unit's tensors on the device, waiting for them where they are under way."""
         guess, self._guess = self._guess, None
+        if guess is not None and guess[1].exception() is not None:
+            guess = None  # memory may have been short; what was guessed may not be needed at all
         if guess is not None and guess[0] is unit:
             self.hits += 1
             tensors, event = guess[1].result()
         else:
             self.misses += 1
-            if guess is not None:
-                guess[1].result()  # its memory is freed here, before more is taken
-                del guess
+            del guess  # its memory is freed here, before more is taken
             tensors, event = self._load(unit, self._done)
         self._ready(tensors, event)
         unit.fetches += 1
@@ -151,7 +151,7 @@ class Fetcher:
         """Drops what was fetched ahead; the order stays known."""
         guess, self._guess = self._guess, None
         if guess is not None:
-            guess[1].result()
+            guess[1].exception()  # waits; what failed ahead of time fails nothing
 
     def close(self) -> None:
         self.forget()

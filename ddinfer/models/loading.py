@@ -73,7 +73,7 @@ def load_model(
 
     Raises:
         UsageError: no model there, or a class that the installed libraries do not have.
-        CheckpointError: tensors missing, left over or of another shape; they are named.
+        CheckpointError: tensors missing or of another shape; they are named.
     """
     target = _device(device)
     opened = open_model(

@@ -21,7 +21,7 @@ from ddinfer.models.building import (
 from ddinfer.models.checkpoint import (
     CheckpointError,
     StoredTensor,
-    main_dtype,
+    computing_dtype,
     read_checkpoint,
     read_tensors,
 )
@@ -185,8 +185,8 @@ def open_model(
             {f"nets.{k}.{n}": t for k, net in enumerate(nets) for n, t in net.dtypes.items()},
         )
     table = read_checkpoint(folder, variant=variant, allow_pickle=allow_pickle)
-    stored_dtype = getattr(torch, main_dtype(table) or "float32")
-    model = build_on_meta(kind, folder, dtype or stored_dtype)
+    stored_dtype = dtype or getattr(torch, computing_dtype(table, folder))
+    model = build_on_meta(kind, folder, stored_dtype)
     tie = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
@@ -196,7 +196,7 @@ def open_model(
         if not convert:
             raise
         log.info("%s is loaded by transformers itself: %s", folder, reason)
-        whole = kind.from_pretrained(folder, dtype=dtype or stored_dtype)  # type: ignore[attr-defined]
+        whole = kind.from_pretrained(folder, dtype=stored_dtype)  # type: ignore[attr-defined]
         return OpenModel(whole.eval(), {}, {})
     state = model.state_dict(keep_vars=True)
     dtypes = {

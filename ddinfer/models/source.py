@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
 from ddinfer.models.building import class_in
-from ddinfer.models.checkpoint import DTYPES, STEMS, has_variant, main_dtype, read_checkpoint
+from ddinfer.models.checkpoint import DTYPES, STEMS, computing_dtype, has_variant, read_checkpoint
 from ddinfer.models.opening import OpenModel, open_model, parse_dtype
 from ddinfer.models.repository import (
     Entry,
@@ -30,6 +31,8 @@ from ddinfer.models.signature import dynamic_class, pipeline_class
 if TYPE_CHECKING:
     import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+log = logging.getLogger(__name__)
 
 #: Component names under which pipelines keep the network that runs once a step, most usual first.
 DENOISER_NAMES = ("transformer", "unet", "prior", "decoder", "dit", "transformer_2", "unet_2")
@@ -93,7 +96,20 @@ class PipelineSource:
 
     @cached_property
     def index(self) -> ModelIndex:
-        return read_model_index(self.folder)
+        """model_index.json, without the components that the pipeline's class does not take."""
+        index = read_model_index(self.folder)
+        parameters = inspect.signature(self.kind.__init__).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return index
+        surplus = [entry.name for entry in index.entries if entry.name not in parameters]
+        if surplus:
+            log.warning(
+                "%s: %s takes no %s, which model_index.json lists: not used",
+                self.folder, self.kind.__name__, ", ".join(surplus),
+            )  # fmt: skip
+        return replace(
+            index, entries=tuple(entry for entry in index.entries if entry.name in parameters)
+        )
 
     @cached_property
     def kind(self) -> Any:
@@ -182,7 +198,9 @@ class PipelineSource:
         chosen = next((name for name in DENOISER_NAMES if name in tables), None)
         if chosen is None and tables:
             chosen = max(tables, key=lambda n: sum(t.num_bytes for t in tables[n].values()))
-        return getattr(torch, (main_dtype(tables[chosen]) if chosen else None) or "float32")
+        if chosen is None:
+            return torch.float32
+        return getattr(torch, computing_dtype(tables[chosen], self.folder / chosen))
 
     def _remote_dtype(self, repo: str) -> torch.dtype:
         import torch
