@@ -138,6 +138,21 @@ class Link:
             assert work is not None  # this rank is in the group
             work.wait()
 
+    def start_exchange(
+        self, outgoing: torch.Tensor | None, to: int, incoming: torch.Tensor | None, source: int
+    ) -> list[Any]:
+        """Starts sending and receiving payload; wait for each of what is returned.
+
+        Both directions are posted before either is waited for, so no cycle of ranks can block.
+        """
+        group, operations = self.payload, []
+        if outgoing is not None:
+            operations.append(dist.P2POp(dist.isend, outgoing, group=group, group_peer=to))
+        if incoming is not None:
+            operations.append(dist.P2POp(dist.irecv, incoming, group=group, group_peer=source))
+        with losing(to):
+            return dist.batch_isend_irecv(operations) if operations else []
+
     def broadcast(self, tensor: torch.Tensor, source: int, *, control: bool = False) -> None:
         """Fills ``tensor`` on every rank with that of group rank ``source``.
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ddinfer.errors import ErrorRecord, RankError
 from ddinfer.parallel.constants import NO_TOKEN, Memory
@@ -114,18 +113,23 @@ class Exchange:
     def _warm_up(self) -> None:
         """Opens both connections while every rank is here: NCCL makes them on first use."""
         here = torch.zeros(1, dtype=torch.uint8, device=self.link.wire_device)
-        self._await(self._post(here, torch.empty_like(here)))
+        self._await(
+            self.link.start_exchange(here, self.next, torch.empty_like(here), self.previous)
+        )
 
-    def __call__(self, message: Message) -> Message:
+    def __call__(self, message: Message, *, takes_calls: bool = True) -> Message:
         """Hands ``message`` on and returns what came from the previous rank.
+
+        Args:
+            takes_calls: else a call that comes is dropped before its values travel.
 
         Raises:
             RankError: one of the neighbours is gone.
         """
-        self.begin(message)
+        self.begin(message, takes_calls=takes_calls)
         return self.finish()
 
-    def begin(self, message: Message) -> None:
+    def begin(self, message: Message, *, takes_calls: bool = True) -> None:
         """Starts handing ``message`` on; the tensors travel until `finish`.
 
         Its values are dropped as soon as they are packed. What does not fit in memory here or on
@@ -139,7 +143,7 @@ class Exchange:
             return
         message, tokens, outgoing = self._packed(message)
         with self._naming():
-            self._pending = self._start(message, tokens, outgoing)
+            self._pending = self._start(message, tokens, outgoing, takes_calls)
 
     def finish(self) -> Message:
         """What came from the previous rank since `begin`.
@@ -164,8 +168,17 @@ class Exchange:
         return received
 
     def settle(self) -> Message:
-        """The end of an exchange that may be under way, where its ranks are about to part."""
-        return self.finish() if self._pending is not None else Message()
+        """The end of an exchange that may be under way, where its ranks are about to part.
+
+        With this rank's device lost, nothing travels; whether another rank ends is still known.
+        """
+        pending = self._pending
+        if pending is None:
+            return Message()
+        try:
+            return self.finish()
+        except torch.AcceleratorError:
+            return pending.received
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
@@ -200,7 +213,11 @@ class Exchange:
         return message, tokens, outgoing
 
     def _start(
-        self, message: Message, tokens: list[int], outgoing: torch.Tensor | None
+        self,
+        message: Message,
+        tokens: list[int],
+        outgoing: torch.Tensor | None,
+        takes_calls: bool,
     ) -> _Pending:
         num_bytes = 0 if outgoing is None else outgoing.numel()
         fields = [message.kind, message.slot, message.serial, message.model, message.plan]
@@ -211,18 +228,21 @@ class Exchange:
         received.header = self._swap_headers(message.header, header_bytes)
         self._learn(received)
         pending = _Pending(message, received, outgoing=outgoing)
-        self._make_room(pending, flags[NUM_FIELDS:], payload_bytes)
+        if received.kind == WORK and takes_calls:
+            self._make_room(pending, flags[NUM_FIELDS:], payload_bytes)
+        elif received.kind == WORK:
+            pending.received = Message()
         if not self._is_next_ready(num_bytes, payload_bytes, pending.incoming is not None):
             pending.sent, pending.outgoing = Message(), None
-        pending.works = self._post(pending.outgoing, pending.incoming)
+        pending.works = self.link.start_exchange(
+            pending.outgoing, self.next, pending.incoming, self.previous
+        )
         self.num_bytes += 0 if pending.outgoing is None else num_bytes
         return pending
 
     def _make_room(self, pending: _Pending, tokens: list[int], num_bytes: int) -> None:
         """All memory that a received call takes on this rank, before it travels."""
         received = pending.received
-        if received.kind != WORK:
-            return
         device, wire_device = self.link.device, self.link.wire_device
         try:
             layout, known = self._to_receive(received, tokens)
@@ -312,19 +332,6 @@ class Exchange:
         if sending is not None:
             sending.wait()
         return theirs.numpy().tobytes()
-
-    def _post(self, outgoing: torch.Tensor | None, incoming: torch.Tensor | None) -> list[Any]:
-        """Both directions are posted before either is waited for, so no cycle can block."""
-        group = self.link.payload
-        operations = []
-        if outgoing is not None:
-            operations.append(dist.P2POp(dist.isend, outgoing, group=group, group_peer=self.next))
-        if incoming is not None:
-            operations.append(
-                dist.P2POp(dist.irecv, incoming, group=group, group_peer=self.previous)
-            )
-        with losing(self.next):
-            return dist.batch_isend_irecv(operations) if operations else []
 
     def _await(self, works: list[Any]) -> None:
         # Which of the two neighbours broke it cannot be told for all backends.

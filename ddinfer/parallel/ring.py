@@ -352,7 +352,7 @@ class Ring:
                 failed = received if failed is None and received.header else failed
             if left == 0 or size == 1:
                 break
-            received = self._exchange(message)
+            received = self._exchange(message, takes_calls=False)
             message, left = Message(), left - 1
         self._has_ended = True
         if failed is not None and not (own and own.header):
