@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import signal
 import traceback as traceback_module
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,6 +86,12 @@ _HINTS = {
     "EROFS": "; choose another --output, or remount it writable",
     "EACCES": "; choose another --output, or change its permissions",
 }
+
+
+def list_some(items: Sequence[object], limit: int = 10) -> str:
+    """The first ``limit`` items for a message, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
 
 
 class JoinError(DdinferError):

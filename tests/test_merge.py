@@ -252,11 +252,11 @@ def refusal(paths, target):
 
 def test_what_is_missing_is_named_before_anything_is_copied(tmp_path, parts):
     text = refusal(parts[:1], tmp_path / "joined")
-    assert "3 of 7 images are in none of these folders: 00000004, 00000005, 00000006" in text
+    assert "3 of 7 images are in no given directory: 00000004, 00000005, 00000006" in text
     assert "not given: part 2/2" in text
     unfinished = make_part(tmp_path / "half", 2, 2, stop_after=1)
     text = refusal([parts[0], unfinished], tmp_path / "joined")
-    assert "1 of 7 images are in none of these folders: 00000006" in text
+    assert "1 of 7 images are in no given directory: 00000006" in text
     assert f"{unfinished} (part 2/2) is not finished, 1 images are pending" in text
     assert not (tmp_path / "joined").exists()
 

@@ -76,7 +76,7 @@ COMMANDS = {
     "status out": (0, ""),
     "verify out": (74, ""),
     "verify out --rebuild --repair": (74, ""),
-    "merge out --output merged": (2, "images are in none of these folders"),
+    "merge out --output merged": (2, "images are in no given directory"),
     "plan model": (2, "say --trust_remote_code"),
 }
 

@@ -11,15 +11,12 @@ from typing import Annotated
 
 import tyro
 
-from ddinfer.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_OK
+from ddinfer.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_OK, list_some
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
 from ddinfer.storage.job_folder import JobFolder
 from ddinfer.storage.lease import Lease
 from ddinfer.storage.verify import VerifyReport, rebuild_metadata, remove_torn, verify
-
-#: How many items of a long list are printed.
-SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -73,24 +70,19 @@ def lines_of(report: VerifyReport, path: str) -> list[str]:
     ]
     again = "run the same command again to generate them"
     if report.pending:
-        lines.append(f"not generated yet: {_some(report.pending)}; {again}")
+        lines.append(f"not generated yet: {list_some(report.pending)}; {again}")
     if report.missing:
         names = [image_path(k) for k in report.missing]
-        lines.append(f"missing: {_some(names)}; {again}")
+        lines.append(f"missing: {list_some(names)}; {again}")
     if report.torn:
         names = [f"{image_path(k)} ({why})" for k, why in report.torn.items()]
         lines.append(
-            f"torn: {_some(names)}; ddinfer verify {path} --repair deletes them; then {again}"
+            f"torn: {list_some(names)}; ddinfer verify {path} --repair deletes them; then {again}"
         )
     if report.extra:
-        lines.append(f"extra: {_some(report.extra)}; not in any journal")
+        lines.append(f"extra: {list_some(report.extra)}; not in any journal")
     if report.stale and not report.pending:
         lines.append(
-            f"out of date: {_some(report.stale)}; ddinfer verify {path} --rebuild rewrites them"
+            f"out of date: {list_some(report.stale)}; ddinfer verify {path} --rebuild rewrites them"
         )
     return lines
-
-
-def _some(items: Sequence[object]) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(map(str, items[:SHOWN])) + more

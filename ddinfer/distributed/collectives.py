@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from ddinfer.errors import DdinferError, ErrorRecord, RankError, UsageError, exit_code_of
+from ddinfer.errors import DdinferError, ErrorRecord, RankError, UsageError, exit_code_of, list_some
 
 if TYPE_CHECKING:
     from ddinfer.distributed.process_group import Group
@@ -37,7 +37,7 @@ def place_by_index(
     missing = [k for k in wanted if k not in placed]
     foreign = sorted(set(placed) - set(wanted))
     problems = [
-        f"{len(indices)} {what}: {_some(indices)}"
+        f"{len(indices)} {what}: {list_some(indices)}"
         for what, indices in (
             ("missing", missing),
             ("there more than once", twice),
@@ -101,9 +101,4 @@ def _raise_if_differing(group: Group, what: str, hashes: Sequence[str]) -> None:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_some(ranks)}"
-
-
-def _some(numbers: Sequence[Any]) -> str:
-    more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
-    return ", ".join(map(str, numbers[:10])) + more
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list_some(ranks)}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ddinfer import tiny
 from ddinfer.config import RESERVED_CALL_ARGUMENTS, JobConfig
 from ddinfer.distributed.partition import contiguous_slice, cut_batches
-from ddinfer.errors import InputError, UsageError
+from ddinfer.errors import InputError, UsageError, list_some
 from ddinfer.inputs import needed_images
 from ddinfer.prompts.fields import FieldChecker
 from ddinfer.prompts.files import read_prompts
@@ -229,11 +229,10 @@ def _demonstration_note(requests: Sequence[Request]) -> list[str]:
     unknown = Counter(word for r in requests for word in tiny.unknown_words(r.prompt))
     if not unknown:
         return []
-    words = ", ".join(repr(word) for word, _ in unknown.most_common(5))
-    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    words = list_some([repr(word) for word, _ in unknown.most_common()], 5)
     return [
         f"the embedded model is a demonstration: it draws coloured shapes and does not know "
-        f"{words}{more}; use --model for anything else"
+        f"{words}; use --model for anything else"
     ]
 
 

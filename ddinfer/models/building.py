@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddinfer.errors import UsageError
+from ddinfer.errors import UsageError, list_some
 from ddinfer.models.checkpoint import CheckpointError, StoredTensor
 
 if TYPE_CHECKING:
@@ -271,19 +271,14 @@ def _mismatch_message(
 ) -> str:
     lines = [f"the weights in {folder} are not those of {type(model).__name__} ({total} tensors):"]
     if missing:
-        lines.append(f"  missing from the files ({len(missing)}): {_some(missing)}")
+        lines.append(f"  missing from the files ({len(missing)}): {list_some(missing)}")
     if surplus:
-        lines.append(f"  in the files but not in the model ({len(surplus)}): {_some(surplus)}")
+        lines.append(f"  in the files but not in the model ({len(surplus)}): {list_some(surplus)}")
     if shapes:
         told = [f"{n} is {list(a)}, expected {list(b)}" for n, (a, b) in shapes.items()]
-        lines.append(f"  of another shape ({len(shapes)}): {_some(told)}")
+        lines.append(f"  of another shape ({len(shapes)}): {list_some(told)}")
     lines.append("config.json and the weights must come from the same model and library version")
     return "\n".join(lines)
-
-
-def _some(names: list[str], limit: int = 6) -> str:
-    more = f", … {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _ignored(model: torch.nn.Module, attribute: str, name: str) -> bool:

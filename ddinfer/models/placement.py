@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal, cast, get_args
 
-from ddinfer.errors import UsageError
+from ddinfer.errors import UsageError, list_some
 from ddinfer.models.tree import Node, Tensor
 
 Strategy = Literal["balanced", "auto"]
@@ -137,7 +137,7 @@ class Placement:
         while path not in self.devices:
             if not path:
                 raise PlacementError(
-                    f"the placement does not cover {name}; it names {_some(list(self.devices))}"
+                    f"the placement does not cover {name}; it names {list_some(list(self.devices))}"
                 )
             path = path.rpartition(".")[0]
         return self.devices[path]
@@ -301,12 +301,12 @@ def check_covers(placement: Placement, root: Node) -> Placement:
     if uncovered:
         raise PlacementError(
             f"the placement leaves {len(uncovered)} of {len(tensors)} tensors without a device: "
-            f'{_some(uncovered)}; name them, or give a default with "": DEVICE'
+            f'{list_some(uncovered)}; name them, or give a default with "": DEVICE'
         )
     modules = {"", *(name for name in _module_names(root))}
     lost = [n for n in placement.devices if n not in used and n not in modules]
     if lost:
-        raise PlacementError(f"the placement names what the model does not have: {_some(lost)}")
+        raise PlacementError(f"the placement names what the model does not have: {list_some(lost)}")
     return replace(placement, sizes=sizes)
 
 
@@ -314,11 +314,6 @@ def _module_names(node: Node) -> Iterator[str]:
     yield node.name
     for child in node.children:
         yield from _module_names(child)
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    more = f", … {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(str, names[:limit])) + more
 
 
 def check_strategy(strategy: str) -> Strategy:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, StorageError, UsageError
+from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, StorageError, UsageError, list_some
 from ddinfer.storage import metadata
 from ddinfer.storage.disk_space import DiskEstimate, check_room
 from ddinfer.storage.files import Files, write_and_rename
@@ -25,9 +25,6 @@ from ddinfer.storage.lease import is_held
 
 #: Images that become durable together, with their journal lines.
 _IMAGES_AT_ONCE = 64
-
-#: How many ids an error names.
-_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -197,9 +194,8 @@ def _image_line(state: JournalState, index: int) -> dict[str, Any]:
 
 def _missing_message(parts: Sequence[_Part], missing: Sequence[int]) -> str:
     requests = parts[0].folder.all_requests
-    ids = ", ".join(requests[index].id for index in missing[:_SHOWN])
-    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-    lines = [f"{len(missing)} of {len(requests)} images are in none of these folders: {ids}{more}"]
+    ids = list_some([requests[index].id for index in missing])
+    lines = [f"{len(missing)} of {len(requests)} images are in no given directory: {ids}"]
     for part in parts:
         unfinished = [index for index in missing if part.holds(index)]
         if unfinished:
