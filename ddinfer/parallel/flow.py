@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -383,9 +384,24 @@ def call_key(
             if k in inspected:
                 raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 told.append(hashlib.sha256(raw.numpy().tobytes()).hexdigest())
-        else:
+        elif leaf is None or isinstance(leaf, _PLAIN):
             told.append(f"{type(leaf).__name__} {leaf!r}")
+        else:
+            told.append(f"{type(leaf).__name__} {hashlib.sha256(_pickled(leaf)).hexdigest()}")
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+#: Types of which `repr` says everything.
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+def _pickled(leaf: Any) -> bytes:
+    try:
+        return pickle.dumps(leaf)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise PlanError(
+            f"an argument is a {type(leaf).__name__}, which cannot be sent to other ranks ({error})"
+        ) from error
 
 
 def _shape_key(module: nn.Module, args: Any, kwargs: Any) -> Any:

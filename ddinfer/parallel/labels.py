@@ -16,20 +16,19 @@ Label = tuple[Any, ...]
 
 #: Tensor methods that hand contents to Python without passing the dispatcher.
 INSPECTING = frozenset(
-    getattr(torch.Tensor, name)
-    for name in (
-        *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"),
-        *("item", "tolist", "numpy", "nonzero", "unique", "unique_consecutive"),
-        *("masked_select", "repeat_interleave"),
-    )
-) | {torch.nonzero, torch.unique, torch.unique_consecutive, torch.masked_select}
+    getattr(torch.Tensor, name) for name in ("__array__", "numpy", "tolist", "__dlpack__")
+)
+
+#: Operations whose result, or its size, is decided by contents say so themselves.
+DATA_DEPENDENT = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
 
 
 class Tracker(TorchDispatchMode):
     """Propagates labels from storage to storage while operations run.
 
     Attributes:
-        inspected: labels of tensors whose contents reached Python (``.item()``, ``bool()`` …).
+        inspected: labels of tensors whose contents reached Python (``.item()``, ``bool()`` …) or
+            decided a size (``x[mask]``, ``nonzero`` …).
         written: labels of the marked tensors that were changed in place.
     """
 
@@ -72,6 +71,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         labels = self.labels((args, kwargs))
+        if DATA_DEPENDENT & set(func.tags):
+            self.inspected |= self.labels(_deciding(func, args, kwargs))
         made = func(*args, **kwargs)
         if labels:
             for tensor in _tensors(made):
@@ -94,6 +95,13 @@ class _Inspections(TorchFunctionMode):
         if func in INSPECTING:
             self.tracker.inspected |= self.tracker.labels((args, kwargs))
         return func(*args, **(kwargs or {}))
+
+
+def _deciding(func: Any, args: Any, kwargs: Any) -> Any:
+    """The arguments whose contents decide; of an index those that are masks."""
+    if func.overloadpacket is torch.ops.aten.index:
+        return [t for t in _tensors(args[1]) if t.dtype in (torch.bool, torch.uint8)]
+    return args, kwargs
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

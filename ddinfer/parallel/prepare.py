@@ -137,6 +137,7 @@ class PipelinedModel:
             self._announce(run)
             self._stream(run)
         link.agree(run.error, "running a pipeline")
+        self._cut.confirm()
         if not self.gather_output:
             return self._cut.outputs.build(run.joined) if link.is_last else None
         return self._shared(run)
@@ -161,6 +162,8 @@ class PipelinedModel:
         run.guard(lambda: self._cut.plan(run.chunks))
         run.guard(lambda: self._cut.exchange_plans(self._link))
         run.kinds = self._cut.kinds(len(chunks))
+        if len(run.kinds) != len(chunks):  # the first rank has failed
+            run.kinds, run.upstream_failed = [], True
 
     def _stream(self, run: _Run) -> None:
         """All microbatches through this rank's stage.

@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from ddinfer.errors import UsageError
 from ddinfer.parallel.blocks import find_blocks, module_bytes, ring_blocks
 from ddinfer.parallel.cut import balance
-from ddinfer.parallel.flow import Plan, PlanError, StagedModel, call_key
+from ddinfer.parallel.flow import PlanError, StagedModel, call_key
 from ddinfer.parallel.link import Link
 from ddinfer.parallel.mixing import CannotRun
+from ddinfer.parallel.plans import PlanCache
 from ddinfer.parallel.rows import Inputs, Outputs
 from ddinfer.parallel.samples import (
     fake_mode,
@@ -55,6 +56,10 @@ class Cut(Protocol):
 
     def exchange_plans(self, link: Link) -> None:
         """Tells every rank what the first has settled."""
+        ...
+
+    def confirm(self) -> None:
+        """Every rank has what `exchange_plans` sent."""
         ...
 
     def kinds(self, num_chunks: int) -> list[int]:
@@ -150,6 +155,8 @@ class _Whole:
 
     def exchange_plans(self, link: Link) -> None: ...
 
+    def confirm(self) -> None: ...
+
     def kinds(self, num_chunks: int) -> list[int]:
         return [0] * num_chunks
 
@@ -206,6 +213,8 @@ class _Traced:
 
     def exchange_plans(self, link: Link) -> None: ...
 
+    def confirm(self) -> None: ...
+
     def kinds(self, num_chunks: int) -> list[int]:
         return [0] * num_chunks
 
@@ -247,16 +256,14 @@ class _Blocks:
         names = [n for n in _tensor_names(model) if not _inside(n, foreign)]
         weights.keep_only(weights.read(names, link.device))
         self._staged = StagedModel(model, blocks, stages, link.group_rank, link.device)
-        self._plans: list[Plan] = []
-        self._numbers: dict[str, int] = {}
+        self._plans = PlanCache()
         self._inspected: frozenset[int] = frozenset()
         self._kinds: list[int] = []
-        self._fresh: list[Plan] = []
 
         def run(attempt: Inputs, rows: int, others: Mapping[int, int], watching: Any) -> Any:
             leaves = with_rows(attempt, example, rows, link.device)
             try:
-                plan = self._learn(leaves)
+                plan = self._plans[self._number(leaves)]
             except PlanError:
                 raise
             except Exception as error:
@@ -268,19 +275,17 @@ class _Blocks:
             return plan.output.fill(plan.output.empty)
 
         self.outputs = outputs_for_real(type(model).__name__, inputs, run)
-        self._fresh = []  # every rank has found these by itself
+        # Calls follow the first rank's plans: examples may differ in what their contents decide.
+        self._plans = PlanCache()
 
-    def _learn(self, leaves: Sequence[Any]) -> Plan:
+    def _number(self, leaves: Sequence[Any]) -> int:
         args, kwargs = rebuild(self.inputs, leaves)
-        key = call_key(args, kwargs, self._inspected)
-        if key not in self._numbers:
-            plan, inspected = self._staged.plan(args, kwargs)
-            self._inspected |= inspected
-            self._numbers[call_key(args, kwargs, self._inspected)] = len(self._plans)
-            self._plans.append(plan)
-            self._fresh.append(plan)
-            return plan
-        return self._plans[self._numbers[key]]
+        number = self._plans.find(call_key(args, kwargs, self._inspected))
+        if number is not None:
+            return number
+        plan, inspected = self._staged.plan(args, kwargs)
+        self._inspected |= inspected
+        return self._plans.add(call_key(args, kwargs, self._inspected), plan, self._kinds)
 
     def inputs_of(self, leaves: Sequence[Any]) -> dict[Any, Any]:
         return {("input", k): t for k, t in enumerate(leaves) if isinstance(t, torch.Tensor)}
@@ -288,15 +293,20 @@ class _Blocks:
     def plan(self, chunks: Sequence[Sequence[Any]]) -> None:
         self._kinds = []
         if self._link.is_first:
-            plans = [self._learn(chunk) for chunk in chunks]
-            self._kinds = [next(k for k, p in enumerate(self._plans) if p is q) for q in plans]
+            for chunk in chunks:
+                self._kinds.append(self._number(chunk))
 
     def exchange_plans(self, link: Link) -> None:
-        fresh, self._fresh = self._fresh, []
-        told = link.broadcast_object((self._kinds, fresh))
-        if not link.is_first:
-            self._kinds = told[0]
-            self._plans.extend(told[1])
+        headers = {number: self._plans.metadata(number) for number in self._kinds}
+        told = link.broadcast_object((self._kinds, headers))
+        for number, header in told[1].items():
+            if header and not link.is_first:
+                self._plans.update(number, header)
+        self._kinds = told[0]
+
+    def confirm(self) -> None:
+        for number in self._kinds:
+            self._plans.mark_arrived(number)
 
     def kinds(self, num_chunks: int) -> list[int]:
         return self._kinds
