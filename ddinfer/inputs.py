@@ -1,13 +1,14 @@
 """Inputs of a prompt that are images or objects: what the pipeline is given, and their identity.
 
 A path or a PIL image means what `diffusers.utils.load_image` makes of it: transposed as its EXIF
-orientation says, then RGB. A mask is converted to grey (``L``) instead, as diffusers' pipelines
-convert it themselves. Tensors, arrays and whatever else a program passes are given as they are.
+orientation says, then RGB. A mask is grey (``L``) after that, as diffusers' pipelines convert it
+themselves. Tensors, arrays and whatever else a program passes are given as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,8 +18,6 @@ from ddinfer.errors import InputError
 from ddinfer.request import canonical_json
 
 if TYPE_CHECKING:
-    import inspect
-
     from PIL.Image import Image
 
 #: Call arguments that are images: a path relative to the prompt file, or a list of such paths.
@@ -55,18 +54,20 @@ _NEEDED = {
 }
 
 
-def needed_images(pipeline: str, parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+def needed_images(kind: Any) -> list[str]:
     """Image arguments that no call of a pipeline class can leave out.
 
     Many of diffusers' signatures give ``image`` a default of ``None`` and their ``__call__``
     fails without it; there the class's name says so.
     """
+    parameters = inspect.signature(kind.__call__).parameters
     needed = {n for n in IMAGE_INPUTS if n in parameters and _has_no_default(parameters[n])}
-    for parts, names in _NEEDED.items():
-        if any(part in pipeline for part in parts):
-            needed.update(names)
-    if "Control" in pipeline:
-        needed.add("control_image" if "control_image" in parameters else "image")
+    if kind.__module__.startswith("diffusers."):
+        for parts, names in _NEEDED.items():
+            if any(part in kind.__name__ for part in parts):
+                needed.update(names)
+        if "Control" in kind.__name__:
+            needed.add("control_image" if "control_image" in parameters else "image")
     return [name for name in IMAGE_INPUTS if name in needed and name in parameters]
 
 
@@ -138,7 +139,8 @@ def _converted(name: str, image: Image) -> Image:
     from PIL import ImageOps
 
     image.load()
-    return ImageOps.exif_transpose(image).convert("L" if name in _MASKS else "RGB")
+    picture = ImageOps.exif_transpose(image).convert("RGB")
+    return picture.convert("L") if name in _MASKS else picture
 
 
 def _is_picture(value: Any) -> bool:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,10 @@ from PIL import Image
 import ddinfer
 from ddinfer.config import JobConfig
 from ddinfer.errors import InputError, UsageError
+from ddinfer.inputs import needed_images
 from ddinfer.job.prepare import prepare, resolve_config
 from ddinfer.job.run import run_job
+from tests.ranks import run_ranks
 from tests.tiny_pipelines import tiny_pipeline
 
 CALL = {"num_inference_steps": 2, "strength": 0.9, "guidance_scale": 3.0}
@@ -176,6 +179,50 @@ def test_objects_per_prompt_in_a_program(folder, plain):
     assert results[0].request.kwargs["image"] is given[0][0]
     other = ddinfer.generate(pipe, [{**rows[4], "image": tensor + 1e-3}], **CALL)
     assert other[0].request.content_hash() != results[4].request.content_hash()
+
+
+def on_ranks(group, folder, differ):
+    pipe = ddinfer.load_pipeline(folder / "Img2Img", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    image = load_image(str(folder / "phone.jpg"))
+    tensor = torch.full((1, 3, 32, 32), 0.5)
+    if differ:
+        tensor[0, 0, 0, 0] += group.world.rank
+    rows = [{"prompt": "a red cat", "image": item} for item in (image, tensor)]
+    results = ddinfer.generate(pipe, rows, **CALL)
+    assert [type(r.request.kwargs["image"]) for r in results] == [type(image), torch.Tensor]
+    return [np.asarray(result.image) for result in results]
+
+
+def test_ranks_compare_objects_by_their_content(folder, plain):
+    tensor = torch.full((1, 3, 32, 32), 0.5)
+    expected = [
+        plain("Img2Img", k, image=image)
+        for k, image in enumerate((load_image(str(folder / "phone.jpg")), tensor))
+    ]
+    for pictures in run_ranks(on_ranks, 2, folder, False):
+        assert all(map(np.array_equal, pictures, expected))
+    with pytest.raises(UsageError, match="prompts and arguments"):
+        run_ranks(on_ranks, 2, folder, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [
+        ("StableDiffusionPipeline", []),
+        ("FluxKontextPipeline", []),
+        ("Flux2Pipeline", []),
+        ("StableDiffusionImg2ImgPipeline", ["image"]),
+        ("FluxFillPipeline", ["image", "mask_image"]),
+        ("StableDiffusionControlNetPipeline", ["image"]),
+        ("FluxControlNetPipeline", ["control_image"]),
+        ("StableDiffusionXLControlNetInpaintPipeline", ["image", "mask_image", "control_image"]),
+        ("WanImageToVideoPipeline", ["image"]),
+        ("LTXImageToVideoPipeline", ["image"]),
+    ],
+)
+def test_images_that_a_pipeline_class_needs(name, images):
+    assert needed_images(getattr(diffusers, name)) == images
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "text", "truncated", "truncated.png"])

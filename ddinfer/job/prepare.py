@@ -128,7 +128,8 @@ def prepare(
 
     model, model_name, defaults = resolve_model(config)
     hub = {"revision": config.revision, "token": config.token}
-    pipeline = pipeline_class(model, config.trust_remote_code, **hub).__name__
+    kind = pipeline_class(model, config.trust_remote_code, **hub)
+    pipeline = kind.__name__
     parameters = call_parameters(model, config.trust_remote_code, **hub)
     check_call(pipeline, parameters, (), config.batch_size)
     notes = [check_pipeline(model, config.trust_remote_code, **hub)]
@@ -137,7 +138,7 @@ def prepare(
         checker = FieldChecker("--pipeline_kwargs", os.getcwd())
         defaults = {**defaults, **checker.check_defaults(config.call_defaults())}
         prompts = _prompts(config, allowed, stdin)[: config.limit]
-        check_images(pipeline, parameters, prompts, defaults)
+        check_images(kind, prompts, defaults)
         requests = resolve_requests(
             prompts,
             base_seed=config.seed,
@@ -161,23 +162,19 @@ def prepare(
     )
 
 
-def check_images(
-    pipeline: str,
-    parameters: Mapping[str, inspect.Parameter],
-    prompts: Sequence[Prompt],
-    defaults: Mapping[str, Any],
-) -> None:
+def check_images(kind: type, prompts: Sequence[Prompt], defaults: Mapping[str, Any]) -> None:
     """
     Raises:
         InputError: a prompt without an image that the pipeline cannot do without.
     """
-    needed = [name for name in needed_images(pipeline, parameters) if name not in defaults]
+    needed = [name for name in needed_images(kind) if name not in defaults]
     for number, prompt in enumerate(prompts):
         missing = [name for name in needed if name not in prompt.fields]
         if missing:
+            where = prompt.where or f"prompt {number}"
             raise InputError(
-                f"{prompt.where or f'prompt {number}'}: no {' and no '.join(missing)}; {pipeline} "
-                "needs the path of an image in every prompt, or for all in --pipeline_kwargs"
+                f"{where}: no {' and no '.join(missing)}; {kind.__name__} needs the path of an "
+                "image in every prompt, or for all in --pipeline_kwargs"
             )
 
 
