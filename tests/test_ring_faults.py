@@ -213,12 +213,12 @@ def one_schedule(seed):
     draw = random.Random(seed)
     size = draw.choice((2, 2, 3, 4))
     in_flight = size * draw.choice((1, 2))
-    faults = Faults(seed, draw.choice((0, 0.05, 0.3)), draw.choice((0, 0, 0.02)))
+    faults = Faults(seed, draw.choice((0, 0.05, 0.3)), draw.choice((0, 0, 0.02, 0.1)))
     jobs = [
         (k, draw.randint(1, 4), draw.randint(1, 3), draw.random() < 0.1)
         for k in range(draw.randint(1, 8))
     ]
-    stop_after = draw.choice((None, None, draw.randrange(len(jobs))))
+    stop_after = draw.choice((None, draw.randrange(len(jobs))))
     source_fails = draw.random() < 0.1
     links, (uncut, *pipes) = make_links(size), make_pipes(size + 1)
     rings = on_threads(
