@@ -128,3 +128,17 @@ def test_a_number_of_frames_as_text_is_an_error_of_the_prompt(tmp_path, capsys):
         InputError, match=r"prompts\.jsonl:1: num_frames must be a positive integer"
     ):
         read_prompts(str(file), call_parameters=["prompt", "num_frames"])
+
+
+# --- a directory that is somebody else's ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_data_set_with_a_job_json_of_its_own_is_refused_and_untouched(tmp_path, overwrite):
+    (tmp_path / "images/0000").mkdir(parents=True)
+    for name in ("job.json", "metadata.jsonl", "images/0000/00000000.png", "lock"):
+        (tmp_path / name).write_text('{"task": "mine"}\n')
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UsageError, match=r"job\.json is not the record of a ddinfer job; choose"):
+        lead(tmp_path, prompt=("a red circle",), overwrite=overwrite)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
