@@ -54,10 +54,11 @@ def by_forkserver(num_ranks: int) -> None:
 
 
 def by_ddinfer(num_ranks: int) -> None:
-    from ddinfer.distributed.launch import launch, leave
+    from ddinfer.distributed.launch import launch
+    from ddinfer.distributed.process import exit_now
 
     launch(work_in_world, nproc_per_node=num_ranks, device="cpu", num_threads=1, preload=PRELOAD)
-    leave(0)
+    exit_now(0)
 
 
 def work_in_world(world) -> None:

@@ -151,6 +151,9 @@ class JobConfig:
     """auto takes the GPUs where there are any and fails where this torch cannot use them."""
     num_threads: Annotated[Count | None, _arg("N")] = None
     """CPU threads of each rank. Default: OMP_NUM_THREADS, else cores / ranks."""
+    start_method: Literal["auto", "forkserver", "spawn"] = "auto"
+    """How ranks are started, as in Python's multiprocessing. auto: forkserver (imports once for
+    all ranks) on Linux, spawn elsewhere or where imports have initialized CUDA."""
     batch_size: Annotated[Count, _arg("N", default="1")] = 1
     """Neighbouring prompts with equal parameters that share one pipeline call."""
 

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from ddinfer.distributed.devices import Gpus
-from ddinfer.distributed.launch import end_with_parent, launch, leave, plan_launch
+from ddinfer.distributed.launch import launch, plan_launch
+from ddinfer.distributed.process import end_with_parent, exit_now
 from ddinfer.distributed.process_group import process_group
 from ddinfer.distributed.world import World
 from ddinfer.errors import DdinferError
@@ -80,10 +81,10 @@ def main():
             result, is_first = launched[0], True
     except DdinferError as error:
         print(f"error: {error}", file=sys.stderr)
-        leave(error.exit_code)
+        exit_now(error.exit_code)
     if is_first:
         Path(options.folder, "result").write_text(repr(result))
-    leave(0)
+    exit_now(0)
 
 
 if __name__ == "__main__":

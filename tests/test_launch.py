@@ -4,12 +4,13 @@ import ast
 import contextlib
 import functools
 import gc
+import multiprocessing
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ import torch
 from ddinfer.distributed.devices import Gpus, num_cores
 from ddinfer.distributed.launch import launch
 from ddinfer.distributed.process_group import process_group
-from ddinfer.distributed.server import RankServer
 from ddinfer.errors import RankError, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -86,22 +86,27 @@ def own_number(world):
     return world.rank
 
 
-def test_a_server_begun_early_runs_the_ranks_and_ends_with_them():
-    server = RankServer(("colorsys", "torch"))
-    assert launch(own_number, nproc_per_node=2, device="cpu", server=server) == [0, 1]
-    assert server.process.returncode is not None  # of itself or killed, whichever was first
+def who_serves(world):
+    return os.getppid(), "colorsys" in sys.modules
 
 
-def test_a_server_that_is_not_needed_is_gone_once_closed():
-    server = RankServer()
-    server.close()
-    server.close()
-    assert server.process.returncode == -signal.SIGKILL
+def test_later_launches_fork_from_the_same_server_without_importing_again():
+    (first, _), (second, _) = launch(who_serves, nproc_per_node=2, device="cpu")
+    assert first == second
+    assert launch(who_serves, nproc_per_node=1, device="cpu") == [(first, False)]
 
 
-def test_more_ranks_than_one_message_takes_file_descriptors(monkeypatch):
-    monkeypatch.setattr("ddinfer.distributed.server.FDS_AT_ONCE", 2)
-    assert launch(own_number, nproc_per_node=3, device="cpu", num_threads=1) == [0, 1, 2]
+def test_spawned_ranks_are_new_interpreters():
+    found = launch(who_serves, nproc_per_node=2, device="cpu", start_method="spawn")
+    assert [parent for parent, _ in found] == [os.getpid()] * 2
+
+
+def in_new_program(function, **environ):
+    """What a function of this module returns in a program that has launched nothing yet."""
+    code = f"from tests.test_launch import {function.__name__} as f; print(repr(f()))"
+    ended = run([sys.executable, "-c", code], **environ)
+    assert ended.returncode == 0, ended.stderr
+    return ast.literal_eval(ended.stdout), ended.stderr
 
 
 def after_opening_cuda(world):
@@ -111,54 +116,66 @@ def after_opening_cuda(world):
         "lost": torch.cuda._is_in_bad_fork(),
         "counts by nvml": os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK"),
         "counted by nvml": getattr(sys.modules.get("tests.opens_cuda"), "COUNTED_BY_NVML", None),
-        "hears of children": signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL,
     }
     with process_group(world) as group:
         return group.all_gather_object((world.rank, world.device, found))
 
 
-OPENS_CUDA = ("torch", "tests.opens_cuda")
+def launch_after_opening_cuda(device, start_method="auto"):
+    Gpus.probe = lambda *_: Gpus(usable=2, present=2)  # only the launcher sees them
+    preload = ("torch", "tests.opens_cuda")
+    more = {"num_threads": 1, "preload": preload, "start_method": start_method}
+    return launch(after_opening_cuda, nproc_per_node=2, device=device, **more)
 
 
-@pytest.fixture
-def two_gpus(monkeypatch):
-    """As the launcher sees them; the ranks look for themselves."""
-    monkeypatch.setattr(Gpus, "probe", lambda *_: Gpus(usable=2, present=2))
+def cuda_opened_before_a_job_on_the_cpu():
+    return launch_after_opening_cuda("cpu")
 
 
-def test_what_is_imported_before_the_fork_counts_gpus_without_opening_cuda(two_gpus, capfd):
-    told = launch(after_opening_cuda, nproc_per_node=2, device="cpu", preload=OPENS_CUDA)
+def cuda_opened_before_a_job_on_gpus():
+    return launch_after_opening_cuda("auto")
+
+
+def cuda_opened_where_ranks_must_be_forked():
+    try:
+        launch_after_opening_cuda("auto", "forkserver")
+    except UsageError as error:
+        return str(error)
+
+
+def test_what_is_imported_before_the_fork_counts_gpus_without_opening_cuda():
+    told, err = in_new_program(cuda_opened_before_a_job_on_the_cpu)
     assert told[0] == told[1]
     (_, _, first), (_, _, second) = told[0]
     assert first == second
     assert (first["counted by nvml"], first["counts by nvml"]) == ("1", None)
     assert first["lost"]  # it was forked, as a job on the CPU may be
-    assert "opened CUDA" not in capfd.readouterr().err
+    assert "opened CUDA" not in err
 
 
-def test_ranks_start_anew_where_a_fork_has_lost_the_gpus(two_gpus, monkeypatch, capfd):
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")  # the user's own word stands
-    told = launch(
-        after_opening_cuda, nproc_per_node=2, device="auto", preload=OPENS_CUDA, num_threads=1
-    )
+def test_ranks_are_spawned_where_a_fork_has_lost_the_gpus():
+    told, err = in_new_program(cuda_opened_before_a_job_on_gpus, PYTORCH_NVML_BASED_CUDA_CHECK="0")
     assert told[0] == told[1]
     (zero, device, first), (one, _, second) = told[0]
     assert (zero, one, device) == (0, 1, "cpu")
     assert first == second
-    assert first == {
-        "lost": False,
-        "counts by nvml": "0",
-        "counted by nvml": None,
-        "hears of children": False,
-    }
-    assert "has opened CUDA (torch, tests.opens_cuda; is NVML missing?)" in capfd.readouterr().err
+    # The user's own choice of how to count stands.
+    assert first == {"lost": False, "counts by nvml": "0", "counted by nvml": None}
+    assert err.count("has opened CUDA (torch, tests.opens_cuda; is NVML missing?)") == 1
 
 
-def test_a_rank_that_started_anew_dies_as_any_other(two_gpus):
+def test_an_explicit_forkserver_that_has_lost_the_gpus_is_an_error():
+    told, _ = in_new_program(cuda_opened_where_ranks_must_be_forked)
+    assert "has opened CUDA" in told
+    assert "use --start_method spawn" in told
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_failures_of_ranks_are_reported_whatever_started_them(method):
     with pytest.raises(RankError, match=r"rank 1 .*SIGKILL"):
-        launch(kill_the_second, nproc_per_node=2, device="auto", preload=OPENS_CUDA)
+        launch(kill_the_second, nproc_per_node=2, device="cpu", start_method=method)
     with pytest.raises(RankError, match=r"rank 0 .*no such picture"):
-        launch(raise_on_the_first, nproc_per_node=2, device="auto", preload=OPENS_CUDA)
+        launch(raise_on_the_first, nproc_per_node=2, device="cpu", start_method=method)
 
 
 def kill_the_second(world):
@@ -186,21 +203,19 @@ def add_on_the_gpu(world):
 
 
 def own_number_late(world):
-    time.sleep(2)  # until the launcher has heard of both starts
+    time.sleep(1)  # until the launcher has learnt of both starts
     return world.rank
 
 
-class LateSelector(selectors.DefaultSelector):
-    """As if this process got a CPU late: much is ready at once, the last of it told first."""
+def test_a_launcher_that_learns_of_an_end_before_the_last_message_takes_both(monkeypatch):
+    """As if it got a CPU late: much is ready at once, and the ends come first."""
 
-    def select(self, timeout=None):
-        super().select(timeout)
+    def wait_late(objects, timeout=None):
+        wait(objects, timeout)
         time.sleep(0.3)
-        return list(reversed(super().select(0)))
+        return list(reversed(wait(objects, 0)))
 
-
-def test_a_launcher_that_hears_of_an_end_before_the_last_words_takes_both(monkeypatch):
-    monkeypatch.setattr("ddinfer.distributed.supervise.selectors.DefaultSelector", LateSelector)
+    monkeypatch.setattr("ddinfer.distributed.supervise.wait", wait_late)
     assert launch(own_number_late, nproc_per_node=2, device="cpu", num_threads=1) == [0, 1]
 
 
@@ -216,16 +231,68 @@ def who_imported(world):
     return os.getpid(), os.getppid(), "colorsys" in sys.modules, gc.isenabled()
 
 
+def launch_with_more_imports():
+    before_fork = functools.partial(imported_before_fork, os.environ["LOG"])
+    return launch(who_imported, nproc_per_node=2, device="cpu", before_fork=before_fork)
+
+
 def test_what_depends_on_the_job_is_imported_once_where_the_ranks_are_forked(tmp_path):
-    before_fork = functools.partial(imported_before_fork, str(tmp_path / "log"))
-    told = launch(
-        who_imported, nproc_per_node=2, device="cpu", num_threads=1, before_fork=before_fork
-    )
+    told, _ = in_new_program(launch_with_more_imports, LOG=str(tmp_path / "log"))
     (server, _), *more = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert not more
     assert all(parent == int(server) != pid for pid, parent, _, _ in told)
     assert all(has_module and collects for _, _, has_module, collects in told)
-    assert not any(imported for _, _, imported, _ in launch(who_imported, device="cpu"))
+
+
+def say(world, word):
+    print(word, flush=True)
+
+
+def test_ranks_print_where_the_launcher_prints_now(capfd):
+    launch(say, "first", nproc_per_node=1, device="cpu")
+    assert capfd.readouterr().out == "first\n"
+    launch(say, "second", nproc_per_node=1, device="cpu")
+    assert capfd.readouterr().out == "second\n"
+
+
+def test_ranks_print_where_another_test_captures(capfd):
+    launch(say, "third", nproc_per_node=1, device="cpu")
+    assert capfd.readouterr().out == "third\n"
+
+
+def leave_a_child_behind(world):
+    child = subprocess.Popen(["sleep", "600"])
+    return child.pid
+
+
+def test_what_a_rank_has_started_ends_with_it():
+    (child,) = launch(leave_a_child_behind, nproc_per_node=1, device="cpu")
+    await_end([child])
+
+
+def lose_the_server(world):
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def test_a_forkserver_that_is_killed_is_named_and_the_next_launch_has_another():
+    with pytest.raises(RankError, match="the process that forks the ranks was killed"):
+        launch(lose_the_server, nproc_per_node=2, device="cpu")
+    assert launch(own_number, nproc_per_node=2, device="cpu") == [0, 1]
+
+
+def children_of_the_program():
+    """A program's own children come from the same server, and react to signals as ever."""
+    launch(own_number, nproc_per_node=1, device="cpu")
+    child = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(600,))
+    child.start()
+    child.terminate()
+    child.join(30)
+    return child.exitcode
+
+
+def test_other_children_of_the_program_react_to_signals_as_ever():
+    assert in_new_program(children_of_the_program)[0] == -signal.SIGTERM
 
 
 def return_a_lot(world):

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from ddinfer.distributed.devices import Gpus
-from ddinfer.distributed.plan import plan_launch
+from ddinfer.distributed.launch import plan_launch
 from ddinfer.errors import UsageError
 from tests.test_world import CPU_BUILD, FOUR, NONE, environment
 
@@ -20,24 +20,24 @@ OUTER_TWO = environment(0, 2, GROUP_WORLD_SIZE="1")
 
 
 def test_alone_every_gpu_gets_a_rank_else_one_rank_runs():
-    assert plan() == ("spawn", 1)
-    assert plan(gpus=FOUR) == ("spawn", 4)
-    assert plan(gpus=FOUR, device="cpu") == ("spawn", 1)
-    assert plan(gpus=FOUR, device="cuda:2") == ("spawn", 1)
-    assert plan(gpus=FOUR, gpus_per_rank=2) == ("spawn", 2)
+    assert plan() == ("start", 1)
+    assert plan(gpus=FOUR) == ("start", 4)
+    assert plan(gpus=FOUR, device="cpu") == ("start", 1)
+    assert plan(gpus=FOUR, device="cuda:2") == ("start", 1)
+    assert plan(gpus=FOUR, gpus_per_rank=2) == ("start", 2)
 
 
 @pytest.mark.parametrize("number", [2, "2"])
 def test_a_number_is_a_number(number):
-    assert plan(number) == ("spawn", 2)
-    assert plan(number, gpus=FOUR) == ("spawn", 2)
+    assert plan(number) == ("start", 2)
+    assert plan(number, gpus=FOUR) == ("start", 2)
 
 
 def test_words_mean_what_torchrun_means_by_them():
-    assert plan("auto", gpus=FOUR) == ("spawn", 4)
-    assert plan("auto") == ("spawn", os.cpu_count())
-    assert plan("gpu", gpus=FOUR) == ("spawn", 4)
-    assert plan("cpu", device="cpu", gpus=FOUR) == ("spawn", os.cpu_count())
+    assert plan("auto", gpus=FOUR) == ("start", 4)
+    assert plan("auto") == ("start", os.cpu_count())
+    assert plan("gpu", gpus=FOUR) == ("start", 4)
+    assert plan("cpu", device="cpu", gpus=FOUR) == ("start", os.cpu_count())
     with pytest.raises(UsageError, match="shows no GPU"):
         plan("gpu")
     for wrong in ("two", "0", "-1", "", "1.5"):
@@ -46,7 +46,7 @@ def test_words_mean_what_torchrun_means_by_them():
 
 
 def test_inside_a_world_of_one_the_scripts_own_number_wins():
-    assert plan(2, environ=OUTER_ONE) == ("spawn", 2)
+    assert plan(2, environ=OUTER_ONE) == ("start", 2)
     assert plan(1, environ=OUTER_ONE) == ("join", 1)
 
 
@@ -87,5 +87,5 @@ def test_what_the_machine_cannot_give_is_found_before_anything_starts():
         plan(5, gpus=FOUR)
     with pytest.raises(UsageError, match="build without CUDA"):
         plan(2, gpus=CPU_BUILD)
-    assert plan(5, gpus=FOUR, device="cpu") == ("spawn", 5)
-    assert plan(2, gpus=CPU_BUILD, device="cpu") == ("spawn", 2)
+    assert plan(5, gpus=FOUR, device="cpu") == ("start", 5)
+    assert plan(2, gpus=CPU_BUILD, device="cpu") == ("start", 2)

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from ddinfer.config import JobConfig
-from ddinfer.distributed.partition import slice_of_batches
-from ddinfer.distributed.replica import Replica
+from ddinfer.distributed.partition import Replica, slice_of_batches
 from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.ring import RingEngine, load_ring_engine
 from ddinfer.engines.whole import WholeEngine
@@ -133,7 +132,7 @@ MEASURED = """
     import torch
     import torch.distributed as dist
     from ddinfer.config import JobConfig
-    from ddinfer.distributed.replica import Replica
+    from ddinfer.distributed.partition import Replica
     from ddinfer.engines.ring import load_ring_engine
     from tests.test_ring_engine import batches_for, peak_and_now_bytes
 
@@ -201,7 +200,7 @@ KILLED = """
     import datetime, os, signal, sys
     import torch.distributed as dist
     from ddinfer.config import JobConfig
-    from ddinfer.distributed.replica import Replica
+    from ddinfer.distributed.partition import Replica
     from ddinfer.engines.ring import load_ring_engine
     from ddinfer.errors import RankError
     from tests.test_ring_engine import batches_for

@@ -7,8 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ddinfer.config import JobConfig
-from ddinfer.distributed.partition import slice_of_batches
-from ddinfer.distributed.replica import Replica
+from ddinfer.distributed.partition import Replica, slice_of_batches
 from ddinfer.errors import EXIT_OK
 from ddinfer.job.prepare import prepare, resolve_config
 from ddinfer.storage.disk_space import estimate_disk

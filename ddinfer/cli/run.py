@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,68 +15,36 @@ from ddinfer.config import JobConfig
 from ddinfer.errors import EXIT_OK
 
 if TYPE_CHECKING:
-    from ddinfer.distributed.server import RankServer
     from ddinfer.distributed.world import World
     from ddinfer.job.leader import RunReport
 
-#: All libraries that are loaded when transformers is imported, if it is without torch.
-_FOR_TRANSFORMERS = ("numpy", "huggingface_hub.file_download", "jinja2", "PIL.Image", "regex")
-
-#: Imported once, by the process from which all ranks are forked. While transformers reads its own
-#: 1,600 source files, torch's libraries are linked.
-PRELOAD = (
-    *_FOR_TRANSFORMERS,
-    "transformers",
-    "torch",
-    "torch.distributed",
-    "diffusers",
-    "ddinfer.job.run",
-)
-
-#: Options with which no rank is started.
-_NO_LAUNCH = {"__help", "_h", "__print_config", "__dry_run"}
+#: Imported once, by the process from which all ranks are forked.
+PRELOAD = ("transformers", "torch", "torch.distributed", "diffusers", "ddinfer.job.run")
 
 
 def main(argv: Sequence[str]) -> int:
-    with _begun(argv) as server:
-        config = parse_config(argv)
-        if config.print_config:
-            if _is_first_rank():
-                import yaml
+    config = parse_config(argv)
+    if config.print_config:
+        if _is_first_rank():
+            import yaml
 
-                data = config.to_dict()
-                sys.stdout.write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
-            return EXIT_OK
-        return run_configured(config, server=server)
-
-
-@contextlib.contextmanager
-def _begun(argv: Sequence[str]) -> Iterator[RankServer | None]:
-    """A server that imports while the options are read, if they look like a launch of ranks."""
-    words = {word.partition("=")[0].replace("-", "_") for word in argv}
-    if "__nproc_per_node" not in words or words & _NO_LAUNCH or "RANK" in os.environ:
-        yield None
-        return
-    from ddinfer.distributed.server import RankServer
-
-    with contextlib.closing(RankServer(PRELOAD)) as server:
-        yield server
+            data = config.to_dict()
+            sys.stdout.write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+        return EXIT_OK
+    return run_configured(config)
 
 
-def run_configured(
-    config: JobConfig, *, retry_failed: bool = False, server: RankServer | None = None
-) -> int:
+def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
     """Run a job as this process's launchers want it: here, or in ranks that are started here.
 
     Args:
         retry_failed: make its failed prompts again; the Requests come from the folder.
-        server: one that imports `PRELOAD`; ended if ranks are not started here.
     """
     config = config.with_absolute_paths()
 
-    from ddinfer.distributed.plan import plan_launch
+    from ddinfer.distributed.launch import plan_launch
+    from ddinfer.distributed.partition import Replica
     from ddinfer.distributed.process import end_with_parent
-    from ddinfer.distributed.replica import Replica
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun; a shell that ends is no reason to end
@@ -97,11 +64,9 @@ def run_configured(
         _check_names(config)
     # A rank that may die and be started again needs somebody who does it.
     if plan.kind == "join" or (plan.num_ranks == 1 and not config.max_restarts):
-        if server is not None:
-            server.close()
         return _run_here(config, retry_failed)
     config, stdin = (config, None) if retry_failed else _read_own_prompts(config)
-    return _run_in_ranks(config, plan.num_ranks, stdin, retry_failed, server)
+    return _run_in_ranks(config, plan.num_ranks, stdin, retry_failed)
 
 
 def _check_names(config: JobConfig) -> None:
@@ -139,13 +104,12 @@ def _run_here(config: JobConfig, retry_failed: bool) -> int:
     Prompts of standard input are read by rank 0 within `run_job`, after the ranks have met: the
     others wait for it without a timeout.
     """
-    from ddinfer.distributed.preload import import_for_good
-    from ddinfer.distributed.process import leave
+    from ddinfer.distributed.process import exit_now, import_once
     from ddinfer.job.shutdown import Stop
 
     with Stop(config.grace_seconds, says_so=_is_first_rank()).on_signals() as stop:
         # Seconds of imports: a signal is heard from before them.
-        import_for_good(PRELOAD, partial(import_model_classes, config))
+        import_once(PRELOAD, partial(import_model_classes, config))
         from ddinfer.cli.summary import print_summary
         from ddinfer.distributed.world import World
         from ddinfer.job.run import run_job
@@ -156,17 +120,13 @@ def _run_here(config: JobConfig, retry_failed: bool) -> int:
     if world.rank == 0:
         print_summary(report, as_json=config.json)
     # One rank tells torchrun how it went; a second would look like a second failure.
-    leave(report.exit_code if world.rank == 0 else EXIT_OK)
+    exit_now(report.exit_code if world.rank == 0 else EXIT_OK)
 
 
 def _run_in_ranks(
-    config: JobConfig,
-    num_ranks: int,
-    stdin: bytes | None,
-    retry_failed: bool,
-    server: RankServer | None,
+    config: JobConfig, num_ranks: int, stdin: bytes | None, retry_failed: bool
 ) -> int:
-    from ddinfer.distributed.process import leave
+    from ddinfer.distributed.process import exit_now
     from ddinfer.job.restarts import launch_until_done
 
     reports = launch_until_done(
@@ -179,13 +139,12 @@ def _run_in_ranks(
         preload=PRELOAD,
         before_fork=partial(import_model_classes, config),
         notify=lambda text: print(f"ddinfer: {text}", file=sys.stderr, flush=True),
-        server=server,
     )
     # It imports torch, for which the ranks should not have had to wait.
     from ddinfer.cli.summary import print_summary
 
     print_summary(reports[0], as_json=config.json)
-    leave(reports[0].exit_code)
+    exit_now(reports[0].exit_code)
 
 
 def import_model_classes(config: JobConfig) -> None:
@@ -203,6 +162,7 @@ def run_on_rank(
     from ddinfer.job.run import run_job
     from ddinfer.job.shutdown import Stop
 
-    with Stop(config.grace_seconds, says_so=world.rank == 0).on_signals() as stop:
+    stop = Stop(config.grace_seconds, says_so=world.rank == 0, launcher_kills=True)
+    with stop.on_signals():
         configure_logging(world.rank)
         return run_job(config, world, stdin=stdin, retry_failed=retry_failed, stop=stop)

@@ -1,28 +1,129 @@
-"""Starting ranks on this machine, hearing how they end, and never leaving one behind."""
+"""Starting ranks on this machine, or joining those that an outer launcher has started."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import sys
 import uuid
-from collections.abc import Callable, Sequence
-from multiprocessing import process
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any, Literal
 
-from ddinfer.distributed.devices import Gpus, openmp_environment
-from ddinfer.distributed.devices import resolve_num_threads as resolve_num_threads
-from ddinfer.distributed.plan import LaunchPlan as LaunchPlan
-from ddinfer.distributed.plan import count_ranks, default_ranks
-from ddinfer.distributed.plan import plan_launch as plan_launch
-from ddinfer.distributed.process import end_with_parent as end_with_parent
-from ddinfer.distributed.process import leave as leave
-from ddinfer.distributed.rank_server import Start
-from ddinfer.distributed.server import FORKS, RankServer
-from ddinfer.distributed.supervise import Interrupted as Interrupted
-from ddinfer.distributed.supervise import Supervisor
-from ddinfer.distributed.world import pick_device
+from ddinfer.distributed.devices import Gpus, openmp_environment, resolve_num_threads
+from ddinfer.distributed.preload import SETUP, restore_environment
+from ddinfer.distributed.rank import RankTask
+from ddinfer.distributed.supervise import CudaLost, Supervisor
+from ddinfer.distributed.world import (
+    World,
+    check_gpus_suffice,
+    from_environment,
+    parse_device,
+    pick_device,
+)
 from ddinfer.errors import UsageError
+
+StartMethod = Literal["auto", "forkserver", "spawn"]
+
+#: What torchrun sets for its ranks. A nested launch must not hand it on: with
+#: ``TORCHELASTIC_USE_AGENT_STORE`` left in, nobody would host the new store.
+TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+TORCHRUN_NAMES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How the ranks of this command come to be.
+
+    Attributes:
+        kind: "join": this process is a rank already, of an outer launcher or the only one;
+            "start": it starts ``num_ranks`` of them.
+        num_ranks: of the whole job for "join", on this machine for "start".
+        note: one sentence for the user, or empty.
+    """
+
+    kind: Literal["join", "start"]
+    num_ranks: int
+    note: str = ""
+
+
+def plan_launch(
+    nproc_per_node: str | int | None,
+    device: str = "auto",
+    environ: Mapping[str, str] | None = None,
+    *,
+    gpus_per_rank: int = 1,
+    gpus: Gpus | None = None,
+) -> LaunchPlan:
+    """Decide from the option and from what an outer launcher has set.
+
+    ``torchrun script --nproc_per_node=2`` hands the option to the script, inside a world of one:
+    there the script's number wins. An outer launcher of several ranks is joined.
+
+    Args:
+        nproc_per_node: a number, or as torchrun spells it ``auto``, ``gpu`` or ``cpu``;
+            default: every GPU, else one rank.
+
+    Raises:
+        UsageError: an outer and an inner number that differ, fewer GPUs than ranks need, an
+            incomplete environment, a GPU that this torch cannot use.
+    """
+    environ = os.environ if environ is None else environ
+    outer = from_environment(environ)
+    gpus = Gpus() if device == "cpu" else Gpus.probe(environ) if gpus is None else gpus
+    wanted = count_ranks(nproc_per_node, gpus)
+    if outer.is_launched and (outer.world_size > 1 or outer.num_nodes > 1):
+        return _join(outer, wanted)
+    if outer.is_launched and wanted is None:
+        pick_device(device, 0, 1, gpus_per_rank, environ, gpus)
+        return LaunchPlan("join", 1, _idle_note(gpus, device, gpus_per_rank))
+    num_ranks = default_ranks(device, gpus, gpus_per_rank) if wanted is None else wanted
+    pick_device(device, 0, num_ranks, gpus_per_rank, environ, gpus)
+    if outer.is_launched and num_ranks == 1:
+        return LaunchPlan("join", 1)
+    return LaunchPlan("start", num_ranks)
+
+
+def count_ranks(nproc_per_node: str | int | None, gpus: Gpus) -> int | None:
+    """The number that ``--nproc_per_node`` stands for on this machine; ``None`` if not given."""
+    if nproc_per_node is None:
+        return None
+    text = str(nproc_per_node).strip()
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    if text == "gpu":
+        if not gpus.usable:
+            raise UsageError(
+                gpus.why_unusable()
+                or "--nproc_per_node=gpu: this machine shows no GPU; use a number, auto or cpu"
+            )
+        return gpus.usable
+    if text == "cpu" or (text == "auto" and not gpus.usable):
+        return os.cpu_count() or 1
+    if text == "auto":
+        return gpus.usable
+    raise UsageError(f"--nproc_per_node={text} must be a number from 1, auto, gpu or cpu")
+
+
+def default_ranks(device: str, gpus: Gpus, gpus_per_rank: int = 1) -> int:
+    """A rank for every GPU (or set of GPUs), else one."""
+    kind, index = parse_device(device)
+    if kind == "cpu" or index is not None or not gpus.usable:
+        return 1
+    if gpus.usable < gpus_per_rank:
+        check_gpus_suffice(1, gpus_per_rank, gpus.usable)
+    return gpus.usable // gpus_per_rank
 
 
 def launch(
@@ -32,6 +133,7 @@ def launch(
     device: str = "auto",
     gpus_per_rank: int = 1,
     num_threads: int | None = None,
+    start_method: StartMethod = "auto",
     preload: Sequence[str] = ("torch", "torch.distributed"),
     before_fork: Callable[[], object] | None = None,
     on_failure: Literal["terminate", "finish"] = "terminate",
@@ -40,84 +142,143 @@ def launch(
     on_death: Callable[[int, int], object] = lambda rank, number: None,
     run_id: str | None = None,
     restart_count: int = 0,
-    server: RankServer | None = None,
 ) -> list[Any]:
     """Run ``fn(world, *args)`` in one new process for each rank; returns in rank order.
 
     The ranks see the environment that torchrun would give them, so `World.detect`,
-    `process_group` and a plain ``torch.distributed.init_process_group()`` work inside ``fn``. They
-    are forked from a process that has imported ``preload`` once for all of them. Their store is
-    hosted here, on loopback, and outlives any of them. When this process dies, however, so do
-    they. Their standard input is empty. A rank that returns is over at once: what its other
-    threads still do is not waited for, and exit handlers do not run.
+    `process_group` and a plain ``torch.distributed.init_process_group()`` work inside ``fn``. On
+    Linux they are forked from multiprocessing's forkserver, which has imported ``preload`` once
+    for all of them and for later launches. Their store is hosted here, on loopback, and outlives
+    any of them. When this process ends, so do they. Their standard input is empty. A rank that
+    returns ends at once, with all it has started: its other threads are not waited for, and exit
+    handlers do not run.
 
     Args:
         fn: importable in another process: a function at the top level of a module.
         args: pickled to every rank.
         nproc_per_node: as on the command line; default: every GPU, else one rank.
         num_threads: CPU threads of each rank; default: ``OMP_NUM_THREADS``, else cores / ranks.
-        preload: modules. Where importing them opens a GPU, which no process can use that is forked
-            later, each rank is a new interpreter that imports for itself, and a note says so.
+        start_method: "forkserver", "spawn" (each rank is a new interpreter that imports for
+            itself), or "auto": forkserver on Linux; spawn elsewhere, and where importing
+            ``preload`` has initialized CUDA, which no forked process can use then.
+        preload: modules. A forkserver that this program has started before keeps its own, and
+            the environment that it was started with.
         before_fork: called once where ``preload`` was imported, to import more that depends on
-            the job; picklable, and it opens no GPU, no connection and no thread. Where ranks are
-            not forked it is not called, and what it raises is not told: the ranks will meet it.
+            the job; picklable, and it opens no GPU, no connection and no thread. What it raises
+            is not reported: the ranks will meet it. Not called for spawned ranks.
         on_failure: "terminate" ends the other ranks soon after the first failure; "finish" lets
             them do their own share first.
         grace_seconds: after Ctrl-C or SIGTERM the ranks get the same signal, and this long.
-        handle_signals: for a command line: SIGTERM and Ctrl-C are passed on to the ranks once,
-            and what they return is returned if all of them still return. Main thread only.
+        handle_signals: for a command line: SIGTERM, SIGHUP and Ctrl-C are passed on to the ranks
+            once, and what they return is returned if all of them still return. Main thread only.
             Without it, no handler is installed: ``KeyboardInterrupt`` ends the ranks and goes on.
-        on_death: told (rank, signal) of a rank that a signal killed which nothing here has sent.
-        run_id, restart_count: tell the ranks that this launch goes on with an earlier one.
-        server: one that has begun to import, instead of ``preload``. It serves one launch; whoever
-            made it closes it.
+        on_death: called with (rank, signal) of a rank that a signal killed which nothing here
+            has sent.
+        run_id, restart_count: tell the ranks that this launch continues an earlier one.
 
     Raises:
         RankError: a rank raised, was killed, or ended before ``fn`` returned: the first of them.
         UsageError: more ranks than GPUs, or an ``fn`` that cannot be imported.
-        Interrupted: SIGTERM ended the ranks (only with ``handle_signals``).
+        Interrupted: SIGTERM or SIGHUP ended the ranks (only with ``handle_signals``).
     """
-    if getattr(process.current_process(), "_inheriting", False):
-        raise UsageError(
-            "launch() is called while the script is imported by a rank that launch() started; "
-            "put the call under  if __name__ == '__main__':"
-        )
+    payload = _pickled(fn, args)
     gpus = Gpus() if device == "cpu" else Gpus.probe()
     wanted = count_ranks(nproc_per_node, gpus)
     num_ranks = default_ranks(device, gpus, gpus_per_rank) if wanted is None else wanted
     if pick_device(device, 0, num_ranks, gpus_per_rank, gpus=gpus) == "cpu":
         device = "cpu"
-    threads = resolve_num_threads(num_threads, num_ranks)
-    payload = _pickled(fn, args)
+    num_threads = resolve_num_threads(num_threads, num_ranks)
+    openmp = openmp_environment(num_threads, num_ranks)
+    run_id = uuid.uuid4().hex if run_id is None else run_id
+    forkserver = multiprocessing.get_context("forkserver")
 
-    server = RankServer(preload) if server is None else server
-    server.set_environment(openmp_environment(threads, num_ranks))
-    pipes = [os.pipe() for _ in range(num_ranks)]
-    writers = [writer for _, writer in pipes]
-    supervisor = Supervisor(
-        server, [reader for reader, _ in pipes], writers, on_failure, grace_seconds, on_death
+    def start_by(context: ForkServerContext | SpawnContext) -> list[Any]:
+        supervisor = Supervisor(on_failure, grace_seconds, on_death)
+        with supervisor.handling_signals(handle_signals), supervisor.ending_all():
+            if context is forkserver:
+                start_forkserver(preload, before_fork, openmp)
+            # torch is imported here while the server does the same.
+            from ddinfer.distributed.store import loopback_store
+
+            store = loopback_store()
+            base = {**_loopback_interfaces(), **_without_torchrun(os.environ), **openmp}
+            environments = [
+                base | rank_environment(rank, num_ranks, store.port, run_id, restart_count)
+                for rank in range(num_ranks)
+            ]
+            tasks = [
+                RankTask(rank, environment, payload, device, gpus_per_rank, num_threads)
+                for rank, environment in enumerate(environments)
+            ]
+            supervisor.watch_through(store, f"ddinfer/{run_id}/{restart_count}", num_ranks)
+            with _environment_of_children(openmp):
+                supervisor.start(context, tasks)
+            return supervisor.wait()
+
+    if start_method == "forkserver":
+        return start_by(forkserver)
+    if start_method == "auto" and sys.platform == "linux":
+        try:
+            return start_by(forkserver)
+        except CudaLost:
+            sys.stderr.write(
+                "ddinfer: note: importing what all ranks need has opened CUDA "
+                f"({', '.join(preload)}; is NVML missing?), and no process forked afterwards could "
+                "use a GPU: each rank is spawned and imports for itself, which takes some seconds\n"
+            )
+    return start_by(multiprocessing.get_context("spawn"))
+
+
+def start_forkserver(
+    preload: Sequence[str],
+    before_fork: Callable[[], object] | None,
+    variables: Mapping[str, str],
+) -> None:
+    """Start multiprocessing's forkserver, which then imports; does nothing if it is running.
+
+    Args:
+        variables: what its environment has in addition, such as OpenMP reads on import.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        [restore_environment.__module__]
     )
-    with supervisor.ending_all(), supervisor.handling_signals(handle_signals):
-        # torch is imported here while the server does the same.
-        from ddinfer.distributed.process_group import loopback_store
+    pickled = b"" if before_fork is None else pickle.dumps(before_fork)
+    with _environment_of_children(variables, list(preload), pickled):
+        multiprocessing.forkserver.ensure_running()
 
-        store = loopback_store()
-        run_id = uuid.uuid4().hex if run_id is None else run_id
-        environments = [
-            rank_environment(rank, num_ranks, store.port, run_id, restart_count)
-            for rank in range(num_ranks)
-        ]
-        start = Start(
-            payload,
-            pickle.dumps(before_fork) if before_fork and FORKS else b"",
-            _main_module() if b"__main__" in payload else {},
-            sys.argv,
-            device,
-            gpus_per_rank,
-            threads,
-            environments,
-        )
-        return supervisor.run(start, store, f"ddinfer/{run_id}/{restart_count}")
+
+@contextlib.contextmanager
+def _environment_of_children(variables: Mapping[str, str], *setup: Any) -> Iterator[None]:
+    """Inside, processes that multiprocessing starts import from where this one does.
+
+    Python 3.11's forkserver is not told ``sys.path``. A new interpreter would look into the
+    current directory first.
+
+    Args:
+        setup: what `preload.prepare_server` is to import; nothing for other processes.
+    """
+    path = [os.path.abspath(p) if p else os.getcwd() for p in sys.path if os.pathsep not in p]
+    changes = {
+        **variables,
+        "OPENBLAS_NUM_THREADS": "1",  # a process that forks should have no threads
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONSAFEPATH": "1",
+    }
+    before = {name: os.environ.get(name) for name in changes}
+    if setup:
+        changes[SETUP] = pickle.dumps((os.getpid(), before, *setup)).hex()
+    os.environ.update(changes)
+    try:
+        yield
+    except RuntimeError as error:
+        if "bootstrapping" not in str(error):
+            raise
+        raise UsageError(
+            "launch() is called while the script is imported by a rank that launch() started; "
+            "put the call under  if __name__ == '__main__':"
+        ) from error
+    finally:
+        restore_environment({**before, SETUP: None})
 
 
 def rank_environment(
@@ -143,26 +304,56 @@ def rank_environment(
     }
 
 
+def _loopback_interfaces() -> dict[str, str]:
+    """gloo and NCCL read these once, when a group is made."""
+    interface = "lo" if sys.platform == "linux" else "lo0"
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+
+
+def _without_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment as it was before a launcher made this process one of its ranks."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in TORCHRUN_NAMES and not name.startswith(TORCHRUN_PREFIXES)
+    }
+
+
 def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     try:
-        return pickle.dumps((fn, args))
+        payload = pickle.dumps((fn, args))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UsageError(
             f"launch() runs its function in other processes, so {fn!r} must stand at the top "
             f"level of a module and its arguments must be picklable: {error}"
         ) from error
-
-
-def _main_module() -> dict[str, str]:
-    """How ``__main__`` is found again in another process, as multiprocessing does it."""
     main = sys.modules["__main__"]
-    name = getattr(getattr(main, "__spec__", None), "name", None)
-    if name is not None:
-        return {"init_main_from_name": name}
-    path = getattr(main, "__file__", None)
-    if path is None:
+    if b"__main__" in payload and not (main.__spec__ or getattr(main, "__file__", None)):
         raise UsageError(
             "launch() cannot run a function that was typed into an interpreter or notebook; put "
             "it into a module of its own and import it"
         )
-    return {"init_main_from_path": os.path.abspath(path)}
+    return payload
+
+
+def _join(outer: World, wanted: int | None) -> LaunchPlan:
+    if wanted is not None and wanted != outer.local_world_size:
+        raise UsageError(
+            f"two launchers want different numbers: torchrun started {outer.local_world_size} "
+            f"rank{'s' * (outer.local_world_size > 1)} on this machine ({outer.world_size} in "
+            f"all), ddinfer was given --nproc_per_node={wanted}; give the number once, in front "
+            "of the script"
+        )
+    return LaunchPlan("join", outer.world_size)
+
+
+def _idle_note(gpus: Gpus, device: str, gpus_per_rank: int) -> str:
+    kind, index = parse_device(device)
+    idle = gpus.usable - gpus_per_rank
+    if kind == "cpu" or index is not None or idle < gpus_per_rank:
+        return ""
+    ranks = gpus.usable // gpus_per_rank
+    return (
+        f"torchrun started one rank and this machine has {gpus.usable} GPUs, so that {idle} "
+        f"{'is' if idle == 1 else 'are'} idle; --nproc_per_node={ranks} uses all"
+    )

@@ -1,11 +1,18 @@
-"""Who gets what, as pure arithmetic: no processes, no torch, no state."""
+"""Which rank does what: slices and batches as pure arithmetic, and replicas of several ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Sequence
-from typing import TypeVar
+import datetime
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ddinfer.errors import UsageError
 
 B = TypeVar("B")
+
+#: A stage may wait for another's work of any length; a rank that is gone closes its connection.
+_LONG_TIMEOUT = datetime.timedelta(days=7)
 
 
 def contiguous_slice(num_items: int, num_parts: int, part: int) -> range:
@@ -47,15 +54,61 @@ def cut_batches(keys: Sequence[Hashable], batch_size: int) -> list[range]:
     return batches
 
 
-def pending_batches(batches: Sequence[range], done: Container[int]) -> list[range]:
-    """The batches of which any item is not in ``done``, whole and in order.
-
-    A batch that is half done stays whole: its items must share it with the same neighbours.
-    """
-    return [batch for batch in batches if any(k not in done for k in batch)]
-
-
 def slice_of_batches(batches: Sequence[B], num_parts: int, part: int) -> Sequence[B]:
     """The contiguous share of ``batches`` that belongs to ``part``. May be empty."""
     share = contiguous_slice(len(batches), num_parts, part)
     return batches[share.start : share.stop]
+
+
+@dataclass(frozen=True)
+class Replica:
+    """This rank's place in the mesh of dp × pp.
+
+    Attributes:
+        number: of the replica, hence its slice of the job's batches.
+        num_replicas: in the job.
+        stage: of the denoiser that this rank holds; stage 0 makes the Results.
+        ranks: global ranks of the replica, in stage order.
+    """
+
+    number: int
+    num_replicas: int
+    stage: int
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rank: int, world_size: int, num_stages: int) -> Replica:
+        """Blocks of ``num_stages`` neighbours are a replica.
+
+        Raises:
+            UsageError: the ranks do not come out even.
+        """
+        if num_stages < 1 or world_size % num_stages:
+            raise UsageError(
+                f"--pipeline_parallel {num_stages} needs a number of ranks that {num_stages} "
+                f"divides; found {world_size}: say --nproc_per_node "
+                f"{max(num_stages, world_size // num_stages * num_stages)}"
+            )
+        number, stage = divmod(rank, num_stages)
+        first = number * num_stages
+        ranks = tuple(range(first, first + num_stages))
+        return cls(number, world_size // num_stages, stage, ranks)
+
+    @property
+    def makes_results(self) -> bool:
+        return self.stage == 0
+
+    def process_group(self) -> Any:
+        """The replica's process group. Every rank of the job calls this at the same point."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        size, mine = len(self.ranks), None
+        # On the CPU control messages share this group, and they may wait for work of any length.
+        timeout = _LONG_TIMEOUT if dist.get_backend() == "gloo" else None
+        for number in range(self.num_replicas):
+            ranks = list(range(number * size, (number + 1) * size))
+            group = dist.new_group(ranks, timeout=timeout)
+            mine = group if number == self.number else mine
+        return mine

@@ -286,7 +286,7 @@ def _pauses() -> Iterator[None]:
 
 
 def _this_process() -> dict[str, Any]:
-    return {"host": _host(), "pid": os.getpid(), "start": _start_time(os.getpid())}
+    return {"host": _host(), "pid": os.getpid(), "start": start_time(os.getpid())}
 
 
 def _host() -> str:
@@ -298,7 +298,7 @@ def _host() -> str:
         return ""
 
 
-def _start_time(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """Clock ticks since boot at which ``pid`` started; ``None`` if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -311,4 +311,4 @@ def _has_ended(process: dict[str, Any]) -> bool:
     """Only a process of this machine can be known to have ended."""
     if not process["host"] or process["host"] != _host():
         return False
-    return _start_time(process["pid"]) != process["start"]
+    return start_time(process["pid"]) != process["start"]

@@ -1,92 +1,54 @@
-"""Importing once, and quickly, what a process and all that are forked from it will need."""
+"""Imported by multiprocessing's forkserver, for its effect: the process that forks the ranks.
+
+`launch` sets the variable `SETUP` for the server alone; elsewhere this import does nothing. The
+server leads a session of its own, so that Ctrl-C in the terminal reaches the launcher alone, ends
+with the launcher, and does not react to signals that a service manager sends to every process.
+Processes forked from it do.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
-import importlib
-import importlib.util
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+import signal
+
+from ddinfer.distributed.process import end_with_parent, import_once
+
+#: Holds the hexadecimal pickle of what `prepare_server` is called with.
+SETUP = "_DDINFER_FORKSERVER"
+
+#: With 1, torch counts GPUs without CUDA (`torch.cuda.is_available`, PyTorch's "poison fork").
+COUNT_BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
-def import_for_good(
-    names: Sequence[str],
-    further: Callable[[], object] | None = None,
-    before_torch: Callable[[], object] = lambda: None,
+def prepare_server(
+    launcher: int, variables: dict[str, str | None], modules: list[str], before_fork: bytes
 ) -> None:
-    """Import modules for the life of this process, which must be one of our own.
-
-    The garbage collector is off meanwhile: it would walk the modules again and again, which takes
-    a fifth of their import, and find nothing. Afterwards it leaves alone what is there now, so
-    that forked processes go on sharing it.
-
-    torch's libraries are linked on a thread while the module in front of it in ``names`` is
-    imported: that needs no interpreter. The linker does one thing at a time, so that module should
-    have no libraries to load, or have them loaded by those before it.
-
-    What fails here fails again where it is needed, and is told there.
-
-    Args:
-        further: imports what depends on the job. Neither it nor the modules may open a connection
-            or a thread: processes are forked after it.
-        before_torch: called once, before torch's libraries are loaded, perhaps on that thread.
+    """Args:
+    launcher: process id of the parent.
+    variables: what the environment was before the server was started (``None``: not set).
+    modules: to import.
+    before_fork: pickled function that imports what depends on the job, or empty.
     """
-    torch_at = names.index("torch") if "torch" in names else 0
-    beside_at = max(torch_at - 1, 0)
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        _import(names[:beside_at])
-        with _linking_torch(before_torch, beside=torch_at > 0):
-            _import(names[beside_at:torch_at])
-        _import(names[torch_at:])
-        if further is not None:
-            with contextlib.suppress(Exception):
-                further()
-    finally:
-        gc.freeze()
-        if was_on:
-            gc.enable()
+    end_with_parent(launcher)
+    os.setsid()
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGHUP)}
+    os.register_at_fork(after_in_child=lambda: [signal.signal(*each) for each in before.items()])
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    variables = {COUNT_BY_NVML: os.environ.get(COUNT_BY_NVML), **variables}
+    os.environ.setdefault(COUNT_BY_NVML, "1")
+    import_once(modules, (lambda: pickle.loads(before_fork)()) if before_fork else None)
+    restore_environment(variables)
+    signal.signal(signal.SIGINT, on_interrupt)  # multiprocessing ignores it from here on
 
 
-def _import(names: Sequence[str]) -> None:
-    for name in names:
-        with contextlib.suppress(Exception):
-            importlib.import_module(name)
+def restore_environment(variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
-@contextlib.contextmanager
-def _linking_torch(first: Callable[[], object], *, beside: bool) -> Iterator[None]:
-    """Inside, a thread brings torch's libraries into this process; it has ended afterwards.
-
-    Args:
-        first: called before that.
-        beside: whether anything is done inside; else there is no thread, torch's import does it.
-    """
-    if not beside or sys.platform != "linux" or "torch" in sys.modules:
-        first()
-        yield
-        return
-    thread = threading.Thread(target=_link_torch, args=(first,), name="ddinfer-link-torch")
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-
-
-def _link_torch(first: Callable[[], object]) -> None:
-    first()
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return
-    # Called as a C function it lets other threads run, as `ctypes.CDLL` does not. So it must be a
-    # library that does not know Python. Importing torch finds it there, or says what is missing.
-    dlopen = ctypes.CDLL(None).dlopen
-    dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
-    library = os.path.join(os.path.dirname(spec.origin), "lib", "libtorch.so")
-    dlopen(os.fsencode(library), os.RTLD_NOW)
+if SETUP in os.environ:
+    prepare_server(*pickle.loads(bytes.fromhex(os.environ.pop(SETUP))))

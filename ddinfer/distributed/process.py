@@ -1,58 +1,109 @@
-"""Ending: with the parent, so that no rank is ever left behind; and without teardown."""
+"""A process of a job: it imports quickly, ends with its parent, and exits without teardown."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
+import importlib
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ddinfer.errors import EXIT_INTERRUPTED
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-LOOK_SECONDS = 0.5
+PARENT_POLL_SECONDS = 0.5
+
+#: Signals that ask a job to stop.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+#: A signal of the same kind within this time is a copy of the first one, not a second request.
+COPY_SECONDS = 2.0
+
+
+def import_once(modules: Sequence[str], further: Callable[[], object] | None = None) -> None:
+    """Import modules for the life of this process.
+
+    The garbage collector is off meanwhile: it would traverse the modules again and again, which
+    takes a fifth of their import time, and find nothing. Afterwards it ignores what exists now, so
+    that forked processes keep sharing it. An import that fails is ignored: it fails again, and is
+    reported, where the module is needed.
+
+    Args:
+        further: imports what depends on the job.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for name in modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        if further is not None:
+            with contextlib.suppress(Exception):
+                further()
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """End this process at once when its parent does, however that ends.
+    """End this process at once when its parent ends, whatever ends it.
 
     On Linux the kernel sends SIGKILL, also while the main thread is inside a long C call. A
-    thread that looks twice a second does it elsewhere. Only for processes that have no business
-    without their parent: a rank of a launcher, a script under torchrun.
+    thread that polls twice a second does it elsewhere. Only for processes that must not outlive
+    their parent: a rank of a launcher, a script under torchrun.
 
     Args:
         parent: process id of the parent, for a child that could outlive it before it gets here.
     """
     parent = os.getppid() if parent is None else parent
-    if not _kernel_watches():
+    if not _request_death_signal():
         threading.Thread(
-            target=_watch, args=(parent,), name="ddinfer-parent-watch", daemon=True
+            target=_watch_parent, args=(parent,), name="ddinfer-parent-watch", daemon=True
         ).start()
-    if os.getppid() != parent:  # it ended before we asked
+    if os.getppid() != parent:  # it ended before the request
         os._exit(EXIT_INTERRUPTED)
 
 
-def _kernel_watches() -> bool:
+def _request_death_signal() -> bool:
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
     return libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
 
 
-def _watch(parent: int) -> None:
+def _watch_parent(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(PARENT_POLL_SECONDS)
     os._exit(EXIT_INTERRUPTED)
 
 
-def leave(exit_code: int) -> NoReturn:
+def is_copy(number: int, first: int, seconds_since: float) -> bool:
+    """Whether a signal repeats an earlier one instead of asking a second time.
+
+    A service manager signals every process of a job, and launchers and wrappers forward what they
+    received, so that one request arrives several times.
+    """
+    same_kind = (number == signal.SIGINT) == (first == signal.SIGINT)
+    return same_kind and seconds_since < COPY_SECONDS
+
+
+def stop_signals() -> list[signal.Signals]:
+    """`STOP_SIGNALS`, without SIGHUP where ``nohup`` has this process ignore it."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [n for n in STOP_SIGNALS if not (ignored and n == signal.SIGHUP)]
+
+
+def exit_now(exit_code: int) -> NoReturn:
     """End this process with its output flushed, but without the second of teardown after torch."""
     for stream in (sys.stdout, sys.stderr):
-        # A signal handler may have come into the middle of a write: RuntimeError.
+        # A signal handler may have interrupted a write: RuntimeError.
         with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
             stream.flush()
     os._exit(exit_code)

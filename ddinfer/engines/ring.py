@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ddinfer.distributed.replica import Replica
+from ddinfer.distributed.partition import Replica
 from ddinfer.engines.base import Batch, Listener
 from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.config import PLACEMENTS, JobConfig
-from ddinfer.distributed.replica import Replica
+from ddinfer.distributed.partition import Replica
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Engine
 from ddinfer.engines.whole import load_whole_engine

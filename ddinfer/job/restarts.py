@@ -9,7 +9,6 @@ from typing import Any
 
 from ddinfer.config import JobConfig
 from ddinfer.distributed.launch import launch
-from ddinfer.distributed.server import RankServer
 from ddinfer.errors import ENDS_THE_JOB, RankError, StorageError
 from ddinfer.job.watchdog import is_stuck
 from ddinfer.storage.crashes import record_deaths
@@ -27,14 +26,12 @@ def launch_until_done(
     preload: Sequence[str],
     before_fork: Callable[[], object],
     notify: Callable[[str], object],
-    server: RankServer | None = None,
 ) -> list[Any]:
     """`launch` ``fn`` on ranks that finish their own work when another dies, then again.
 
     Args:
         config: its ``max_restarts`` says how often; ``grace_seconds`` how long after a signal.
         notify: told of every restart.
-        server: one that has begun to import, for the first start.
 
     Raises:
         what `launch` raises, once no restart is left or none would help.
@@ -51,6 +48,7 @@ def launch_until_done(
                 device=config.device,
                 gpus_per_rank=config.gpus_per_rank,
                 num_threads=config.num_threads,
+                start_method=config.start_method,
                 preload=preload,
                 before_fork=before_fork,
                 on_failure="finish",
@@ -59,10 +57,8 @@ def launch_until_done(
                 on_death=deaths.__setitem__,
                 run_id=run_id,
                 restart_count=restarts,
-                server=server,
             )
         except RankError as error:
-            server = None
             _remember(config, attempt_id(run_id, restarts), deaths)
             is_asked_for = error.exit_code in ENDS_THE_JOB and not is_stuck(error.record)
             if restarts == config.max_restarts or is_asked_for:

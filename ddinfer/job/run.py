@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 
 from ddinfer.config import JobConfig
+from ddinfer.distributed.partition import Replica
 from ddinfer.distributed.process_group import Group, process_group
 from ddinfer.distributed.progress import Progress, RankTimes
-from ddinfer.distributed.replica import Replica
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, Engine
 from ddinfer.engines.select import load_engine

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from ddinfer.distributed.process import STOP_SIGNALS, is_copy, stop_signals
 from ddinfer.errors import Stopped
 
 #: Seconds after the grace until a process that cannot be interrupted is ended from a thread.
@@ -21,15 +22,14 @@ OVERDUE_SECONDS = 5.0
 #: Seconds between attempts to interrupt what the main thread waits for.
 NUDGE_SECONDS = 0.1
 
-ASKING = (signal.SIGTERM, signal.SIGINT)
-
 
 class Stop:
     """Whether somebody has asked this process to end, and how long it may still take.
 
     The first signal is only noted: whoever makes images looks here between batches. When the
     grace is over `Stopped` is raised in the main thread, wherever that is. A second signal ends
-    the process at once.
+    the process at once; a copy of the first, which arrives where a launcher forwards what every
+    process has received, does not.
 
     Python runs handlers in the main thread only, and not before that is back from the call that
     it is in; a read that it was just about to begin is not even interrupted. So a thread hears
@@ -38,10 +38,18 @@ class Stop:
     Args:
         grace_seconds: for the batch in hand.
         says_so: whether a signal is answered on standard error, for whoever pressed Ctrl-C.
+        launcher_kills: a second signal is the launcher's to answer, which then sends SIGKILL.
     """
 
-    def __init__(self, grace_seconds: float = 20.0, *, says_so: bool = False):
+    def __init__(
+        self,
+        grace_seconds: float = 20.0,
+        *,
+        says_so: bool = False,
+        launcher_kills: bool = False,
+    ):
         self.grace_seconds, self.says_so = grace_seconds, says_so
+        self.launcher_kills = launcher_kills
         self.signal_number: int | None = None
         self._is_abandoned = False
         self._handlers_before: dict[int, Any] = {}
@@ -57,7 +65,7 @@ class Stop:
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[Stop]:
-        """Listen to SIGTERM and Ctrl-C. Main thread only."""
+        """Listen to SIGTERM, SIGHUP and Ctrl-C. Main thread only."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         listener = threading.Thread(
@@ -65,7 +73,7 @@ class Stop:
         )
         listener.start()
         self._wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        handlers = {**dict.fromkeys(ASKING, self._note), signal.SIGALRM: self._abandon}
+        handlers = {**dict.fromkeys(stop_signals(), self._note), signal.SIGALRM: self._abandon}
         for number, handler in handlers.items():
             self._handlers_before[number] = signal.signal(number, handler)
         os.register_at_fork(after_in_child=self._forget_in_child)
@@ -108,13 +116,19 @@ class Stop:
                     heard = os.read(reader, 1)
                     if not heard:
                         return
-                    if heard[0] in ASKING:
-                        if asked_at is not None:
-                            self._leave()
+                    if heard[0] not in STOP_SIGNALS:
+                        continue
+                    if asked_at is None:
                         asked_at = time.monotonic()
                         self._ask(heard[0])
+                    elif not self._is_copy(heard[0], time.monotonic() - asked_at):
+                        self._leave()
                 elif asked_at is not None:
                     self._press(time.monotonic() - asked_at - self.grace_seconds)
+
+    def _is_copy(self, number: int, seconds_since: float) -> bool:
+        assert self.signal_number is not None
+        return self.launcher_kills or is_copy(number, self.signal_number, seconds_since)
 
     def _seconds_to_wait(self, asked_at: float | None) -> float | None:
         if asked_at is None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ddinfer.distributed.peers import Board, Failure, StoreLost
-from ddinfer.distributed.process import leave
+from ddinfer.distributed.process import exit_now
 from ddinfer.distributed.process_group import Group
 from ddinfer.errors import EXIT_INTERRUPTED, ErrorRecord
 
@@ -142,7 +142,7 @@ class Heartbeat:
         if failure is None or failure.rank != self.group.world.rank:
             return
         if is_stuck(failure.record):
-            leave(EXIT_INTERRUPTED)
+            exit_now(EXIT_INTERRUPTED)
 
 
 class _Watch:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddinfer.distributed.process import leave
+from ddinfer.distributed.process import exit_now
 from ddinfer.models.loading import load_pipeline
 from ddinfer.models.placement import Placement, plan_placement
 from tests.pretended_gpu import FIRST, SECOND, register
@@ -85,4 +85,4 @@ if __name__ == "__main__":
     for kind in sys.argv[3:] or KINDS:
         for case in cases(kind, tiny_pipeline(kind, sys.argv[2])):
             print(json.dumps(case), flush=True)
-    leave(0)
+    exit_now(0)
