@@ -1,5 +1,6 @@
 """Jobs whose processes are killed, stopped or restarted: real processes, the command line's way."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,14 +10,16 @@ import time
 import pytest
 
 from ddinfer.cli.status import lines_of, status_of
+from ddinfer.distributed.process import COPY_SECONDS
 from ddinfer.job.watchdog import BEAT_SECONDS, WARN_SECONDS
 from ddinfer.storage.files import Files
 from ddinfer.storage.lease import read_holder
 from ddinfer.storage.verify import verify
-from tests.jobs import STARTS, end, is_whole, job, made, wait_for_words, wait_until
+from tests.jobs import STARTS, end, family, is_whole, job, made, wait_for_words, wait_until
 from tests.kill_matrix import ranks_of
 from tests.moody_pipeline import moody_pipeline
 from tests.test_cli import MAIN, TORCHRUN, run, start, status
+from tests.test_launch import await_end
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,14 @@ def status_says(folder):
     return status_of(Files(), str(folder / "out"))
 
 
+#: The others of these pairs are run by launch/nightly.
+BY_DAY = [
+    ("one process", signal.SIGHUP),
+    ("two ranks", signal.SIGTERM),
+    ("torchrun", signal.SIGTERM),
+    ("torchrun", signal.SIGINT),
+]
+
 # --- signals -----------------------------------------------------------------------------------
 
 
@@ -146,6 +157,68 @@ def test_sigterm_lets_the_batch_in_hand_finish(moody, tmp_path, name):
     assert made(tmp_path) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        pytest.param(name, number, marks=() if (name, number) in BY_DAY else pytest.mark.nightly)
+        for name in STARTS
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    ],
+)
+def test_a_signal_to_every_process_at_once_lets_the_batch_in_flight_finish(
+    moody, tmp_path, name, number
+):
+    """As systemd, Slurm and a lost terminal send it; launchers forward it as well."""
+    gate = tmp_path / "gate"
+    words = job(moody, tmp_path, [f"wait {gate}", "a", "b", "c"])
+    process = start([*STARTS[name], *words])
+    wait_until(process, (tmp_path / "gate.waiting").exists)
+    signal_all(process.pid, number)
+    wait_for_words(process, f"{number.name} came", "20 s more")
+    time.sleep(1)  # for the copies that launchers forward
+    signal_all(process.pid, number)  # a service manager that signals again, in the same breath
+    gate.touch()
+    code, err = end(process)
+    assert 0 in made(tmp_path), err
+    assert 1 not in made(tmp_path), "it was not in flight"
+    expected = 130 if number == signal.SIGINT else 75
+    assert status(tmp_path / "out")["exit_code"] == expected, err
+    assert "death" not in "".join(f.read_text() for f in tmp_path.glob("out/journal/*"))
+    if name != "torchrun":  # which has an exit code of its own
+        assert code == expected, err
+
+
+def signal_all(pid, number):
+    for member in family(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, number)
+
+
+def test_a_signal_to_every_process_while_they_import_ends_all_with_75(moody, tmp_path):
+    words = job(moody, tmp_path, ["a", "b"], "--nproc_per_node=2")
+    process = start([*MAIN, *words])
+    wait_until(process, lambda: len(family(process.pid)) > 1)
+    time.sleep(0.5)  # the forkserver imports for some seconds
+    pids = family(process.pid)
+    signal_all(process.pid, signal.SIGTERM)
+    code, err = end(process)
+    assert code == 75, err
+    await_end(pids)
+    assert not made(tmp_path)
+
+
+def test_nohup_keeps_a_job_when_its_terminal_is_lost(moody, tmp_path):
+    gate = tmp_path / "gate"
+    words = job(moody, tmp_path, [f"wait {gate}", "a"], "--nproc_per_node=2")
+    process = start(["nohup", *MAIN, *words])
+    wait_until(process, (tmp_path / "gate.waiting").exists)
+    signal_all(process.pid, signal.SIGHUP)
+    gate.touch()
+    code, err = end(process)
+    assert code == 0, err
+    assert made(tmp_path) == [0, 1]
+
+
 @pytest.mark.parametrize("name", ["one process", "two ranks"])
 def test_a_batch_that_takes_longer_than_the_grace_is_abandoned(moody, tmp_path, name):
     words = job(moody, tmp_path, ["a", f"wait {tmp_path / 'gate'}", "b"], "--grace_seconds=0.2")
@@ -166,6 +239,7 @@ def test_a_second_signal_ends_at_once(moody, tmp_path, name):
     wait_until(process, (tmp_path / "gate.waiting").exists)
     process.send_signal(signal.SIGTERM)
     wait_for_words(process, "A second signal ends at once")
+    time.sleep(COPY_SECONDS + 0.5)  # sooner, it is taken for a copy of the first
     process.send_signal(signal.SIGTERM)
     code, err = end(process)
     assert code == 75, err

@@ -22,7 +22,8 @@ PARENT_POLL_SECONDS = 0.5
 #: Signals that ask a job to stop.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-#: A signal of the same kind within this time is a copy of the first one, not a second request.
+#: Seconds after a signal in which others are copies of it, and not a second request: a service
+#: manager signals every process of a job, and launchers and wrappers forward what they received.
 COPY_SECONDS = 2.0
 
 
@@ -82,16 +83,6 @@ def _watch_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_SECONDS)
     os._exit(EXIT_INTERRUPTED)
-
-
-def is_copy(number: int, first: int, seconds_since: float) -> bool:
-    """Whether a signal repeats an earlier one instead of asking a second time.
-
-    A service manager signals every process of a job, and launchers and wrappers forward what they
-    received, so that one request arrives several times.
-    """
-    same_kind = (number == signal.SIGINT) == (first == signal.SIGINT)
-    return same_kind and seconds_since < COPY_SECONDS
 
 
 def stop_signals() -> list[signal.Signals]:

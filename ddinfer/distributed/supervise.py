@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ddinfer.distributed.peers import OBITUARY_SECONDS, Board, Failure, start_time
-from ddinfer.distributed.process import is_copy, stop_signals
+from ddinfer.distributed.process import COPY_SECONDS, stop_signals
 from ddinfer.distributed.rank import Outcome, RankTask, run_rank
 from ddinfer.errors import EXIT_INTERRUPTED, DdinferError, ErrorRecord, UsageError
 
@@ -254,7 +254,7 @@ class Supervisor:
         """A signal asks for the end: ranks receive it once; a second request kills them."""
         now = time.monotonic()
         if self.stopped_by is not None:
-            if not is_copy(number, self.stopped_by, now - self._stopped_at):
+            if now - self._stopped_at >= COPY_SECONDS:
                 self._pending_signals = [(now, signal.SIGKILL)]
             return
         self.stopped_by, self._stopped_at = number, now

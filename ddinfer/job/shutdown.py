@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from ddinfer.distributed.process import STOP_SIGNALS, is_copy, stop_signals
+from ddinfer.distributed.process import COPY_SECONDS, STOP_SIGNALS, stop_signals
 from ddinfer.errors import Stopped
 
 #: Seconds after the grace until a process that cannot be interrupted is ended from a thread.
@@ -121,14 +121,10 @@ class Stop:
                     if asked_at is None:
                         asked_at = time.monotonic()
                         self._ask(heard[0])
-                    elif not self._is_copy(heard[0], time.monotonic() - asked_at):
+                    elif not self.launcher_kills and time.monotonic() - asked_at >= COPY_SECONDS:
                         self._leave()
                 elif asked_at is not None:
                     self._press(time.monotonic() - asked_at - self.grace_seconds)
-
-    def _is_copy(self, number: int, seconds_since: float) -> bool:
-        assert self.signal_number is not None
-        return self.launcher_kills or is_copy(number, self.signal_number, seconds_since)
 
     def _seconds_to_wait(self, asked_at: float | None) -> float | None:
         if asked_at is None:
