@@ -43,7 +43,7 @@ class Held:
     def __init__(self, name, phase, models, folder, *more):
         self.folder, self.name, self.model = folder, name, model_of(phase, models)
         self.gates = [folder / "gate", folder / "gate2"]
-        self.pipe, self.writer = folder / "out/journal/zz.jsonl", None
+        self.pipe, self.writer = folder / "out/journal/999999-00000.jsonl", None
         words = {"running": "wait", "decoding": "decode", "saving": "save"}
         first = {phase: f"{word} {self.gates[0]}" for phase, word in words.items()}
         # A rank that saves its last image has nothing left to do; here another one has.
