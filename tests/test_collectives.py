@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ddinfer.distributed.collectives import place_by_index, require_equal
+from ddinfer.distributed.collectives import place_by_index, require_same
 from ddinfer.distributed.partition import contiguous_slice
 from ddinfer.errors import DdinferError, UsageError
 from tests.ranks import run_ranks
@@ -53,15 +53,15 @@ def test_slices_come_back_in_order_on_every_rank(num_ranks):
         assert told == [list(range(num_items))] * num_ranks
 
 
-def require_same(group, odd_rank):
-    require_equal(group, "prompts", "5 requests" if group.group_rank != odd_rank else "4 requests")
+def give_prompts(group, odd_rank):
+    require_same(group, "prompts", "5 requests" if group.group_rank != odd_rank else "4 requests")
 
 
 def test_equal_lists_are_accepted():
-    run_ranks(require_same, 3, None)
+    run_ranks(give_prompts, 3, None)
 
 
 def test_lists_that_differ_are_an_error_that_names_the_ranks():
     with pytest.raises(UsageError, match="ranks 0, 2: 5 requests; rank 1: 4 requests") as caught:
-        run_ranks(require_same, 3, 1)
+        run_ranks(give_prompts, 3, 1)
     assert "same prompts" in str(caught.value)

@@ -7,7 +7,6 @@ import pytest
 from ddinfer.distributed.partition import (
     contiguous_slice,
     cut_batches,
-    pending_batches,
     slice_of_batches,
 )
 
@@ -62,18 +61,8 @@ def test_a_batch_size_below_one_is_refused():
         cut_batches("aa", 0)
 
 
-def test_a_half_done_batch_is_pending_whole():
-    batches = cut_batches("aaaaaaa", 3)
-    for done in itertools.chain.from_iterable(
-        itertools.combinations(range(7), r) for r in range(8)
-    ):
-        pending = pending_batches(batches, set(done))
-        assert pending == [b for b in batches if not set(b) <= set(done)]
-
-
-def test_pending_batches_are_the_same_for_every_world_size():
+def test_slices_of_batches_are_all_batches_for_every_world_size():
     batches = cut_batches("aabbbbcc" * 3, 2)
-    pending = pending_batches(batches, {0, 1, 5, 9})
     for num_parts in range(1, 9):
-        shares = [slice_of_batches(pending, num_parts, p) for p in range(num_parts)]
-        assert list(itertools.chain(*shares)) == pending
+        slices = [slice_of_batches(batches, num_parts, p) for p in range(num_parts)]
+        assert list(itertools.chain(*slices)) == batches

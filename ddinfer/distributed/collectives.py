@@ -52,30 +52,19 @@ def place_by_index(
     return [placed[k] for k in wanted]
 
 
-def require_equal(group: Group, what: str, value_hash: str) -> None:
+def require_same(
+    group: Group, what: str, value_hash: str | None, failure: Exception | None = None
+) -> None:
     """Check that every rank has the same ``what``.
 
     Args:
         value_hash: short text that stands for the value; shown when ranks differ.
-
-    Raises:
-        UsageError: on every rank, naming the ranks and what each had.
-    """
-    _raise_if_differing(group, what, group.all_gather_object(value_hash))
-
-
-def require_same(
-    group: Group, what: str, value_hash: str | None, failure: Exception | None = None
-) -> None:
-    """`require_equal`, where some ranks may have failed to come to a value at all.
-
-    Args:
         failure: why this rank has none.
 
     Raises:
         the failure itself on every rank, if it is the same on all of them.
         RankError: on every rank, the first rank's failure, if others have none or another.
-        UsageError: as `require_equal`.
+        UsageError: on every rank, naming the ranks and what each had.
     """
     record = None if failure is None else ErrorRecord.of(failure)
     code = None if failure is None else exit_code_of(failure)

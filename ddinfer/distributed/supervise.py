@@ -82,6 +82,16 @@ class _Rank:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
+def _ends_soon(pid: int | None) -> bool:
+    """Whether a process has ended; its files are closed a moment before that shows."""
+    deadline = time.monotonic() + 1.0
+    while pid is not None and start_time(pid) is not None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 class Supervisor:
     """The ranks of one launch, from their start until nothing of them is left."""
 
@@ -215,7 +225,7 @@ class Supervisor:
         rank.kill_group()
         if rank.outcome is None and not self.is_ending:
             record = None
-            if code == FORKSERVER_LOST and start_time(rank.parent or 0) is None:
+            if code == FORKSERVER_LOST and _ends_soon(rank.parent):
                 record = ErrorRecord(
                     "ForkserverDied", "the process that forks the ranks was killed"
                 )
