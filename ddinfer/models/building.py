@@ -252,7 +252,7 @@ def match_checkpoint(
     if surplus and not missing and not shapes:
         log.warning(
             "%s: %d tensors that %s does not have are not used: %s",
-            folder, len(surplus), type(model).__name__, _some(surplus),
+            folder, len(surplus), type(model).__name__, list_some(surplus),
         )  # fmt: skip
     if missing or shapes:
         raise CheckpointError(
