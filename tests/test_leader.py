@@ -8,7 +8,7 @@ import pytest
 
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
-from ddinfer.errors import Stopped, StorageError
+from ddinfer.errors import Stopped, StorageError, UsageError
 from ddinfer.job.assignment import IndexBatches
 from ddinfer.job.leader import Leader
 from ddinfer.job.prepare import resolve_config
