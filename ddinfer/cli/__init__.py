@@ -25,6 +25,7 @@ COMMANDS = {
     "run": "generate the images of a prompt file (the default command)",
     "plan": "what memory a model needs and where it would be placed; reads no weights",
     "status": "progress of a job, while it runs and afterwards",
+    "report": "write a page of the job's images, failures and times",
     "verify": "check that every image is present with the bytes that were written",
     "retry-failed": "generate the failed prompts of a job again, from its folder alone",
     "merge": "join the parts of a job that was split with --shard",

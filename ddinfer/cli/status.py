@@ -16,7 +16,7 @@ from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobFolder
 from ddinfer.storage.journal import Attempt, JournalError, JournalState, read_journals
 from ddinfer.storage.lease import is_held, read_holder
-from ddinfer.storage.metadata import read_status
+from ddinfer.storage.metadata import job_state, read_status
 
 #: A line that is being written while it is read looks torn; reading again shows whether it is.
 LOOKS = 3
@@ -58,7 +58,7 @@ def status_of(files: Files, path: str) -> dict[str, Any]:
     return {
         "output": path,
         "shard": None if folder.record.shard is None else str(folder.record.shard),
-        "state": _state(is_running, num_pending, written),
+        "state": job_state(is_running, num_pending, written),
         "num_images": len(folder.requests),
         "num_made": state.num_done,
         "num_failed": state.num_failed,
@@ -87,16 +87,6 @@ def _rate(state: JournalState, attempts: Sequence[Attempt]) -> float | None:
     """Images per second, from the images so far and the ranks that run now."""
     alive = sum(attempt.end is None for attempt in attempts)
     return alive * state.num_done / state.total_seconds if state.total_seconds else None
-
-
-def _state(is_running: bool, num_pending: int, written: Mapping[str, Any]) -> str:
-    if is_running:
-        return "running"
-    if written.get("state") == "stopped":
-        return "stopped"
-    # A killed job leaves status.json as it was: "running", although no process runs.
-    is_finished = not num_pending and written.get("state", "finished") == "finished"
-    return "finished" if is_finished else "interrupted"
 
 
 def _rank(attempt: Attempt, is_running: bool) -> dict[str, Any]:

@@ -151,7 +151,8 @@ class Files:
             try:
                 self.disk.rmdir(path)
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                kept = (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST)
+                if error.errno not in kept:
                     raise
 
     def list(self, path: str) -> list[str]:

@@ -39,6 +39,7 @@ from ddinfer.storage.journal import (
     read_journals,
 )
 from ddinfer.storage.lease import Lease
+from ddinfer.storage.report_files import delete_report
 from ddinfer.storage.writer import Writer
 
 #: Files of a job beside job.json, images and journals.
@@ -338,6 +339,7 @@ def _delete_job(files: Files, path: str, record: JobRecord) -> None:
         files.remove_empty_folder(folder)
     for name in _JOB_FILES:
         files.remove(os.path.join(path, name))
+    delete_report(files, path, record.num_requests)
     files.sync_folder(path)
 
 

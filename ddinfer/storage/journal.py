@@ -13,6 +13,9 @@ header; the others are of one of these kinds:
   (``indices``; ``alone``: it was one);
 - ``retry``: failed prompts are pending again, and the deaths recorded for them are dropped;
 - ``end``: the process ended without being killed (``reason``).
+
+Each also has the ``time`` when it was appended, in seconds since 1970: for people and for
+``ddinfer report``, nothing is decided by it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import zlib
 from array import array
 from collections.abc import Collection, Mapping, Sequence
@@ -108,7 +112,8 @@ class JournalWriter:
 
         After a failed write nothing is appended any more: a torn line must stay the last.
         """
-        data = b"".join(map(encode_line, records))
+        now = round(time.time(), 3)
+        data = b"".join(encode_line({**record, "time": now}) for record in records)
         with self._lock:
             if self._broken is not None or self._fd is None:
                 raise StorageError(
