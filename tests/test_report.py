@@ -177,7 +177,7 @@ def test_images_that_are_gone_or_damaged_are_said(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "code", "said"),
     [
-        ("job.json", None, 2, "holds no ddinfer job"),
+        ("job.json", None, 2, "no ddinfer job"),
         ("job.json", b"{", 74, "job.json is damaged"),
         ("requests.jsonl.gz", b"no gzip", 74, "requests.jsonl.gz:1: damaged"),
     ],

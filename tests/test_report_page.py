@@ -27,8 +27,8 @@ from tests.storage_jobs import make_requests
 
 pytestmark = pytest.mark.skipif(not has_browser(), reason=WITHOUT)
 
-#: Where to write screenshots; by hand: DDINFER_SCREENSHOTS=docs/images pytest tests/test_report.py
-SCREENSHOTS = os.environ.get("DDINFER_SCREENSHOTS")
+#: Where to write screenshots; by hand: REPORT_SCREENSHOTS=docs/images pytest tests/test_report.py
+SCREENSHOTS = os.environ.get("REPORT_SCREENSHOTS")
 
 
 @pytest.fixture(scope="module")
@@ -310,13 +310,9 @@ def test_a_phone_and_the_dark(driver, tmp_path, dark):
     assert driver.execute_script(fits)
 
 
-@pytest.mark.skipif(SCREENSHOTS is None, reason="writes docs/images; set DDINFER_SCREENSHOTS")
-def test_screenshots_of_the_demonstration(driver, tmp_path):
+@pytest.mark.skipif(SCREENSHOTS is None, reason="writes docs/images; set REPORT_SCREENSHOTS")
+def test_a_screenshot_of_the_demonstration(driver, tmp_path):
     out = real_job(tmp_path / "demo-out", ranks=2, limit=None)
     visit(driver, out, 1120, 640)
     wait_for(driver, "return [...document.querySelectorAll('.cell img')].every(i => i.complete)")
     driver.save_screenshot(str(Path(SCREENSHOTS, "report.png")))
-    visit(driver, out, 1120, 640, dark=True)
-    all_of(driver, "[data-row='3']")[0].click()
-    wait_for(driver, "return document.querySelector('.stage img').complete")
-    driver.save_screenshot(str(Path(SCREENSHOTS, "report-image.png")))

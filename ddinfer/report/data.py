@@ -234,7 +234,6 @@ def page_data(
         "error": view.status.get("error") if num_pending and not view.is_running else None,
         "identity": record.identity,
         "versions": record.versions,
-        "remote_code": bool(record.config.get("trust_remote_code")),
         "notices": notices,
         "deaths": len(view.state.deaths),
         "runs": [

@@ -50,18 +50,21 @@ const legend = () => h("div", { class: "legend" },
     ["broken", "failed"]].map(([name, text]) => h("span", {}, h("i", { class: name }), text)),
   h("span", {}, "empty: idle, or not running"));
 
+/** Pixels of a rank's line in the timeline, and of what stands below all of them. */
+const LINE = 26, BELOW = 22;
+
 /** A line for each rank: what it did when. Drawn anew when its width changes. */
 function timeline(table, axis) {
   const canvas = h("canvas", { role: "img", "aria-label": "Timeline of the ranks" });
+  canvas.style.height = `${table.ranks.length * LINE + BELOW}px`;
   new ResizeObserver(() => drawTimeline(canvas, table, axis)).observe(canvas);
   return canvas;
 }
 
 function drawTimeline(canvas, table, axis) {
-  const line = 26, left = 64, bottom = 22, { ranks } = table;
+  const line = LINE, left = 64, bottom = BELOW, { ranks } = table;
   const width = canvas.clientWidth, height = ranks.length * line + bottom, scale = devicePixelRatio;
   if (width === 0) return;
-  canvas.style.height = `${height}px`;
   canvas.width = width * scale;
   canvas.height = height * scale;
   const paint = canvas.getContext("2d"), colors = getComputedStyle(canvas);

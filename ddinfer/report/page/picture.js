@@ -147,8 +147,7 @@ function againCommand(table, row) {
   const folder = shellQuoted(table.data.output);
   if (table.status[row] === FAILED) return `ddinfer retry-failed ${folder}`;
   if (table.status[row] !== MADE) return "The job's own command makes it.";
-  const trusted = table.data.remote_code ? " --trust_remote_code" : "";
-  return `ddinfer replay ${folder}/${table.imageFile(row)}${trusted}`;
+  return `ddinfer replay ${folder}/${table.imageFile(row)}`;
 }
 
 /** Quoted for a POSIX shell, where it needs to be. */
