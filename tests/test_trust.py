@@ -181,5 +181,39 @@ def test_no_record_of_a_folder_decides_a_path(
     assert everything(tmp_path) == before
 
 
+WRONG = {"absent": None, "number": 1.5, "list": [], "text": "x", "object": {}}
+
+
+@pytest.mark.parametrize("words", ["status out", "verify out", "merge out --output merged"])
+@pytest.mark.parametrize("name", ["job.json", "status.json"])
+def test_a_record_with_a_missing_or_wrong_value_never_ends_a_command_with_a_bug(
+    name, words, handed_on, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(handed_on / "out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    whole = json.loads((tmp_path / "out" / name).read_text())
+    for key in whole:
+        for kind, value in WRONG.items():
+            damaged = whole | {key: value}
+            if kind == "absent":
+                del damaged[key]
+            (tmp_path / "out" / name).write_text(json.dumps(damaged))
+            code = dispatch(words.split())  # raises whatever is not an error of ddinfer's
+            shown = capsys.readouterr()
+            # 0 and 74: the value was of no use here. 2: parts of the job are missing.
+            assert code in (0, 2, 74), (key, kind, shown)
+            if "is damaged" in shown.err:
+                assert f"{tmp_path}/out/{name} is damaged" in shown.err
+
+
+def test_a_configuration_that_is_no_object_is_an_error_of_its_file(handed_on, tmp_path, capsys):
+    out = shutil.copytree(handed_on / "out", tmp_path / "out")
+    job = json.loads((out / "job.json").read_text())
+    (out / "job.json").write_text(json.dumps(job | {"config": "x"}))
+    for words in (["retry-failed", out], ["replay", out / "images/0000/00000000.png"]):
+        assert dispatch([str(word) for word in words]) == 74
+        assert f"{out}/job.json is damaged: its config is 'x'" in capsys.readouterr().err
+
+
 def everything(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

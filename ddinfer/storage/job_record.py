@@ -112,8 +112,10 @@ def read_job(files: Files, path: str) -> JobRecord | None:
         if data.get("shard") is not None:
             data["shard"] = Shard(**data["shard"])
         record = JobRecord(**data)
+        if not isinstance(record.config, dict):
+            raise TypeError(f"its config is {record.config!r:.60}, expected an object")
         is_sound = _is_sound(record)
-    except (TypeError, AttributeError, IndexError) as error:
+    except (TypeError, AttributeError, LookupError) as error:
         raise StorageError(f"{name} is damaged: {error}; {_NO_RECORD}") from None
     if not is_sound:
         raise StorageError(
