@@ -128,3 +128,11 @@ def test_a_closed_standard_input_is_an_error_that_says_so(moody, tmp_path):
     _, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 2, err.decode()
     assert "standard input is closed" in err.decode()
+
+
+def test_an_empty_standard_input_says_that_a_restarted_rank_cannot_read_it_again(moody, tmp_path):
+    words = [*MAIN, *options(moody, tmp_path / "out", "--prompts", "-")]
+    process = start(words, subprocess.DEVNULL)
+    _, err = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 2, err.decode()
+    assert "<stdin>: contains no prompts; it can be read once, so use a file where" in err.decode()

@@ -78,7 +78,8 @@ def read_prompts(
     checker = FieldChecker(source, folder, call_parameters)
     prompts = _READERS[kind](text, checker)
     if not prompts:
-        raise InputError("contains no prompts", file=source)
+        once = "; it can be read once, so use a file where torchrun restarts ranks"
+        raise InputError(f"contains no prompts{once * is_open_file(path)}", file=source)
     if (note := checker.note_nulls()) is not None:
         _log.warning("%s", note)
     return prompts
