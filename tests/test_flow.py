@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddinfer.errors import RankError
+from ddinfer.errors import RankError, UsageError
 from ddinfer.parallel.flow import PlanError, call_key
 from ddinfer.parallel.prepare import prepare_pipeline
 from ddinfer.parallel.ring import Ring
@@ -125,6 +125,105 @@ def test_a_value_unlike_its_plan_fails_its_image_alone(in_flight):
     for message in errors.values():
         assert "rank 0 failed while running its stage: ValueError" in message
         assert "has shape (4, 8)" in message
+
+
+# --- models that read contents, and lists of blocks that take turns ------------------------------
+
+
+def make_mochi():
+    from diffusers import MochiTransformer3DModel
+
+    return MochiTransformer3DModel(
+        patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=3,
+        pooled_projection_dim=16, in_channels=12, text_embed_dim=16, time_embed_dim=4,
+        max_sequence_length=16,
+    )  # fmt: skip
+
+
+def make_hidream():
+    from diffusers import HiDreamImageTransformer2DModel
+
+    return HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_single_layers=2,
+        attention_head_dim=8, num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=64,
+        num_routed_experts=4, num_activated_experts=2, axes_dims_rope=(4, 2, 2),
+        max_resolution=(32, 32), llama_layers=(0, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [make_mochi, make_hidream])
+def test_models_known_to_read_contents_are_refused_before_anything_runs(make):
+    model = make().eval()
+    with pytest.raises(UsageError, match=f"{type(model).__name__} cannot be cut into stages"):
+        Ring(Loop(model))
+
+
+class Selecting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x[x[:, 0] > 0])
+
+
+class SelectingBlocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Selecting() for _ in range(2))
+
+    def forward(self, hidden_states, timestep, return_dict=False):
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return (hidden_states,)
+
+
+def test_a_block_whose_output_depends_on_contents_is_named():
+    ring = Ring(Loop(SelectingBlocks().eval()))
+    job = lambda pipe: pipe(1, hidden_states=torch.ones(1, 8), timestep=torch.ones(1))  # noqa: E731
+    (outcome,) = ring.run([job])
+    assert isinstance(outcome.error, PlanError)
+    assert "block blocks.0 of SelectingBlocks reads the contents of its inputs" in str(
+        outcome.error
+    )
+
+
+def make_latte():
+    from diffusers import LatteTransformer3DModel
+
+    torch.manual_seed(0)
+    return LatteTransformer3DModel(
+        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3,
+        caption_channels=32, in_channels=4, cross_attention_dim=24, out_channels=4,
+        attention_bias=True, num_embeds_ada_norm=1000, norm_type="ada_norm_single",
+        norm_elementwise_affine=False, norm_eps=1e-6, video_length=2,
+    ).eval()  # fmt: skip
+
+
+def latte_job(number):
+    def job(pipe):
+        generator = torch.Generator().manual_seed(number)
+        return pipe(
+            2, hidden_states=torch.randn(1, 4, 2, 8, 8, generator=generator),
+            encoder_hidden_states=torch.randn(1, 8, 32, generator=generator),
+            timestep=torch.ones(1),
+        )  # fmt: skip
+
+    return job
+
+
+def latte_on_ranks(group):
+    jobs = [latte_job(number) for number in range(3)]
+    outcomes = {o.number: o for o in Ring(Loop(make_latte())).run(jobs)}
+    if group.group_rank:
+        return None
+    assert [o.error for o in outcomes.values()] == [None] * 3
+    uncut = Loop(make_latte())
+    return [np.array_equal(job(uncut), outcomes[k].value) for k, job in enumerate(jobs)]
+
+
+def test_lists_of_blocks_that_take_turns_are_cut_in_the_order_in_which_they_run():
+    assert run_ranks(latte_on_ranks, 2)[0] == [True] * 3
 
 
 # --- prepare_pipeline ---------------------------------------------------------------------------

@@ -13,6 +13,12 @@ from torch import nn
 
 from ddinfer.errors import UsageError
 
+#: Class → why its blocks cannot be planned, so that it is known before a weight is read.
+READS_CONTENTS = {
+    "MochiTransformer3DModel": "its attention picks the tokens that a mask leaves, by its contents",
+    "HiDreamImageTransformer2DModel": "its experts are given as many tokens as contents decide",
+}
+
 
 def module_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters, on whatever device (meta too)."""
@@ -92,8 +98,17 @@ def ring_blocks(model: nn.Module) -> list[str]:
 
     A UNet's ``down_blocks``, ``mid_block`` and ``up_blocks``; of any other model the elements of
     its own lists that have at least two modules of one type. Lists run in the order in which the
-    model's ``forward`` speaks of them (a plan finds out if they do not, and refuses).
+    model's ``forward`` speaks of them, or in turns where it zips two of one length (a plan finds
+    out if they do not, and refuses).
+
+    Raises:
+        UsageError: blocks of this class are known to read the contents of their inputs.
     """
+    if reason := READS_CONTENTS.get(type(model).__name__):
+        raise UsageError(
+            f"{type(model).__name__} cannot be cut into stages: {reason}. Run the whole pipeline "
+            "on each rank"
+        )
     children: dict[str, Any] = dict(model.named_children())
     if "down_blocks" in children and "up_blocks" in children:
         names = [f"down_blocks.{k}" for k in range(len(children["down_blocks"]))]
@@ -106,7 +121,22 @@ def ring_blocks(model: nn.Module) -> list[str]:
         and len(child) > 1
         and len({type(element) for element in child}) == 1
     }
+    zipped = _zipped(model)
+    if zipped is not None and set(zipped) == set(lists):
+        first, second = (lists[name] for name in zipped)
+        if len(first) == len(second):
+            return [f"{name}.{k}" for k in range(len(first)) for name in zipped]
     return [f"{n}.{k}" for n in _mentioned_first(model, list(lists)) for k in range(len(lists[n]))]
+
+
+def _zipped(model: nn.Module) -> tuple[str, str] | None:
+    """Two lists that ``forward`` goes through in turns (Latte: spatial, temporal, spatial …)."""
+    try:
+        source = inspect.getsource(type(model).forward)
+    except (OSError, TypeError):
+        return None
+    found = re.search(r"\bzip\(\s*self\.(\w+),\s*self\.(\w+)\s*\)", source)
+    return (found.group(1), found.group(2)) if found else None
 
 
 def _mentioned_first(model: nn.Module, names: list[str]) -> list[str]:

@@ -147,7 +147,13 @@ class StagedModel:
         with torch.no_grad(), call.tracker:
             for k in arguments.empty:
                 call.tracker.mark(leaves[k], ("input", k))
-            output = self._run(call, args, kwargs)
+            try:
+                output = self._run(call, args, kwargs)
+            except AttributeError as error:
+                raise PlanError(
+                    f"{type(self.model).__name__} cannot be run with zeros in place of its blocks' "
+                    f"outputs: {error}"
+                ) from error
         tracker = call.tracker
         for label in tracker.inspected | tracker.written:
             if label[0] == "block" or label in tracker.written:
@@ -246,7 +252,11 @@ class StagedModel:
 
     def shapes(self, number: int, args: Any, kwargs: Any) -> Tensors:
         """What a block returns for such arguments, found without its weights."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch._subclasses.fake_tensor import (
+            DataDependentOutputException,
+            DynamicOutputShapeException,
+            FakeTensorMode,
+        )
 
         module = self._modules[number]
         key = _shape_key(module, args, kwargs)
@@ -254,8 +264,14 @@ class StagedModel:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
             before = [t._version for t in pytree.tree_leaves(fakes) if isinstance(t, torch.Tensor)]
-            with faked(module, mode, self.device), mode:
-                made = self._forwards[number](*fakes[0], **fakes[1])
+            try:
+                with faked(module, mode, self.device), mode:
+                    made = self._forwards[number](*fakes[0], **fakes[1])
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise PlanError(
+                    f"block {self.blocks[number]} of {type(self.model).__name__} reads the "
+                    f"contents of its inputs ({error}), which are not known when the cut is planned"
+                ) from error
             after = [t._version for t in pytree.tree_leaves(fakes) if isinstance(t, torch.Tensor)]
             if before != after:
                 raise PlanError(f"block {self.blocks[number]} changes its inputs in place")
