@@ -1,6 +1,7 @@
 """The group of ranks: joined, borrowed, and told the truth by whoever fails first."""
 
 import itertools
+import logging
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import ddinfer.distributed.peers
 from ddinfer.distributed.process_group import Group, loopback_store, process_group
 from ddinfer.distributed.world import World
 from ddinfer.errors import JoinError, RankError, UsageError
@@ -86,6 +88,30 @@ def fail_on_one_rank(world):
             return group.all_gather_object(0)
     except Exception as error:  # noqa: BLE001 - what it is, is the test
         return type(error).__name__, str(error).split("\n")[0]
+
+
+def call_once_more_than_rank_1(group):
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("ddinfer.distributed.peers").addHandler(handler)
+    ddinfer.distributed.peers.REPORT_SECONDS = 0.3
+    try:
+        if group.group_rank == 1:
+            time.sleep(2)
+        group.wait_for_peers("gathering")
+    finally:
+        ddinfer.distributed.peers.REPORT_SECONDS = 60.0
+    return records
+
+
+def test_a_rank_that_makes_fewer_calls_is_named_by_those_that_wait():
+    zero, one, two = run_ranks(call_once_more_than_rank_1, 3)
+    for rank, records in ((0, zero), (2, two)):
+        assert len(records) > 1
+        assert all(f"rank {rank} has waited" in text for text in records)
+        assert all("(gathering) for ranks 1, which" in text for text in records)
+    assert one == []
 
 
 def test_the_first_failure_is_raised_on_every_rank():

@@ -289,6 +289,20 @@ def test_a_frozen_rank_ends_the_attempt_and_the_next_one_makes_the_rest(moody, t
     assert "death" not in "".join(f.read_text() for f in tmp_path.glob("out/journal/*"))
 
 
+def test_a_stalled_rank_shows_where_each_of_its_threads_is(moody, tmp_path):
+    prompts = ["a", "b", f"wait {tmp_path / 'gate'}", "c"]
+    more = ["--nproc_per_node=2", "--stuck_timeout=4", "--max_restarts=1"]
+    process = start([*MAIN, *job(moody, tmp_path, prompts, *more)])
+    said = wait_for_words(process, "restart 1 of 1")
+    (tmp_path / "gate").touch()
+    code, err = end(process)
+    assert code == 0, said + err
+    assert "rank 1 failed while running prompt 2" in said
+    assert "most recent call first" in said
+    assert re.search(r"line \d+ in hold\b", said), said
+    assert verify(Files(), str(tmp_path / "out")).is_good
+
+
 @pytest.mark.nightly
 def test_a_rank_that_stands_still_for_a_minute_is_named(moody, tmp_path):
     """As it comes, without options: a warning and no more. Once it moves, the job ends well."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,11 @@ from ddinfer.errors import (
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two reports of the ranks that are waited for.
+REPORT_SECONDS = 60.0
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.002, 0.2
 LOOK_FOR_THE_DEAD_SECONDS = 1.0
@@ -141,7 +147,8 @@ class Board:
         with self._reaching():
             self.store.set(f"arrived/{self.group_rank}", str(number))
             self.store.add(f"meeting/{number}", 1)
-        look = time.monotonic() + LOOK_FOR_THE_DEAD_SECONDS
+        started = time.monotonic()
+        look, report = started + LOOK_FOR_THE_DEAD_SECONDS, started + REPORT_SECONDS
         for _ in _pauses():
             with self._reaching():
                 if self.store.add(f"meeting/{number}", 0) >= len(self.ranks):
@@ -150,9 +157,25 @@ class Board:
             if time.monotonic() > look:
                 self.raise_dead(number, phase)
                 look = time.monotonic() + LOOK_FOR_THE_DEAD_SECONDS
+            if time.monotonic() > report:
+                self._report_missing(number, phase, time.monotonic() - started)
+                report = time.monotonic() + REPORT_SECONDS
         if self.group_rank == 0 and number > 2:
             with self._reaching():  # everybody has left that one: all have come to the next
                 self.store.delete_key(f"meeting/{number - 2}")
+
+    def _report_missing(self, number: int, phase: str, seconds: float) -> None:
+        """Name the ranks that have not come here as often as this one."""
+        arrived = {k: int(self._get(f"arrived/{k}") or 0) for k in range(len(self.ranks))}
+        missing = [self.ranks[k] for k, count in arrived.items() if count < number]
+        log.warning(
+            "rank %d has waited %.0f s (%s) for ranks %s, which have not reached this point; every "
+            "rank must make the same calls",
+            self.ranks[self.group_rank or 0],
+            seconds,
+            phase,
+            ", ".join(map(str, missing)),
+        )
 
     def raise_dead(self, number: int | None = None, phase: str = "") -> None:
         """Raise if a process of this machine is gone that has not arrived at meeting ``number``.

@@ -8,6 +8,7 @@ no fault: only a word that does not change counts, and that of a frozen process 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -33,6 +34,18 @@ BUSY = ("loading", "running", "saving")
 PATIENCE = 2
 #: The type in the record of a rank that stood still for too long.
 STUCK = "RankStuck"
+
+
+#: Makes a rank print the Python stacks of all its threads, also while it holds the interpreter.
+STACKS_SIGNAL = signal.SIGUSR1
+_prints_stacks = False
+
+
+def print_stacks_on_request() -> None:
+    """Let a stalled rank show where it is. Called by the command line, which may set handlers."""
+    global _prints_stacks
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    _prints_stacks = True
 
 
 class Heartbeat:
@@ -86,6 +99,8 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[Heartbeat]:
+        if _prints_stacks:
+            self._board.set(f"stacks/{self.group.group_rank}", "1")
         thread = threading.Thread(target=self._work, name="ddinfer-heartbeat", daemon=True)
         thread.start()
         try:
@@ -126,15 +141,25 @@ class Heartbeat:
         if silence >= WARN_SECONDS and not watch.has_warned:
             watch.has_warned = True
             log.warning("rank %d has been %s for %.0f s without a step", rank, activity, silence)
+            self._request_stacks()
         if self.stuck_timeout is not None and silence >= self.stuck_timeout:
             text = f"nothing has moved there for {silence:.0f} s (--stuck_timeout)"
             failure = Failure(rank, activity, ErrorRecord(STUCK, text), exit_code=EXIT_INTERRUPTED)
+            self._request_stacks()
             self._board.post_failure(failure)
             self._end_if_stuck()
             if pid := self._board.process_here(self._next):
                 # A frozen process cannot end itself.
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
+    def _request_stacks(self) -> None:
+        """Have the next rank print where each of its threads is, if it is on this machine."""
+        pid = self._board.process_here(self._next)
+        if pid is not None and self._board.read(f"stacks/{self._next}") is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, STACKS_SIGNAL)
+            time.sleep(0.5)  # for it to print them, before it is ended
 
     def _end_if_stuck(self) -> None:
         """End this process if it is the one that stands still: its main thread cannot."""
