@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ddinfer.report.page import SCRIPTS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -42,6 +44,8 @@ def test_the_wheel_holds_the_package_its_data_and_nothing_else(wheel):
     assert "ddinfer/py.typed" in names
     for pipeline in ("shapes-sd", "shapes-flux"):
         assert f"ddinfer/tiny/weights/{pipeline}/model_index.json" in names
+    for name in ("page.html", "style.css", *SCRIPTS):
+        assert f"ddinfer/report/page/{name}" in names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pyc"))]
     assert wheel.stat().st_size < 20e6
 
