@@ -17,6 +17,7 @@ from ddinfer import tiny as embedded
 from ddinfer.errors import UsageError
 from ddinfer.models.building import parameters_on_meta
 from ddinfer.models.checkpoint import CheckpointError, read_checkpoint, read_header
+from ddinfer.models.fingerprint import model_fingerprint
 from ddinfer.models.loading import denoisers, load_model, load_pipeline
 from ddinfer.models.opening import open_model
 from ddinfer.models.signature import call_parameters, pipeline_class
@@ -449,6 +450,74 @@ def test_a_hub_id_in_the_cache_loads_offline(tiny, tmp_path):
         timeout=120,
     )
     assert "StableDiffusionPipeline" in done.stdout, done.stderr
+
+
+def in_hub_cache(folder, home):
+    """The folder as the Hub's cache has the repository somebody/tiny."""
+    repo = home / "hub" / "models--somebody--tiny"
+    shutil.copytree(folder, repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    return repo / "snapshots" / ("0" * 40)
+
+
+def run_offline(home, *command):
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "PATH": ""}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_cached_hub_model_is_planned_offline(tiny, tmp_path):
+    folder = in_hub_cache(tiny("sd"), tmp_path)
+    code = (
+        "import torch\n"
+        "from ddinfer.models.source import PipelineSource\n"
+        "source = PipelineSource.to_plan_by('somebody/tiny')\n"
+        "print(source.dtypes('auto', torch.device('cuda'))['unet'])"
+    )
+    done = run_offline(tmp_path, "-c", code)
+    assert done.stdout.strip() == "torch.float32", done.stderr
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "nor complete in the Hub cache" in run_offline(tmp_path, "-c", code).stderr
+
+
+def test_a_quantised_hub_model_is_refused_by_its_configs(tiny, tmp_path):
+    folder = in_hub_cache(tiny("sd"), tmp_path)
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()  # nothing but configs is there
+    config = folder / "vae" / "config.json"
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantised))
+    code = "from ddinfer.models.repository import pipeline_folder; pipeline_folder('somebody/tiny')"
+    done = run_offline(tmp_path, "-c", code)
+    assert "vae is quantised (bitsandbytes)" in done.stderr
+
+
+def test_what_decides_no_image_is_not_in_a_models_fingerprint(tiny, tmp_path):
+    folder = tmp_path / "sd"
+    shutil.copytree(tiny("sd"), folder)
+    before = model_fingerprint(folder)
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    (folder / "README.md").write_text("about this model")
+    (folder / "unet" / "README.md").write_text("about this UNet")
+    (folder / "examples").mkdir()
+    (folder / "examples" / "one.png").write_bytes(b"png")
+    shutil.copy(unet, unet.with_suffix(".fp16.safetensors"))
+    unet.with_suffix(".bin").write_bytes(b"pickled")
+    shutil.copy(unet, folder / "single-file.safetensors")
+    assert model_fingerprint(folder) == before
+    assert model_fingerprint(folder, variant="fp16") != before
+    deciding = ("scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json")
+    for file in ("model_index.json", *deciding):
+        path = folder / file
+        original = path.read_text()
+        path.write_text(original + " ")
+        assert model_fingerprint(folder) != before
+        path.write_text(original)
+    save_file(load_file(unet) | {"more": torch.zeros(1)}, unet)
+    assert model_fingerprint(folder) != before
 
 
 CUSTOM = """

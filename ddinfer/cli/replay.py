@@ -184,6 +184,7 @@ def _changes(record: ImageRecord, model: str, config: JobConfig, device: str) ->
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
     )
-    if model_fingerprint(folder) != record.model_hash:
+    now_hash = model_fingerprint(folder, variant=config.variant, allow_pickle=config.allow_pickle)
+    if now_hash != record.model_hash:
         lines.append(f"model: the files of {model} are not those that it was generated with")
     return lines

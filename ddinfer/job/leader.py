@@ -102,7 +102,9 @@ class Leader:
         self.num_threads = self._num_threads()
         identity = job_identity(
             self.job,
-            model_hash=model_fingerprint(model_folder),
+            model_hash=model_fingerprint(
+                model_folder, variant=config.variant, allow_pickle=config.allow_pickle
+            ),
             device_type=world.device.split(":")[0],
             num_threads=self.num_threads,
         )

@@ -171,6 +171,7 @@ def pipeline_folder(
     index = read_model_index(index_folder(path, revision=revision, token=token))
     if index.custom_module is not None and not trust_remote_code:
         raise UsageError(custom_code_message(path, f"{index.custom_module}.py"))
+    _check_configs(configs_folder(path, revision=revision, token=token), index)
     from diffusers import DiffusionPipeline
 
     repo = os.fspath(path)
@@ -185,6 +186,19 @@ def pipeline_folder(
                 trust_remote_code=trust_remote_code,
             )
         )
+
+
+def _check_configs(folder: Path, index: ModelIndex) -> None:
+    """What the configs alone can refuse, before gigabytes of weights are downloaded.
+
+    Raises:
+        UsageError: a model is quantised, or its config is broken.
+    """
+    from ddinfer.models.building import read_config  # it needs this module
+
+    for entry in index.entries:
+        if (folder / entry.name / "config.json").is_file():
+            read_config(folder / entry.name)
 
 
 def scheduler_name(folder: str | os.PathLike[str]) -> str | None:

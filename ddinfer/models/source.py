@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
 from ddinfer.models.building import class_in
-from ddinfer.models.checkpoint import DTYPES, STEMS, computing_dtype, has_variant, read_checkpoint
+from ddinfer.models.checkpoint import (
+    DTYPES,
+    STEMS,
+    CheckpointError,
+    computing_dtype,
+    has_variant,
+    read_checkpoint,
+    weight_files,
+)
 from ddinfer.models.opening import OpenModel, open_model, parse_dtype
 from ddinfer.models.repository import (
     Entry,
@@ -74,7 +82,8 @@ class PipelineSource:
             UsageError, HubError: see `ddinfer.models.repository.pipeline_folder`.
         """
         folder = configs_folder(path, revision=revision, token=token)
-        repo = None if local_folder(path) is not None else os.fspath(path)
+        is_here = local_folder(path) is not None or _holds_weights(folder, variant)
+        repo = None if is_here else os.fspath(path)
         return cls(
             folder, variant, trust_remote_code, weights_at=repo, revision=revision, token=token
         )
@@ -301,6 +310,18 @@ def installed_class(folder: Path, entry: Entry) -> Any:
             f"component itself: load_pipeline(…, components={{{entry.name!r}: …}})"
         )
     return found
+
+
+def _holds_weights(folder: Path, variant: str | None) -> bool:
+    """Whether the cached files of a Hub repository are enough to load every model."""
+    parts = [folder / entry.name for entry in read_model_index(folder).entries]
+    try:
+        for part in parts:
+            if (part / "config.json").is_file():
+                weight_files(part, variant=variant)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _newer_name(entry: Entry) -> str:
