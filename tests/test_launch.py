@@ -398,7 +398,7 @@ def never_look(world, folder):
 
 def test_a_rank_that_hears_nothing_is_killed_in_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr("ddinfer.distributed.supervise.FAILURE_GRACE_SECONDS", 0.5)
-    monkeypatch.setattr("ddinfer.distributed.supervise.OBITUARY_SECONDS", 0.0)
+    monkeypatch.setattr("ddinfer.distributed.supervise.EXIT_REPORT_SECONDS", 0.0)
     monkeypatch.setattr("ddinfer.distributed.supervise.TERMINATE_SECONDS", 0.5)
     with pytest.raises(RankError, match="rank 0 failed while starting: ValueError: mine"):
         launch(never_look, str(tmp_path), nproc_per_node=2, device="cpu")

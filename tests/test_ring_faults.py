@@ -148,7 +148,7 @@ class Faults:
     def begin(self, rank):
         self._mine.rank, self._mine.random = rank, random.Random(self._seed * 10 + rank)
 
-    def meet(self):
+    def barrier(self):
         if not hasattr(self._mine, "random"):
             return  # an image's thread
         drawn = self._mine.random.random()
@@ -169,7 +169,7 @@ def hooks(faults, rings):
 
     def faulty(function):
         def call(*args, **kwargs):
-            faults.meet()
+            faults.barrier()
             return function(*args, **kwargs)
 
         return call

@@ -129,9 +129,9 @@ def _run_in_ranks(
     config: JobConfig, num_ranks: int, stdin: bytes | None, retry_failed: bool
 ) -> int:
     from ddinfer.distributed.process import exit_now
-    from ddinfer.job.restarts import launch_until_done
+    from ddinfer.job.restarts import launch_with_restarts
 
-    reports = launch_until_done(
+    reports = launch_with_restarts(
         run_on_rank,
         config,
         stdin,

@@ -1,4 +1,4 @@
-"""What ranks and launcher tell one another through the store, outside of any collective.
+"""The status of peers, exchanged through the store, outside of any collective.
 
 A collective has a timeout and breaks for everybody when one rank is late. Here ranks poll: a slow
 rank makes nobody time out, and a failed or dead one ends the wait of the others.
@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 REPORT_SECONDS = 60.0
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.002, 0.2
-LOOK_FOR_THE_DEAD_SECONDS = 1.0
+LIVENESS_CHECK_SECONDS = 1.0
 
-#: A supervisor that sees a rank die posts why, with its signal. Peers give it this long.
-OBITUARY_SECONDS = 3.0
+#: The launcher posts how a rank ended, with its signal. Peers wait this long for its report.
+EXIT_REPORT_SECONDS = 3.0
 
 #: The type in the record of a rank that a peer found dead.
 GONE = "ProcessDied"
@@ -94,7 +94,7 @@ class Failure:
         return cls(**data, record=ErrorRecord(**record) if record else None)
 
 
-class Board:
+class PeerStatus:
     """The keys of one group of ranks in their store.
 
     Args:
@@ -107,12 +107,12 @@ class Board:
         self.store, self.ranks, self.group_rank = store, tuple(ranks), group_rank
         self.phase = self.activity = "starting"
         self._num_meetings = 0
-        self._carries_on: bool | None = None
+        self._continue_on_failure: bool | None = None
 
     # Who is there
 
-    def enroll(self, timeout_seconds: float) -> list[int]:
-        """Meet all ranks for the first time → global ranks that did not come in time."""
+    def wait_for_all(self, timeout_seconds: float) -> list[int]:
+        """Wait for all ranks for the first time → global ranks that did not come in time."""
         self.announce()
         with self._reaching():
             self.store.add("enrolled", 1)
@@ -135,7 +135,7 @@ class Board:
         with self._reaching():
             self.store.set(f"process/{self.group_rank}", json.dumps(_this_process()))
 
-    def meet(self, phase: str) -> None:
+    def barrier(self, phase: str) -> None:
         """Wait until every rank has come here as often as this one. No timeout.
 
         Raises:
@@ -148,7 +148,7 @@ class Board:
             self.store.set(f"arrived/{self.group_rank}", str(number))
             self.store.add(f"meeting/{number}", 1)
         started = time.monotonic()
-        look, report = started + LOOK_FOR_THE_DEAD_SECONDS, started + REPORT_SECONDS
+        look, report = started + LIVENESS_CHECK_SECONDS, started + REPORT_SECONDS
         for _ in _pauses():
             with self._reaching():
                 if self.store.add(f"meeting/{number}", 0) >= len(self.ranks):
@@ -156,7 +156,7 @@ class Board:
             self.raise_failure()
             if time.monotonic() > look:
                 self.raise_dead(number, phase)
-                look = time.monotonic() + LOOK_FOR_THE_DEAD_SECONDS
+                look = time.monotonic() + LIVENESS_CHECK_SECONDS
             if time.monotonic() > report:
                 self._report_missing(number, phase, time.monotonic() - started)
                 report = time.monotonic() + REPORT_SECONDS
@@ -188,7 +188,7 @@ class Board:
             arrived = self._get(f"arrived/{k}")
             if number is not None and arrived is not None and int(arrived) >= number:
                 continue
-            self.wait_for_obituary()
+            self.wait_for_exit_report()
             activity = self.activity_of(rank) or phase or self.phase
             record = ErrorRecord(GONE, f"the process of rank {rank} is gone")
             raise RankError(rank, activity, record)
@@ -197,8 +197,8 @@ class Board:
         text = self._get(f"process/{k}")
         return text is not None and _has_ended(json.loads(text))
 
-    def wait_for_obituary(self) -> None:
-        deadline = time.monotonic() + OBITUARY_SECONDS
+    def wait_for_exit_report(self) -> None:
+        deadline = time.monotonic() + EXIT_REPORT_SECONDS
         for _ in _pauses():
             self.raise_failure()
             if time.monotonic() > deadline:
@@ -207,7 +207,7 @@ class Board:
     # What failed
 
     def post_failure(self, failure: Failure) -> Failure:
-        """Tell everybody; the first one stays → that first one."""
+        """Post a failure for all ranks; the first one stays → that first one."""
         with self._reaching():
             return Failure.from_json(self.store.compare_set("failure", "", failure.to_json()))
 
@@ -220,22 +220,22 @@ class Board:
         if failure is not None:
             raise failure.to_error()
 
-    def let_the_living_finish(self) -> None:
-        """From the launcher, before the ranks start: a failure stops no one's work."""
+    def set_continue_on_failure(self) -> None:
+        """Called by the launcher before the ranks start: other ranks continue after a failure."""
         with self._reaching():
             self.store.set("carry_on", "1")
 
     @property
-    def carries_on(self) -> bool:
+    def continue_on_failure(self) -> bool:
         """Whether ranks go on with their own work when another has failed."""
-        if self._carries_on is None:
-            self._carries_on = self._get("carry_on") is not None
-        return self._carries_on
+        if self._continue_on_failure is None:
+            self._continue_on_failure = self._get("carry_on") is not None
+        return self._continue_on_failure
 
     # What is going on
 
     def enter(self, phase: str, detail: str = "") -> None:
-        """Say what this rank does now."""
+        """Publish what this rank is doing."""
         assert self.group_rank is not None
         self.phase = phase
         self.activity = f"{phase} {detail}".strip()

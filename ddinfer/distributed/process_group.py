@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ddinfer.distributed.peers import Board, Failure, StoreLost
+from ddinfer.distributed.peers import Failure, PeerStatus, StoreLost
 from ddinfer.distributed.store import announce_address, network_interface, open_store
 from ddinfer.distributed.store import loopback_store as loopback_store
 from ddinfer.distributed.world import World, from_environment
@@ -64,7 +64,7 @@ class Group:
         self.device_group, self.object_group = device_group, object_group
         self.store = PrefixStore("shared", store)
         self._whole_store = store
-        self.board = Board(PrefixStore("board", store), self.ranks, group_rank)
+        self.board = PeerStatus(PrefixStore("board", store), self.ranks, group_rank)
 
     @classmethod
     def alone(cls, world: World | None = None) -> Group:
@@ -99,12 +99,12 @@ class Group:
             return cls.alone(world)
         return _borrowed(dist.group.WORLD if group is None else group, world)
 
-    def second_board(self) -> Board:
+    def second_board(self) -> PeerStatus:
         """The board through a connection of its own, for a thread that must not wait."""
         from torch.distributed import PrefixStore
 
         store = PrefixStore("board", self._whole_store.clone())  # type: ignore[attr-defined]
-        return Board(store, self.ranks, self.group_rank)
+        return PeerStatus(store, self.ranks, self.group_rank)
 
     @property
     def group_size(self) -> int:
@@ -124,7 +124,7 @@ class Group:
 
         self.wait_for_peers(self.phase)
         gathered: list[Any] = [None] * self.group_size
-        with self._blaming():
+        with self._attribute_error():
             dist.all_gather_object(gathered, item, group=self.object_group)
         return gathered
 
@@ -137,7 +137,7 @@ class Group:
         self.wait_for_peers(self.phase)
         here = self.group_rank == dst
         gathered: list[Any] | None = [None] * self.group_size if here else None
-        with self._blaming():
+        with self._attribute_error():
             dist.gather_object(item, gathered, dst=self.ranks[dst], group=self.object_group)
         return gathered or []
 
@@ -149,7 +149,7 @@ class Group:
 
         self.wait_for_peers(self.phase)
         box = [item if self.group_rank == src else None]
-        with self._blaming():
+        with self._attribute_error():
             dist.broadcast_object_list(box, src=self.ranks[src], group=self.object_group)
         return box[0]
 
@@ -163,7 +163,7 @@ class Group:
         self.wait_for_peers(self.phase)
         box: list[Any] = [None]
         given = list(items) if items is not None and self.group_rank == src else None
-        with self._blaming():
+        with self._attribute_error():
             dist.scatter_object_list(box, given, src=self.ranks[src], group=self.object_group)
         return box[0]
 
@@ -174,7 +174,7 @@ class Group:
             RankError: a rank failed, or died before it came.
         """
         if self.group_size > 1:
-            self.board.meet(phase)
+            self.board.barrier(phase)
 
     # Failures and progress
 
@@ -190,7 +190,7 @@ class Group:
         """
         if self.group_size > 1:
             failure = self.board.first_failure()
-            if failure is not None and (failure.ends_the_job or not self.board.carries_on):
+            if failure is not None and (failure.ends_the_job or not self.board.continue_on_failure):
                 raise failure.to_error()
 
     @property
@@ -207,21 +207,21 @@ class Group:
         return self.board.add(key, number)
 
     @contextlib.contextmanager
-    def _blaming(self) -> Iterator[None]:
+    def _attribute_error(self) -> Iterator[None]:
         """A broken connection is the symptom; raise the failure of the rank that caused it."""
         try:
             yield
         except RuntimeError as error:
-            self.raise_cause_of(error)
+            self.raise_root_cause(error)
             raise DdinferError(
                 f"an exchange with {self.group_size} ranks failed on rank {self.world.rank} while "
                 f"{self.phase}: {error}"
             ) from error
 
-    def raise_cause_of(self, error: BaseException) -> None:
+    def raise_root_cause(self, error: BaseException) -> None:
         """Raise the `RankError` behind a broken connection, if another rank failed or died."""
         try:
-            self.board.wait_for_obituary()
+            self.board.wait_for_exit_report()
             self.board.raise_dead()
         except RankError as cause:
             raise cause from error
@@ -251,11 +251,11 @@ def process_group(
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        with _failures_told(Group.borrow(world=world)) as group:
+        with _propagate_failures(Group.borrow(world=world)) as group:
             yield group
         return
     if world.world_size == 1:
-        with _failures_told(_alone(world, join_timeout_seconds)) as group:
+        with _propagate_failures(_alone(world, join_timeout_seconds)) as group:
             yield group
         return
     store = _own_store(world, join_timeout_seconds)
@@ -263,7 +263,7 @@ def process_group(
     with network_interface(world, store):
         _connect(group, store, control_timeout_seconds)
         try:
-            with _failures_told(group):
+            with _propagate_failures(group):
                 yield group
         finally:
             dist.destroy_process_group()
@@ -272,7 +272,7 @@ def process_group(
 
 
 @contextlib.contextmanager
-def _failures_told(group: Group) -> Iterator[Group]:
+def _propagate_failures(group: Group) -> Iterator[Group]:
     """What fails inside on any rank is raised on every rank, at the latest on leaving."""
     try:
         yield group
@@ -288,7 +288,7 @@ def _raise_first(group: Group, error: BaseException) -> None:
     """Raise another rank's failure instead, if that came first."""
     with contextlib.suppress(StoreLost):
         if isinstance(error, RuntimeError) and any(w in str(error) for w in _CONNECTION_WORDS):
-            group.raise_cause_of(error)
+            group.raise_root_cause(error)
         first = group.report_failure(error)
         if first.rank != group.world.rank and not isinstance(error, RankError):
             raise first from error
@@ -340,7 +340,7 @@ def _enrolled(world: World, store: Store, join_seconds: float) -> Group:
     device = torch.device(world.device)
     group = Group(world, store, device=device, ranks=range(world.world_size), group_rank=world.rank)
     announce_address(world, store)
-    missing = group.board.enroll(join_seconds)
+    missing = group.board.wait_for_all(join_seconds)
     if missing:
         raise _join_error(
             world,

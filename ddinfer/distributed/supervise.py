@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ddinfer.distributed.peers import OBITUARY_SECONDS, Board, Failure, start_time
+from ddinfer.distributed.peers import EXIT_REPORT_SECONDS, Failure, PeerStatus, start_time
 from ddinfer.distributed.process import COPY_SECONDS, stop_signals
 from ddinfer.distributed.rank import Outcome, RankTask, run_rank
 from ddinfer.errors import EXIT_INTERRUPTED, DdinferError, ErrorRecord, UsageError
@@ -103,7 +103,7 @@ class Supervisor:
     ):
         self.on_death = on_death
         self.on_failure, self.grace_seconds = on_failure, grace_seconds
-        self.board: Board | None = None
+        self.board: PeerStatus | None = None
         self.ranks: list[_Rank] = []
         self.failure: Failure | None = None
         self.reported_by_peer: Failure | None = None
@@ -120,9 +120,9 @@ class Supervisor:
         from torch.distributed import PrefixStore
 
         board_store = PrefixStore("board", PrefixStore(prefix, store))
-        self.board = Board(board_store, range(num_ranks))
+        self.board = PeerStatus(board_store, range(num_ranks))
         if self.on_failure == "finish":
-            self.board.let_the_living_finish()
+            self.board.set_continue_on_failure()
 
     def start(self, context: ForkServerContext | SpawnContext, tasks: Sequence[RankTask]) -> None:
         """Start the ranks. A signal meanwhile ends those that have started."""
@@ -256,7 +256,7 @@ class Supervisor:
         ends = self.failure is not None and self.failure.ends_the_job
         if self._pending_signals or self.is_ending or (self.on_failure == "finish" and not ends):
             return
-        first = time.monotonic() + max(FAILURE_GRACE_SECONDS, OBITUARY_SECONDS + 1)
+        first = time.monotonic() + max(FAILURE_GRACE_SECONDS, EXIT_REPORT_SECONDS + 1)
         last = first + TERMINATE_SECONDS
         self._pending_signals = [(first, signal.SIGTERM), (last, signal.SIGKILL)]
 

@@ -18,7 +18,7 @@ from ddinfer.storage.files import Files
 FLUSH_SECONDS = 10.0
 
 
-def launch_until_done(
+def launch_with_restarts(
     fn: Callable[..., Any],
     *args: Any,
     config: JobConfig,
@@ -59,7 +59,7 @@ def launch_until_done(
                 restart_count=restarts,
             )
         except RankError as error:
-            _remember(config, attempt_id(run_id, restarts), deaths)
+            _journal_crashes(config, attempt_id(run_id, restarts), deaths)
             is_asked_for = error.exit_code in ENDS_THE_JOB and not is_stuck(error.record)
             if restarts == config.max_restarts or is_asked_for:
                 raise
@@ -73,7 +73,7 @@ def attempt_id(run_id: str, restart_count: int) -> str:
     return f"{run_id}/{restart_count}"
 
 
-def _remember(config: JobConfig, attempt: str, deaths: dict[int, int]) -> None:
+def _journal_crashes(config: JobConfig, attempt: str, deaths: dict[int, int]) -> None:
     if deaths and os.path.isdir(config.output):
         try:
             record_deaths(Files(), config.output, attempt, deaths, config.pipeline_parallel)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ddinfer.distributed.peers import Board, Failure, StoreLost
+from ddinfer.distributed.peers import Failure, PeerStatus, StoreLost
 from ddinfer.distributed.process import exit_now
 from ddinfer.distributed.process_group import Group
 from ddinfer.errors import EXIT_INTERRUPTED, ErrorRecord
@@ -63,7 +63,7 @@ class Heartbeat:
         self.count = 0
         self.is_decoding = self.is_waiting = self.is_awaiting = False
         self._beats = 0
-        self._board: Board = group.second_board()
+        self._board: PeerStatus = group.second_board()
         self._next = (group.group_rank + 1) % group.group_size
         self._ended = threading.Event()
 
