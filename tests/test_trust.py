@@ -74,6 +74,7 @@ COMMANDS = {
     "retry-failed out": (2, "say --trust_remote_code"),
     "replay out/images/0000/00000000.png": (2, "say --trust_remote_code"),
     "status out": (0, ""),
+    "report out": (0, ""),
     "verify out": (74, ""),
     "verify out --rebuild --repair": (74, ""),
     "merge out --output merged": (2, "images are in no given directory"),
