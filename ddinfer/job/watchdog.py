@@ -44,7 +44,7 @@ _prints_stacks = False
 def print_stacks_on_request() -> None:
     """Let a stalled rank show where it is. Called by the command line, which may set handlers."""
     global _prints_stacks
-    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
     _prints_stacks = True
 
 
