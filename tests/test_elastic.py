@@ -93,7 +93,7 @@ def test_a_machine_that_goes_and_comes_back_ends_with_a_whole_job(comes_back, tm
             agents.wait_until(lambda: "rank 1 failed" in log.read_text(), "the loss")
         second = agents.start("second again")
         if not gate.exists():
-            agents.wait_until(lambda: "SIGTERM came" in agents.said(), "the new round")
+            agents.wait_until(lambda: "received SIGTERM" in agents.said(), "the new round")
             gate.touch()
         codes = [agent.wait(HANG_SECONDS) for agent in (first, second)]
         assert codes == [0, 0], agents.said()

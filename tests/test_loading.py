@@ -570,50 +570,6 @@ def test_a_models_classes_are_imported_ahead_and_nobody_elses(tmp_path):
 
 #: Prints transformers.models as imported here, how often its typical file was read, and whether
 #: transformers' functions are its own again. With an argument, after `import_classes` of it.
-TRANSFORMERS_MODELS = """
-import collections, json, os, statistics, sys
-
-read = collections.Counter()
-
-def count(event, arguments):
-    if event == "open" and str(arguments[0]).endswith(".py"):
-        read[os.path.abspath(arguments[0])] += 1
-
-sys.addaudithook(count)
-import transformers
-from ddinfer.models.classes import import_classes
-
-for model in sys.argv[1:]:
-    import_classes(model)
-import transformers.models as models
-from transformers.utils.import_utils import define_import_structure as define
-
-folder = os.path.dirname(models.__file__) + os.sep
-times = statistics.median(n for file, n in read.items() if file.startswith(folder))
-found = {
-    "names": sorted(models.__all__),
-    "a class": str(models.clip.CLIPTextConfig),
-    "define": f"{define.__module__}.{define.__qualname__}",
-}
-print(json.dumps([times, found]))
-"""
-
-
-def test_transformers_files_are_read_once_and_nothing_is_missing(tiny):
-    (plain_times, plain), (times, ours) = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", TRANSFORMERS_MODELS, *models],
-                capture_output=True, text=True, check=True,
-            ).stdout
-        )
-        for models in ([], [tiny("sd")])
-    )  # fmt: skip
-    assert (plain_times, times) == (2, 1)  # (1, 1): transformers needs no help any more
-    assert ours == plain
-    assert len(ours["names"]) > 1000
-
-
 def test_components_can_be_given_or_left_out(tiny):
     import diffusers
 

@@ -9,7 +9,7 @@ import pytest
 
 from ddinfer.distributed import progress
 from ddinfer.distributed.process_group import Group
-from ddinfer.distributed.progress import Progress, RankTimes, duration, evenness, progress_line
+from ddinfer.distributed.progress import Progress, RankTimes, duration, load_balance, progress_line
 from tests.ranks import run_ranks
 
 
@@ -79,6 +79,6 @@ def test_ranks_that_end_together_are_even():
     def times(*seconds):
         return [RankTimes(k, 5, 1.0, s, 0.9 * s) for k, s in enumerate(seconds)]
 
-    assert evenness(times(10.0, 10.0)) == 1.0
-    assert evenness(times(10.0, 5.0)) == 0.75
-    assert evenness(times(0.0, 0.0)) == evenness([]) == 1.0
+    assert load_balance(times(10.0, 10.0)) == 1.0
+    assert load_balance(times(10.0, 5.0)) == 0.75
+    assert load_balance(times(0.0, 0.0)) == load_balance([]) == 1.0

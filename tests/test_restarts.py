@@ -117,7 +117,7 @@ def test_nobody_reads_running_of_a_job_whose_first_rank_was_killed(moody, tmp_pa
     said = status_says(tmp_path)
     assert (said["state"], said["holder"]) == ("interrupted", None)
     shown = "\n".join(lines_of(said))
-    assert "no process holds the folder" in shown
+    assert "no process holds the directory" in shown
     assert "run the same command again to resume" in shown
 
 
@@ -144,7 +144,7 @@ def test_sigterm_lets_the_batch_in_hand_finish(moody, tmp_path, name):
     process = start([*STARTS[name], *words])
     wait_until(process, (tmp_path / "gate.waiting").exists)
     process.send_signal(signal.SIGTERM)
-    wait_for_words(process, "SIGTERM came", "20 s more")
+    wait_for_words(process, "received SIGTERM", "up to 20 s")
     gate.touch()
     code, err = end(process)
     assert 0 in made(tmp_path), "it was in hand"
@@ -174,7 +174,7 @@ def test_a_signal_to_every_process_at_once_lets_the_batch_in_flight_finish(
     process = start([*STARTS[name], *words])
     wait_until(process, (tmp_path / "gate.waiting").exists)
     signal_all(process.pid, number)
-    wait_for_words(process, f"{number.name} came", "20 s more")
+    wait_for_words(process, f"received {number.name}", "up to 20 s")
     time.sleep(1)  # for the copies that launchers forward
     signal_all(process.pid, number)  # a service manager that signals again, in the same breath
     gate.touch()
@@ -238,7 +238,7 @@ def test_a_second_signal_ends_at_once(moody, tmp_path, name):
     process = start([*STARTS[name], *words])
     wait_until(process, (tmp_path / "gate.waiting").exists)
     process.send_signal(signal.SIGTERM)
-    wait_for_words(process, "A second signal ends at once")
+    wait_for_words(process, "Send it again to exit immediately")
     time.sleep(COPY_SECONDS + 0.5)  # sooner, it is taken for a copy of the first
     process.send_signal(signal.SIGTERM)
     code, err = end(process)
@@ -341,7 +341,7 @@ def test_a_denoiser_is_heard(tmp_path):
 
     pipe = load_pipeline(tiny_pipeline("sd", tmp_path))
     heartbeat = Heartbeat(Group.alone())
-    WholeEngine(pipe).tell_steps(heartbeat)
+    WholeEngine(pipe).set_progress_listener(heartbeat)
     pipe("a cat", **{**call_arguments("sd"), "num_inference_steps": 3})
     assert heartbeat.count == 3 + 1, "three steps and one decoding"
     assert heartbeat.is_decoding
@@ -359,7 +359,7 @@ def test_both_denoisers_of_a_pipeline_are_heard(tmp_path):
     pipe.register_to_config(boundary_ratio=0.5)  # Wan 2.2: the second one takes the later steps
     assert list(denoisers(pipe)) == ["transformer", "transformer_2"]
     heartbeat = Heartbeat(Group.alone())
-    WholeEngine(pipe).tell_steps(heartbeat)
+    WholeEngine(pipe).set_progress_listener(heartbeat)
     steps = [0]
     pipe.transformer_2.register_forward_pre_hook(lambda *_: steps.append(1))
     pipe("a cat", output_type="latent", **{**call_arguments("wan"), "num_inference_steps": 8})

@@ -255,7 +255,7 @@ def test_sigterm_lets_what_is_in_flight_finish(moody, tmp_path, where):
     wait_until(process, (tmp_path / "gate.waiting").exists)
     process.send_signal(signal.SIGTERM)
     if where == "wait":
-        wait_for_words(process, "SIGTERM came")
+        wait_for_words(process, "received SIGTERM")
     else:  # the first rank hears it when the other stage has handed on what it made
         time.sleep(1)
     gate.touch()

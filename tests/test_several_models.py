@@ -15,7 +15,8 @@ from ddinfer.models.loading import load_pipeline
 from ddinfer.models.sizes import tree_of
 from ddinfer.models.source import PipelineSource
 from ddinfer.models.stages import StagedPipeline
-from ddinfer.prompts import read_requests
+from ddinfer.prompts.files import read_prompts
+from ddinfer.request import resolve_requests
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,7 +57,8 @@ def test_two_control_nets_take_a_list_of_paths(tiny, tmp_path):
         Image.effect_noise((32, 32), 90).convert("RGB").save(tmp_path / path)
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a cat", "image": paths}))
     size = {"num_inference_steps": 2, "height": 32, "width": 32}
-    requests = read_requests(tmp_path / "p.jsonl", defaults=size)
+    prompts = read_prompts(str(tmp_path / "p.jsonl"))
+    requests = resolve_requests(prompts, defaults=size)
     made.set_progress_bar_config(disable=True)
     opened = [load_image(str(tmp_path / path)) for path in paths]
     generator = torch.Generator("cpu").manual_seed(0)
@@ -71,5 +73,5 @@ def test_two_control_nets_take_a_list_of_paths(tiny, tmp_path):
     assert images(StagedEngine(stages).run([requests])) == expected
     half = quiet(folder, dtype="bfloat16")
     assert {p.dtype for p in half.controlnet.parameters()} == {torch.bfloat16}
-    other = read_requests(tmp_path / "p.jsonl", defaults=size, base_seed=5)
+    other = resolve_requests(prompts, defaults=size, base_seed=5)
     assert images(WholeEngine(made).run([other])) != expected

@@ -14,10 +14,10 @@ CHILD = """
 import ctypes, os, signal, time
 import ddinfer.job.shutdown
 from ddinfer.errors import Stopped
-from ddinfer.job.shutdown import Stop
+from ddinfer.job.shutdown import ShutdownRequest
 
 ddinfer.job.shutdown.OVERDUE_SECONDS = 0.5
-with Stop({grace}, says_so=True).on_signals() as stop:
+with ShutdownRequest({grace}, verbose=True).on_signals() as stop:
     {body}
 """
 
@@ -51,7 +51,7 @@ def started(body, grace=0.2):
 def test_a_read_that_the_signal_did_not_interrupt_is_given_up_after_the_grace(number, code):
     process = started(READS_UNINTERRUPTED)
     process.send_signal(number)
-    wait_for_words(process, f"{number.name} came; what is in hand may take 0.2 s more")
+    wait_for_words(process, f"received {number.name}; finishing the current batch (up to 0.2 s)")
     assert end(process)[0] == code
     assert process.stdout.read() == (
         f": received {number.name}; run the same command again to resume\n"
@@ -61,7 +61,7 @@ def test_a_read_that_the_signal_did_not_interrupt_is_given_up_after_the_grace(nu
 def test_a_main_thread_that_nothing_interrupts_does_not_keep_the_process():
     process = started(HANGS)
     process.send_signal(signal.SIGTERM)
-    wait_for_words(process, "SIGTERM came; what is in hand")
+    wait_for_words(process, "received SIGTERM; finishing the current batch")
     code, err = end(process)
     assert code == 75
     assert "run the same command again to resume" in err
@@ -70,7 +70,7 @@ def test_a_main_thread_that_nothing_interrupts_does_not_keep_the_process():
 def test_a_second_signal_ends_a_main_thread_that_nothing_interrupts():
     process = started(HANGS, grace=600)
     process.send_signal(signal.SIGINT)
-    wait_for_words(process, "SIGINT came")
+    wait_for_words(process, "received SIGINT")
     process.send_signal(signal.SIGTERM)  # a copy of it, as launchers forward them
     time.sleep(COPY_SECONDS + 0.2)
     assert process.poll() is None

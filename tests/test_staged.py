@@ -482,7 +482,7 @@ def test_every_stage_is_heard_and_so_is_loading(tiny, monkeypatch):
 
     monkeypatch.setattr(StagedPipeline, "load", told)
     engine = staged(tiny("sd"))
-    engine.tell_steps(ear)
+    engine.set_progress_listener(ear)
     list(engine.run([requests_for("sd", ["a cat"])]))
     assert set(ear.heard) == {*STAGES, *(f"loading {stage}" for stage in STAGES)}
 

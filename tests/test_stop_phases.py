@@ -107,7 +107,7 @@ def test_sigterm_in_a_phase_ends_with_75_and_the_same_command_finishes(
 ):
     held = Held(name, phase, models, tmp_path)
     held.process.send_signal(signal.SIGTERM)
-    wait_for_words(held.process, "SIGTERM came; what is in hand")
+    wait_for_words(held.process, "received SIGTERM; finishing the current batch")
     held.let_go()
     check_stopped_with_75(held, *end(held.process))
     check_finished_by_the_same_command(held)
@@ -138,7 +138,7 @@ def test_a_phase_that_takes_longer_than_the_grace_is_abandoned(models, tmp_path,
 def test_sigterm_when_all_is_made_lets_the_job_finish(models, tmp_path):
     held = Held("one process", "gathering", models, tmp_path)
     held.process.send_signal(signal.SIGTERM)
-    wait_for_words(held.process, "SIGTERM came; what is in hand")
+    wait_for_words(held.process, "received SIGTERM; finishing the current batch")
     held.let_go()
     code, err = end(held.process)
     assert code == 0, err

@@ -1,4 +1,4 @@
-"""``ddinfer run``: options in, a folder of images out."""
+"""``ddinfer run``: run a job from options to a directory of images."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
-    """Run a job as this process's launchers want it: here, or in ranks that are started here.
+    """Run a job on this process if it is a rank already, else on ranks that it starts.
 
     Args:
-        retry_failed: make its failed prompts again; the Requests come from the folder.
+        retry_failed: retry its failed prompts; the Requests are read from the output directory.
     """
     config = config.with_absolute_paths()
 
@@ -47,7 +47,7 @@ def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
     from ddinfer.distributed.process import end_with_parent
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()  # torchrun; a shell that ends is no reason to end
+        end_with_parent()  # torchrun's; a shell may end before its job
     plan = plan_launch(
         config.nproc_per_node, config.device, os.environ, gpus_per_rank=config.gpus_per_rank
     )
@@ -62,7 +62,7 @@ def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
         return print_plan(config, plan.num_ranks)
     if plan.kind != "join":
         _check_names(config)
-    # A rank that may die and be started again needs somebody who does it.
+    # A rank that can be restarted needs a launcher.
     if plan.kind == "join" or (plan.num_ranks == 1 and not config.max_restarts):
         return _run_here(config, retry_failed)
     config, stdin = (config, None) if retry_failed else _read_own_prompts(config)
@@ -70,10 +70,10 @@ def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
 
 
 def _check_names(config: JobConfig) -> None:
-    """What is mistyped is told before the seconds of importing torch.
+    """Check names before the seconds of importing torch.
 
     Raises:
-        UsageError: there is no such prompt file or folder of a model.
+        UsageError: no such prompt file or model directory.
     """
     from ddinfer.job.prepare import resolve_model
     from ddinfer.models.repository import local_folder
@@ -105,10 +105,10 @@ def _run_here(config: JobConfig, retry_failed: bool) -> int:
     others wait for it without a timeout.
     """
     from ddinfer.distributed.process import exit_now, import_once
-    from ddinfer.job.shutdown import Stop
+    from ddinfer.job.shutdown import ShutdownRequest
 
-    with Stop(config.grace_seconds, says_so=_is_first_rank()).on_signals() as stop:
-        # Seconds of imports: a signal is heard from before them.
+    with ShutdownRequest(config.grace_seconds, verbose=_is_first_rank()).on_signals() as stop:
+        # Before the seconds of imports, so that a signal is handled meanwhile.
         import_once(PRELOAD, partial(import_model_classes, config))
         from ddinfer.cli.summary import print_summary
         from ddinfer.distributed.world import World
@@ -121,7 +121,7 @@ def _run_here(config: JobConfig, retry_failed: bool) -> int:
         report = run_job(config, world, retry_failed=retry_failed, stop=stop)
     if world.rank == 0:
         print_summary(report, as_json=config.json)
-    # One rank tells torchrun how it went; a second would look like a second failure.
+    # One rank reports to torchrun; a second non-zero code would look like a second failure.
     exit_now(report.exit_code if world.rank == 0 else EXIT_OK)
 
 
@@ -142,7 +142,7 @@ def _run_in_ranks(
         before_fork=partial(import_model_classes, config),
         notify=lambda text: print(f"ddinfer: {text}", file=sys.stderr, flush=True),
     )
-    # It imports torch, for which the ranks should not have had to wait.
+    # Imported late: it imports torch, which would delay the ranks.
     from ddinfer.cli.summary import print_summary
 
     print_summary(reports[0], as_json=config.json)
@@ -160,12 +160,12 @@ def import_model_classes(config: JobConfig) -> None:
 def run_on_rank(
     world: World, config: JobConfig, stdin: bytes | None, retry_failed: bool
 ) -> RunReport:
-    """What every rank that we launch does."""
+    """Run the job on a rank that `launch` has started."""
     from ddinfer.job.run import run_job
-    from ddinfer.job.shutdown import Stop
+    from ddinfer.job.shutdown import ShutdownRequest
     from ddinfer.job.watchdog import print_stacks_on_request
 
-    stop = Stop(config.grace_seconds, says_so=world.rank == 0, launcher_kills=True)
+    stop = ShutdownRequest(config.grace_seconds, verbose=world.rank == 0, launcher_kills=True)
     with stop.on_signals():
         configure_logging(world.rank)
         print_stacks_on_request()

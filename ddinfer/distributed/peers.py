@@ -293,9 +293,9 @@ class PeerStatus:
             yield
         except DistError as error:
             raise StoreLost(
-                "the store through which the ranks speak is gone: the launcher, or the machine "
-                f"that held it, has ended ({str(error).splitlines()[0]}). The same command again "
-                "goes on from here"
+                "the connection to the store is lost: the launcher, or the machine "
+                f"that hosted it, has ended ({str(error).splitlines()[0]}). Run the same command "
+                "again to resume"
             ) from error
 
 

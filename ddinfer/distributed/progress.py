@@ -135,7 +135,7 @@ class RankTimes:
     stage: int = 0
 
 
-def evenness(times: Sequence[RankTimes]) -> float:
+def load_balance(times: Sequence[RankTimes]) -> float:
     """Mean working time over the longest: 1.0 when all ranks ended together."""
     longest = max((t.working for t in times), default=0.0)
     return sum(t.working for t in times) / len(times) / longest if longest else 1.0

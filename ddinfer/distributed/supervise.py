@@ -296,7 +296,7 @@ class Supervisor:
                 raise KeyboardInterrupt
             name = signal.Signals(self.stopped_by).name
             raise Interrupted(
-                f"{name} came; the ranks have ended. The same command goes on from here"
+                f"received {name}; the ranks have ended. Run the same command again to resume"
             )
         failure = self.failure or self.reported_by_peer
         if failure is not None:

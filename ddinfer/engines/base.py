@@ -12,7 +12,7 @@ from ddinfer.request import Request, Result
 Batch = Sequence[Request]
 
 
-class Listener(Protocol):
+class ProgressListener(Protocol):
     """Who wants to hear that an engine moves; see `ddinfer.job.watchdog`."""
 
     def listen_to(self, pipe: Any) -> None: ...
@@ -37,6 +37,6 @@ class Engine(Protocol):
         """Yield one Result per Request of ``batches``."""
         ...
 
-    def tell_steps(self, heartbeat: Listener) -> None:
+    def set_progress_listener(self, heartbeat: ProgressListener) -> None:
         """From now on let ``heartbeat`` hear every step of the denoiser."""
         ...

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ddinfer.distributed.partition import Replica
-from ddinfer.engines.base import Batch, Listener
+from ddinfer.engines.base import Batch, ProgressListener
 from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
 from ddinfer.engines.whole import WholeEngine
@@ -93,7 +93,7 @@ class RingEngine:
                 yield replace(result, seconds=seconds)
             since = time.perf_counter()
 
-    def tell_steps(self, heartbeat: Listener) -> None:
+    def set_progress_listener(self, heartbeat: ProgressListener) -> None:
         """Let ``heartbeat`` hear this rank's stage at work; the first rank's VAE, too."""
         if self.ring.link.is_first:
             heartbeat.listen_to(self.ring.pipe)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddinfer.engines.base import Batch, Listener
+from ddinfer.engines.base import Batch, ProgressListener
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
 from ddinfer.engines.records import Records, RecordsLost
 from ddinfer.engines.stage_calls import CannotStage, Decoding, Denoising, Encoding, Part
@@ -93,14 +93,14 @@ class StagedEngine:
         self.num_rounds = 0
         self.spilled_bytes = 0
         self._prepare = prepare
-        self._heartbeat: Listener | None = None
+        self._heartbeat: ProgressListener | None = None
         self._max_batch: dict[str, int] = {}  # batch key → most images that fitted in memory
         self._again: deque[Part] = deque()
         self._ahead: ReadAhead | None = None
         self._is_more_coming = False
         pipeline.heard = self._moved
 
-    def tell_steps(self, heartbeat: Listener) -> None:
+    def set_progress_listener(self, heartbeat: ProgressListener) -> None:
         """Let ``heartbeat`` hear what moves: tensors read, prompts encoded, steps, decoding."""
         self._heartbeat = heartbeat
 

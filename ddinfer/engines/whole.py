@@ -16,7 +16,7 @@ from PIL import Image
 
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
-from ddinfer.engines.base import Batch, Listener
+from ddinfer.engines.base import Batch, ProgressListener
 from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline
 from ddinfer.errors import (
@@ -80,7 +80,7 @@ class WholeEngine:
         for batch in batches:
             yield from self._run_batch(batch)
 
-    def tell_steps(self, heartbeat: Listener) -> None:
+    def set_progress_listener(self, heartbeat: ProgressListener) -> None:
         """Let ``heartbeat`` hear every step of the pipeline's denoisers, and its VAE.
 
         A denoiser compiled as a whole is left alone: a hook that counts would compile it again

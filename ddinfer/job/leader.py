@@ -15,7 +15,7 @@ from ddinfer._version import __version__
 from ddinfer.config import JobConfig
 from ddinfer.distributed.devices import resolve_num_threads
 from ddinfer.distributed.partition import slice_of_batches
-from ddinfer.distributed.progress import RankTimes, evenness
+from ddinfer.distributed.progress import RankTimes, load_balance
 from ddinfer.distributed.world import World
 from ddinfer.engines.whole import gpu_numbers
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, StorageError, exit_code_of
@@ -66,7 +66,11 @@ class RunReport:
         return EXIT_FAILED_PROMPTS if self.num_failed else EXIT_OK
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "evenness": evenness(self.ranks), "exit_code": self.exit_code}
+        return {
+            **asdict(self),
+            "load_balance": load_balance(self.ranks),
+            "exit_code": self.exit_code,
+        }
 
 
 class Leader:

@@ -1,4 +1,4 @@
-"""Going on within a job: the ranks are started again for what a dead one has left."""
+"""Restarts within a job: start the ranks again for what a dead rank left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddinfer.job.watchdog import is_stuck
 from ddinfer.storage.crashes import record_deaths
 from ddinfer.storage.files import Files
 
-#: Seconds beyond the grace for ranks to write down what they have, before they are killed.
+#: Seconds beyond the grace for ranks to write what they have, before they are killed.
 FLUSH_SECONDS = 10.0
 
 
@@ -27,14 +27,14 @@ def launch_with_restarts(
     before_fork: Callable[[], object],
     notify: Callable[[str], object],
 ) -> list[Any]:
-    """`launch` ``fn`` on ranks that finish their own work when another dies, then again.
+    """`launch` ``fn``, again after a rank died; the other ranks finish their own work first.
 
     Args:
         config: its ``max_restarts`` says how often; ``grace_seconds`` how long after a signal.
-        notify: told of every restart.
+        notify: called with a message for every restart.
 
     Raises:
-        what `launch` raises, once no restart is left or none would help.
+        what `launch` raises, when no restart is left or a restart would not help.
     """
     run_id = uuid.uuid4().hex
     restarts = 0
@@ -60,8 +60,8 @@ def launch_with_restarts(
             )
         except RankError as error:
             _journal_crashes(config, attempt_id(run_id, restarts), deaths)
-            is_asked_for = error.exit_code in ENDS_THE_JOB and not is_stuck(error.record)
-            if restarts == config.max_restarts or is_asked_for:
+            is_requested = error.exit_code in ENDS_THE_JOB and not is_stuck(error.record)
+            if restarts == config.max_restarts or is_requested:
                 raise
             restarts += 1
             first = str(error).splitlines()[0]
@@ -69,7 +69,7 @@ def launch_with_restarts(
 
 
 def attempt_id(run_id: str, restart_count: int) -> str:
-    """What the journals of one attempt of one launch have in their headers."""
+    """Identifies an attempt of a launch in the headers of its journals."""
     return f"{run_id}/{restart_count}"
 
 
@@ -77,5 +77,5 @@ def _journal_crashes(config: JobConfig, attempt: str, deaths: dict[int, int]) ->
     if deaths and os.path.isdir(config.output):
         try:
             record_deaths(Files(), config.output, attempt, deaths, config.pipeline_parallel)
-        except StorageError as error:  # the death is to be told, not what came of it
-            raise StorageError(f"after a rank had died: {error}") from error
+        except StorageError as error:  # report the death, not only the failed write
+            raise StorageError(f"after a rank died: {error}") from error

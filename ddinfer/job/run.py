@@ -20,7 +20,7 @@ from ddinfer.errors import RankError, UsageError
 from ddinfer.job.assignment import Assignment, ResultSummary
 from ddinfer.job.leader import Leader, RunReport
 from ddinfer.job.prepare import resolve_config
-from ddinfer.job.shutdown import Stop
+from ddinfer.job.shutdown import ShutdownRequest
 from ddinfer.job.watchdog import Heartbeat
 from ddinfer.request import Result
 from ddinfer.storage.files import Files
@@ -36,7 +36,7 @@ def run_job(
     *,
     stdin: bytes | None = None,
     retry_failed: bool = False,
-    stop: Stop | None = None,
+    stop: ShutdownRequest | None = None,
 ) -> RunReport:
     """Generate the images of a job; every rank of the world calls this.
 
@@ -56,7 +56,7 @@ def run_job(
         RankError: another rank failed; the same on every rank.
         Stopped: ``stop`` was requested; what was made is durable.
     """
-    stop = Stop() if stop is None else stop
+    stop = ShutdownRequest() if stop is None else stop
     config = resolve_config(config)
     if world is None:
         world = World.detect(config.device, gpus_per_rank=config.gpus_per_rank)
@@ -84,7 +84,7 @@ def _run(
     group: Group,
     replica: Replica,
     leader: Leader | None,
-    stop: Stop,
+    stop: ShutdownRequest,
     heartbeat: Heartbeat,
 ) -> RunReport:
     assignments = None if leader is None else leader.assignments(replica.num_replicas)
@@ -105,7 +105,7 @@ def _run(
     stages = replica.process_group() if len(replica.ranks) > 1 else None
     if not assignment.is_empty:  # else nothing needs a model
         engine = load_engine(assignment.model, config, group.world, replica, stages)
-        engine.tell_steps(heartbeat)
+        engine.set_progress_listener(heartbeat)
     loaded = time.monotonic()
 
     with (
@@ -135,7 +135,7 @@ def _run(
 
 
 @contextlib.contextmanager
-def _stopping_together(replica: Replica, stop: Stop) -> Iterator[None]:
+def _stopping_together(replica: Replica, stop: ShutdownRequest) -> Iterator[None]:
     """Turn the loss of another stage into `Stopped` where a stop was requested from all."""
     try:
         yield
@@ -152,7 +152,7 @@ def _make_results(
     config: JobConfig,
     group: Group,
     leader: Leader | None,
-    stop: Stop,
+    stop: ShutdownRequest,
 ) -> ResultSummary:
     """Run this rank's batches; each Result is on disk and journaled when this returns."""
     summary = ResultSummary()
@@ -181,7 +181,7 @@ def _make_results(
 
 
 def _serve_stage(
-    engine: Engine | None, assignment: Assignment, group: Group, stop: Stop
+    engine: Engine | None, assignment: Assignment, group: Group, stop: ShutdownRequest
 ) -> ResultSummary:
     """Run this rank's stage for the rank of its replica that makes the Results."""
     group.enter("running", "the stage of a denoiser")
@@ -212,7 +212,7 @@ def _engine_runs(assignment: Assignment, group: Group) -> Iterator[Iterator[Sequ
 
 
 def _check_before_each(
-    batches: Iterator[Batch], group: Group, leader: Leader | None, stop: Stop
+    batches: Iterator[Batch], group: Group, leader: Leader | None, stop: ShutdownRequest
 ) -> Iterator[Batch]:
     """The batches; before each, raise if a peer failed, and end if a signal asked for it."""
     while not stop.is_requested:
