@@ -19,6 +19,7 @@ EXIT_BUG = 70
 EXIT_IO = 74
 EXIT_INTERRUPTED = 75
 EXIT_CTRL_C = 130
+EXIT_PIPE = 141
 
 #: When a rank ends with one of these, no other rank can or should continue.
 ENDS_THE_JOB = (EXIT_USAGE, EXIT_IO, EXIT_INTERRUPTED, EXIT_CTRL_C)

@@ -299,3 +299,14 @@ def test_version_and_help():
     assert run([*MAIN, "--version"]).stdout.startswith("ddinfer 0.")
     assert "replay" in run([*MAIN, "help"]).stdout
     assert "--nproc_per_node" in run([*MAIN, "--help"]).stdout
+
+
+@pytest.mark.parametrize("words", ["--help", "plan --help", "--print_config", "--dry_run"])
+def test_a_reader_that_ends_early_is_no_traceback(words):
+    """As ``ddinfer --help | head``: here the pipe is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "ddinfer", *words.split()]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from ddinfer.errors import (
     EXIT_CTRL_C,
     EXIT_IO,
     EXIT_OK,
+    EXIT_PIPE,
     DdinferError,
     RankError,
     Stopped,
@@ -48,6 +50,10 @@ def dispatch(argv: Sequence[str]) -> int:
     except DdinferError as error:
         print(f"ddinfer: error: {_message(error)}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has ended, as `head` does. Python flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_PIPE
     except OSError as error:
         if not is_environment_error(error):
             raise

@@ -33,7 +33,7 @@ def summary_lines(report: RunReport) -> list[str]:
         num_stages = len(report.ranks) // len(makers)
         who = "rank" if num_stages == 1 else f"replica of {num_stages} ranks"
         shares = ", ".join(f"{t.images} ({duration(t.working)})" for t in makers)
-        lines.append(f"  images by {who}: {shares}; load_balance {load_balance(makers):.0%}")
+        lines.append(f"  images by {who}: {shares}; load balance {load_balance(makers):.0%}")
     for flag, count in sorted(report.flags.items()):
         lines.append(f"  {count} flagged {flag}: see the flags in metadata.jsonl")
     if report.num_inexact:
