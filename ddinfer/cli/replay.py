@@ -14,10 +14,10 @@ from ddinfer.cli.files import check_can_write
 from ddinfer.cli.logging import configure_logging
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
+from ddinfer.engines.options import open_source
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, UsageError
 from ddinfer.job.prepare import library_versions, resolve_model
 from ddinfer.models.fingerprint import model_fingerprint
-from ddinfer.models.repository import pipeline_folder
 from ddinfer.request import Request
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import ImageRecord, read_metadata
@@ -176,14 +176,7 @@ def _changes(record: ImageRecord, model: str, config: JobConfig, device: str) ->
     kind = device.split(":")[0]
     if kind != record.device:
         lines.append(f"device: {record.device} then, {kind} now")
-    folder = pipeline_folder(
-        model,
-        variant=config.variant,
-        revision=config.revision,
-        token=config.token,
-        trust_remote_code=config.trust_remote_code,
-        allow_pickle=config.allow_pickle,
-    )
+    folder = open_source(model, config).folder
     now_hash = model_fingerprint(folder, variant=config.variant, allow_pickle=config.allow_pickle)
     if now_hash != record.model_hash:
         lines.append(f"model: the files of {model} are not those that it was generated with")

@@ -17,13 +17,14 @@ from ddinfer.distributed.devices import resolve_num_threads
 from ddinfer.distributed.partition import slice_of_batches
 from ddinfer.distributed.progress import RankTimes, load_balance
 from ddinfer.distributed.world import World
+from ddinfer.engines.options import open_source
 from ddinfer.engines.whole import gpu_numbers
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, StorageError, exit_code_of
 from ddinfer.job.assignment import Assignment, IndexBatches, ResultSummary
 from ddinfer.job.prepare import job_identity, library_versions, prepare
 from ddinfer.job.restarts import attempt_id
 from ddinfer.models.fingerprint import model_fingerprint
-from ddinfer.models.repository import pipeline_folder, scheduler_name
+from ddinfer.models.repository import scheduler_name
 from ddinfer.storage.crashes import prompts_to_give_up, quarantine, record_deaths
 from ddinfer.storage.disk_space import check_room, estimate_disk
 from ddinfer.storage.files import Files
@@ -95,14 +96,7 @@ class Leader:
         if retry_failed:
             requests = JobFolder.look(self.files, config.output).all_requests
         self.job = prepare(config, stdin=stdin, requests=requests, gpus=gpu_numbers(world))
-        model_folder = pipeline_folder(
-            self.job.model,
-            revision=config.revision,
-            token=config.token,
-            variant=config.variant,
-            trust_remote_code=config.trust_remote_code,
-            allow_pickle=config.allow_pickle,
-        )
+        model_folder = open_source(self.job.model, config).folder
         self.num_threads = self._num_threads()
         identity = job_identity(
             self.job,
