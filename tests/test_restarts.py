@@ -284,7 +284,7 @@ def test_a_frozen_rank_ends_the_attempt_and_the_next_one_makes_the_rest(moody, t
     code, err = end(process)
     assert code == 0, err
     assert "rank 1 failed while running prompt 2" in err
-    assert "nothing has moved there for" in err
+    assert "no progress for" in err
     assert verify(Files(), str(tmp_path / "out")).is_good
     assert "death" not in "".join(f.read_text() for f in tmp_path.glob("out/journal/*"))
 

@@ -294,7 +294,7 @@ def test_a_frozen_stage_is_named_and_not_who_waits_for_it(moody, tmp_path):
     code, err = end(process)
     assert code == 0, err
     assert "rank 2 failed while running the stage of a denoiser" in err
-    assert "nothing has moved there for" in err
+    assert "no progress for" in err
     assert colours(tmp_path / "out") == {k: colour(k) for k in range(3)}
     assert not deaths(tmp_path)
 

@@ -1,8 +1,8 @@
-"""Ranks that watch one another: a warning, or the end of an attempt, where one stands still.
+"""Detecting stalls: a warning, or the end of an attempt, when a rank makes no progress.
 
-Each rank's thread says through a connection of its own how often the denoiser has run and what
-the rank does; and it watches the next rank's word, the last rank the first one's. Being slow is
-no fault: only a word that does not change counts, and that of a frozen process does not.
+A thread on each rank writes the number of denoiser calls and the current phase to the store, over
+a connection of its own, and watches the next rank; the last rank watches the first. Being slow is
+not a stall: only a report that does not change counts, and that of a frozen process does not.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 WARN_SECONDS = 60.0
-#: What a rank does itself; in any other phase it waits for others, who may be slow. A rank that
-#: serves another's calls waits, too, but says so again and again while it lives.
+#: Phases in which a rank works; in any other it waits for ranks that may be slow. A rank that
+#: serves another's calls waits as well, and reports so repeatedly while it lives.
 BUSY = ("loading", "running", "saving")
-#: A rank that awaits the other stages of its model is given so many times what they are given,
-#: so that the one to blame is found first.
+#: A rank that awaits the other stages of its model gets this many times their timeout, so that
+#: the stalled stage is found first.
 PATIENCE = 2
-#: The type in the record of a rank that stood still for too long.
+#: The type in the error record of a stalled rank.
 STUCK = "RankStuck"
 
 
@@ -49,7 +49,7 @@ def print_stacks_on_request() -> None:
 
 
 class Heartbeat:
-    """This rank's word, and its watch over the next rank.
+    """Reports the progress of this rank, and watches the next rank.
 
     Args:
         stuck_timeout: seconds without a change after which the attempt ends; ``None``: never.
@@ -68,28 +68,28 @@ class Heartbeat:
         self._ended = threading.Event()
 
     def listen_to(self, pipe: Any) -> None:
-        """Hear the VAE of ``pipe`` begin to decode."""
+        """Report when the VAE of ``pipe`` starts to decode."""
         decoder: Any = getattr(getattr(pipe, "vae", None), "decoder", None)
         if hasattr(decoder, "register_forward_pre_hook"):
             decoder.register_forward_pre_hook(lambda *_: self.decodes())
 
     def steps(self) -> None:
-        """The denoiser, or this rank's stage of it, begins a forward."""
+        """The denoiser, or this rank's stage of it, starts a forward."""
         self.count += 1
         self.is_decoding = self.is_waiting = False
 
     def decodes(self) -> None:
-        """The VAE begins to decode."""
+        """The VAE starts to decode."""
         self.count += 1
         self.is_decoding, self.is_waiting = True, False
 
     def waits(self) -> None:
-        """What comes next is not this rank's turn: it may take as long as the others take."""
+        """This rank waits for other ranks now, for as long as they take."""
         self.is_waiting = True
 
     @contextlib.contextmanager
     def awaiting(self) -> Iterator[None]:
-        """Inside, this rank does nothing until the other stages of its model have moved."""
+        """Inside, this rank waits for the other stages of its model."""
         self.is_awaiting = True
         try:
             yield
@@ -110,7 +110,7 @@ class Heartbeat:
             thread.join()
 
     def _work(self) -> None:
-        # Where the store is gone, the main thread will say so better.
+        # The main thread reports a lost store with more context.
         with contextlib.suppress(StoreLost):
             watch = _Watch()
             while not self._ended.wait(BEAT_SECONDS):
@@ -121,7 +121,7 @@ class Heartbeat:
                 self._judge(watch.silence(word, activity or ""), watch)
 
     def _word(self) -> str:
-        """``count activity``, which changes whenever anything goes on."""
+        """``count activity``, which changes with any progress."""
         activity = self.group.board.activity
         self._beats += 1
         if self.is_waiting and activity.startswith("running"):
@@ -143,7 +143,7 @@ class Heartbeat:
             log.warning("rank %d has been %s for %.0f s without a step", rank, activity, silence)
             self._request_stacks()
         if self.stuck_timeout is not None and silence >= self.stuck_timeout:
-            text = f"nothing has moved there for {silence:.0f} s (--stuck_timeout)"
+            text = f"no progress for {silence:.0f} s (--stuck_timeout)"
             failure = Failure(rank, activity, ErrorRecord(STUCK, text), exit_code=EXIT_INTERRUPTED)
             self._request_stacks()
             self._board.post_failure(failure)
@@ -154,15 +154,15 @@ class Heartbeat:
                     os.kill(pid, signal.SIGKILL)
 
     def _request_stacks(self) -> None:
-        """Have the next rank print where each of its threads is, if it is on this machine."""
+        """Make the next rank print the stacks of its threads, if it is on this machine."""
         pid = self._board.process_here(self._next)
         if pid is not None and self._board.read(f"stacks/{self._next}") is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, STACKS_SIGNAL)
-            time.sleep(0.5)  # for it to print them, before it is ended
+            time.sleep(0.5)  # time to print before it is killed
 
     def _end_if_stuck(self) -> None:
-        """End this process if it is the one that stands still: its main thread cannot."""
+        """End this process if it is the stalled one: its main thread cannot."""
         failure = self._board.first_failure()
         if failure is None or failure.rank != self.group.world.rank:
             return
@@ -171,7 +171,7 @@ class Heartbeat:
 
 
 class _Watch:
-    """How long a rank has said the same.
+    """How long the report of a rank has not changed.
 
     Attributes:
         word: of its thread; ``None`` before the first.
@@ -187,18 +187,18 @@ class _Watch:
 
     @property
     def is_awaiting(self) -> bool:
-        """Whether the rank does nothing until the other stages of its model have moved."""
+        """Whether the rank waits for the other stages of its model."""
         return b" awaiting" in (self.word or b"")
 
     @property
     def doing(self) -> str:
-        """The activity; where the last word knows more of it (decoding), that."""
+        """The activity; decoding, where the last report says so."""
         said = (self.word or b"").decode().partition(" ")[2]
         is_same = said.partition(" ")[2] == self.activity.partition(" ")[2]
         return said if is_same and said.startswith("decoding") else self.activity
 
     def silence(self, word: bytes | None, activity: str) -> float:
-        """Seconds since either was another one; 0 for a rank that waits for others."""
+        """Seconds since the last change; 0 for a rank that waits for others."""
         if (word, activity) != (self.word, self.activity):
             self.word, self.activity = word, activity
             self.since, self.has_warned = time.monotonic(), False
@@ -206,5 +206,5 @@ class _Watch:
 
 
 def is_stuck(record: ErrorRecord | None) -> bool:
-    """Whether a failure is that of a rank which stood still."""
+    """Whether a failure is that of a stalled rank."""
     return record is not None and record.type == STUCK
