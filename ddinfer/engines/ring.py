@@ -23,10 +23,10 @@ from ddinfer.models.building import build_on_meta
 from ddinfer.models.opening import OpenModel
 from ddinfer.models.source import DENOISER_NAMES, PipelineSource
 from ddinfer.parallel.blocks import module_bytes, ring_blocks
+from ddinfer.parallel.cut import block_stages
 from ddinfer.parallel.flow import PlanError
 from ddinfer.parallel.image_state import check_pipeline_class
 from ddinfer.parallel.ring import Ring
-from ddinfer.parallel.stages import block_stages
 from ddinfer.request import Result
 
 if TYPE_CHECKING:

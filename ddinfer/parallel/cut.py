@@ -1,11 +1,15 @@
-"""Blocks → stages. Pure arithmetic: no torch, no processes."""
+"""Blocks → stages, balanced by their sizes."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
+from torch import nn
+
 from ddinfer.errors import UsageError
+from ddinfer.parallel.blocks import module_bytes
+from ddinfer.parallel.flow import PlanError
 
 
 def balance(
@@ -76,3 +80,36 @@ def merge_weightless(sizes: Sequence[float]) -> list[range]:
         else:
             groups.append(range(k, k + 1))
     return groups
+
+
+def block_stages(
+    model: nn.Module,
+    blocks: Sequence[str],
+    num_stages: int,
+    split_points: list[str] | None = None,
+    *,
+    first: float = 0,
+) -> list[range]:
+    """Which blocks each stage has: balanced by bytes, or as the split points say.
+
+    Args:
+        first: bytes' worth of what the first stage does besides its blocks.
+
+    Raises:
+        PlanError: too few blocks, or a split point that is none of them.
+    """
+    if len(blocks) < num_stages:
+        raise PlanError(
+            f"{type(model).__name__} has {len(blocks)} blocks, too few for {num_stages} ranks"
+        )
+    if split_points is None:
+        sizes = [module_bytes(model.get_submodule(block)) for block in blocks]
+        return balance(sizes, num_stages, first=first)
+    unknown = [p for p in split_points if p not in blocks[1:]]
+    if unknown:
+        raise PlanError(
+            f"split point {unknown[0]!r} is not one of its blocks after the first: "
+            f"{', '.join(blocks[1:4])}, …"
+        )
+    starts = [0, *sorted(blocks.index(p) for p in split_points), len(blocks)]
+    return [range(a, b) for a, b in itertools.pairwise(starts)]

@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ddinfer.errors import DdinferError, UsageError
+from ddinfer.parallel.blocks import faked
 from ddinfer.parallel.labels import Tracker
-from ddinfer.parallel.trace import faked
 from ddinfer.parallel.wire import Layout, layout_of
 
 

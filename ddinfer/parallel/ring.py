@@ -21,13 +21,13 @@ from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.models.source import DENOISER_NAMES
 from ddinfer.parallel.admission import Queue
 from ddinfer.parallel.blocks import drop_weights, ring_blocks
+from ddinfer.parallel.cut import block_stages
 from ddinfer.parallel.flow import PlanError, StagedModel, call_key
 from ddinfer.parallel.image_state import check_pipeline_class
 from ddinfer.parallel.images import Call, Studio
 from ddinfer.parallel.link import Link
 from ddinfer.parallel.messages import END, ERROR, WORK, Exchange, Message
 from ddinfer.parallel.plans import PlanCache
-from ddinfer.parallel.stages import block_stages
 from ddinfer.parallel.wire import Layout
 
 #: A job makes one image (or batch of images) with the pipeline it is given.

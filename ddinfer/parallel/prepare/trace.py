@@ -110,36 +110,6 @@ def trace(
     return TracedCut(found, edges, inputs, outputs, policy.cuts)
 
 
-@contextlib.contextmanager
-def faked(model: nn.Module, mode: Any, device: torch.device) -> Iterator[None]:
-    """``model`` with fake parameters and buffers on ``device`` in place of its own."""
-    kept: list[tuple[dict[str, Any], str, Any]] = []
-    memo: dict[int, torch.Tensor] = {}
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in memo:
-            with mode:
-                empty = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-                )
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-        return memo[id(tensor)]
-
-    for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, tensor in table.items():
-                if tensor is not None:
-                    kept.append((table, name, tensor))
-                    table[name] = fake(tensor)
-    try:
-        yield
-    finally:
-        for table, name, tensor in kept:
-            table[name] = tensor
-
-
 def give_weights(stage: nn.Module, weights: dict[str, torch.Tensor], device: torch.device) -> None:
     """Puts real tensors, by name, in the place of a stage's fake ones.
 

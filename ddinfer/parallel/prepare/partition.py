@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -13,22 +12,22 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ddinfer.errors import UsageError
-from ddinfer.parallel.blocks import find_blocks, module_bytes, ring_blocks
-from ddinfer.parallel.cut import balance
+from ddinfer.parallel.blocks import faked, find_blocks, ring_blocks
+from ddinfer.parallel.cut import block_stages
 from ddinfer.parallel.flow import PlanError, StagedModel, call_key
 from ddinfer.parallel.link import Link
-from ddinfer.parallel.mixing import CannotRun
 from ddinfer.parallel.plans import PlanCache
-from ddinfer.parallel.rows import Inputs, Outputs
-from ddinfer.parallel.samples import (
+from ddinfer.parallel.prepare.mixing import CannotRun
+from ddinfer.parallel.prepare.rows import Inputs, Outputs
+from ddinfer.parallel.prepare.samples import (
     fake_mode,
     fake_sample,
     outputs_for_real,
     rebuild,
     with_rows,
 )
-from ddinfer.parallel.trace import TracedCut, TraceFailed, faked, give_weights, trace
-from ddinfer.parallel.weights import Weights
+from ddinfer.parallel.prepare.trace import TracedCut, TraceFailed, give_weights, trace
+from ddinfer.parallel.prepare.weights import Weights
 from ddinfer.parallel.wire import Layout
 
 log = logging.getLogger(__name__)
@@ -319,39 +318,6 @@ class _Blocks:
 
     def output_leaves(self, values: dict[Any, Any]) -> dict[int, torch.Tensor]:
         return {k: values[("output", k)] for k in self.outputs.dims}
-
-
-def block_stages(
-    model: nn.Module,
-    blocks: Sequence[str],
-    num_stages: int,
-    split_points: list[str] | None = None,
-    *,
-    first: float = 0,
-) -> list[range]:
-    """Which blocks each stage has: balanced by bytes, or as the split points say.
-
-    Args:
-        first: bytes' worth of what the first stage does besides its blocks.
-
-    Raises:
-        PlanError: too few blocks, or a split point that is none of them.
-    """
-    if len(blocks) < num_stages:
-        raise PlanError(
-            f"{type(model).__name__} has {len(blocks)} blocks, too few for {num_stages} ranks"
-        )
-    if split_points is None:
-        sizes = [module_bytes(model.get_submodule(block)) for block in blocks]
-        return balance(sizes, num_stages, first=first)
-    unknown = [p for p in split_points if p not in blocks[1:]]
-    if unknown:
-        raise PlanError(
-            f"split point {unknown[0]!r} is not one of its blocks after the first: "
-            f"{', '.join(blocks[1:4])}, …"
-        )
-    starts = [0, *sorted(blocks.index(p) for p in split_points), len(blocks)]
-    return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
 def _tensor_names(module: nn.Module) -> list[str]:

@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ddinfer.errors import UsageError
+from ddinfer.parallel.blocks import faked
 from ddinfer.parallel.flow import PlanError
-from ddinfer.parallel.mixing import CannotRun, Run, settle_rows, unused_sizes
-from ddinfer.parallel.row_flow import RowFlow
-from ddinfer.parallel.rows import Inputs, Outputs
-from ddinfer.parallel.trace import TraceFailed, faked, quiet
+from ddinfer.parallel.prepare.mixing import CannotRun, Run, settle_rows, unused_sizes
+from ddinfer.parallel.prepare.row_flow import RowFlow
+from ddinfer.parallel.prepare.rows import Inputs, Outputs
+from ddinfer.parallel.prepare.trace import TraceFailed, quiet
 
 
 def settle_inputs(

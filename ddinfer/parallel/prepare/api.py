@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.parallel.blocks import check_names
 from ddinfer.parallel.link import ConnectionLost, Link, Sending
-from ddinfer.parallel.rows import Inputs
-from ddinfer.parallel.samples import settle_inputs
-from ddinfer.parallel.stages import Cut, cut_model
+from ddinfer.parallel.prepare.partition import Cut, cut_model
+from ddinfer.parallel.prepare.rows import Inputs
+from ddinfer.parallel.prepare.samples import settle_inputs
 from ddinfer.parallel.wire import Layout, layout_of
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ddinfer.errors import UsageError
-from ddinfer.parallel.row_flow import Recorder, RowFlow
-from ddinfer.parallel.rows import Inputs, Outputs
+from ddinfer.parallel.prepare.row_flow import Recorder, RowFlow
+from ddinfer.parallel.prepare.rows import Inputs, Outputs
 
 #: Ways to tell batches from tensors that have as many rows by chance.
 MAX_TRIES = 64
