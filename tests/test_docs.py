@@ -44,6 +44,17 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+CODE_BLOCK = re.compile(r"```\w+\n.*?```", re.DOTALL)
+
+
+@pytest.mark.parametrize("language", ["zh", "ko"])
+def test_the_translated_quickstart_has_the_code_of_the_english_one(language):
+    english = (ROOT / "docs/getting-started.md").read_text(encoding="utf-8")
+    translated = (ROOT / "docs" / language / "getting-started.md").read_text(encoding="utf-8")
+    assert len(CODE_BLOCK.findall(english)) > 5
+    assert CODE_BLOCK.findall(translated) == CODE_BLOCK.findall(english)
+
+
 def job_commands():
     """(page, argv) of every command in the pages that runs a job."""
     found = []
