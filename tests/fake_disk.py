@@ -120,6 +120,7 @@ class _Open:
 
 _ONLY_OPENING = ("EMFILE",)
 _ONLY_CHANGING = ("ENOSPC", "EDQUOT", "EROFS")
+_LOOKING = ("listdir", "readlink", "size", "open_read", "read", "lock")
 
 
 class FakeDisk(Disk):
@@ -159,7 +160,7 @@ class FakeDisk(Disk):
             return None
         if kind in _ONLY_OPENING and name not in ("open", "open_read", "fsync_folder", "listdir"):
             return None
-        if kind in _ONLY_CHANGING and name in ("listdir", "size", "open_read", "read", "lock"):
+        if kind in _ONLY_CHANGING and name in _LOOKING:
             return None
         self.has_struck = True
         raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)), path)
@@ -267,6 +268,12 @@ class FakeDisk(Disk):
                 raise NotADirectoryError(errno.ENOTDIR, "not a folder", path)
             names = [p for p in self.platter.entries if os.path.dirname(p) == path and p != "/"]
             return [os.path.basename(p) for p in names]
+
+    def readlink(self, path: str) -> str:
+        with self._mutex:
+            self._operation("readlink", path)
+            self._node(path)
+            raise OSError(errno.EINVAL, "not a link", path)
 
     def size(self, path: str) -> int:
         with self._mutex:

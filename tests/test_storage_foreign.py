@@ -1,5 +1,6 @@
 """A folder of somebody else's files, of every kind and name: each survives byte for byte."""
 
+import importlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from ddinfer.errors import StorageError, UsageError
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
+from ddinfer.storage.report_files import thumbnail_name
 from ddinfer.storage.verify import verify
 from tests.storage_jobs import describe, make_requests, run_job
 
@@ -149,3 +151,36 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path, overwrite):
     (tmp_path / "out/lock").symlink_to(mine)
     assert attempt(tmp_path / "out", overwrite=overwrite) is not None
     assert mine.read_bytes() == b""
+
+
+def use(out, command):
+    """Run a command that writes or deletes in a job's directory → its error."""
+    if command.startswith("run"):
+        return attempt(out, overwrite="--overwrite" in command)
+    name, *rest = command.split()
+    with pytest.raises(UsageError) as refused:
+        importlib.import_module(f"ddinfer.cli.{name}").main([str(out), *rest])
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["images", "images/0000", "journal", "thumbnails", "thumbnails/0000"]
+)
+@pytest.mark.parametrize("command", ["run", "run --overwrite", "verify --repair", "report"])
+def test_a_directory_of_a_job_that_is_a_link_is_refused_and_nothing_is_written(
+    tmp_path, name, command
+):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    run_job(out, make_requests(3), stop_after=1)
+    (out / image_path(0)).write_bytes(b"torn")
+    thumbnail = out / thumbnail_name(0, "0123456789ab", 1)
+    thumbnail.parent.mkdir(parents=True)
+    thumbnail.write_bytes(b"old")
+    (out / name).rename(elsewhere)
+    (out / name).symlink_to(elsewhere)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    message = use(out, command)
+    assert message is not None
+    assert str(out / name) in message
+    assert str(elsewhere) in message
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -36,6 +36,7 @@ class Disk:
     unlink = staticmethod(os.unlink)
     rmdir = staticmethod(os.rmdir)
     listdir = staticmethod(os.listdir)
+    readlink = staticmethod(os.readlink)
 
     def open(self, path: str, flags: int) -> int:
         return os.open(path, flags | os.O_CLOEXEC, 0o666)
@@ -169,6 +170,16 @@ class Files:
             try:
                 return self.disk.size(path)
             except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def link_target(self, path: str) -> str | None:
+        """Where a symbolic link leads; ``None`` for what is no link, or not there."""
+        with _named("read the link", path):
+            try:
+                return self.disk.readlink(path)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
+                    raise
                 return None
 
     def exists(self, path: str) -> bool:

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 from ddinfer.errors import StorageError, UsageError
@@ -39,7 +40,7 @@ from ddinfer.storage.journal import (
     read_journals,
 )
 from ddinfer.storage.lease import Lease
-from ddinfer.storage.report_files import delete_report
+from ddinfer.storage.report_files import THUMBNAILS_FOLDER, delete_report
 from ddinfer.storage.writer import Writer
 
 #: Files of a job beside job.json, images and journals.
@@ -119,7 +120,8 @@ class JobFolder:
             FolderInUse: another job is running there.
         """
         path = os.path.abspath(path)
-        _reject_foreign(files, path)  # before anything is written there
+        _reject_links(files, path)  # before anything is written there
+        _reject_foreign(files, path)
         _make_folders(files, path)
         lease = Lease.acquire(files, path, run_id, notify=notify)
         try:
@@ -140,6 +142,7 @@ class JobFolder:
     @classmethod
     def look(cls, files: Files, path: str) -> JobFolder:
         """Open read-only, without a lock; the Requests are those in the directory."""
+        _reject_links(files, path)
         record = read_job(files, path)
         if record is None:
             raise UsageError(f"{path} contains no ddinfer job (no {metadata.JOB_FILE})")
@@ -320,6 +323,25 @@ def _reject_foreign(files: Files, path: str) -> JobRecord | None:
                 "write them, or it is lost. Choose another --output, or move these away"
             )
     return record
+
+
+def _reject_links(files: Files, path: str) -> None:
+    """
+    Raises:
+        UsageError: a directory of the job is a link: a directory that somebody handed on could
+            make us write and delete anywhere.
+    """
+    for folder in (IMAGES_FOLDER, JOURNAL_FOLDER, THUMBNAILS_FOLDER):
+        at = os.path.join(path, folder)
+        names = (os.path.join(at, name) for name in files.list(at) if name.isdigit())
+        for name in chain([at], names):
+            target = files.link_target(name)
+            if target is not None:
+                raise UsageError(
+                    f"{name} is a link to {target}; expected a directory of its own, since ddinfer "
+                    "writes and deletes files there. Move the files into it, or choose another "
+                    "--output"
+                )
 
 
 def _delete_job(files: Files, path: str, record: JobRecord) -> None:
