@@ -42,7 +42,7 @@ def test_a_figure_that_changes_changes_the_page(tmp_path, monkeypatch):
     assert "2.5 ms" in page_of(2.5)
     assert page_of(1.5) != page_of(2.5)
     with pytest.raises(ValueError, match="expected one for each of"):
-        report.page_with_figures(page, {"png": part("png"), "ring": part("ring")})
+        report.page_with_figures(page, {"png": part("png"), "continuous": part("continuous")})
 
 
 def test_figures_of_a_busy_machine_are_marked():

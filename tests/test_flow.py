@@ -8,9 +8,9 @@ from torch import nn
 from ddinfer.errors import RankError, UsageError
 from ddinfer.parallel.flow import PlanError, call_key
 from ddinfer.parallel.prepare import prepare_pipeline
-from ddinfer.parallel.ring import Ring
+from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
 from tests.ranks import run_ranks
-from tests.test_ring import Loop
+from tests.test_continuous import Loop
 
 
 def test_two_large_arrays_are_two_kinds_of_call():
@@ -57,14 +57,14 @@ def decisions_on_ranks(group):
     found = {}
     flags = [torch.ones(4), torch.zeros(4), torch.tensor([1.0, 0.0, 0.0, 2.0])]
     for name, decide in DECISIONS.items():
-        ring = Ring(Loop(Deciding(decide).eval()))
+        pipeline = ContinuousPipeline(Loop(Deciding(decide).eval()))
         jobs = [
             lambda pipe, k=k, flag=flag: pipe(
                 2, hidden_states=torch.full((1, 8), 1.0 + k), flag=flag, timestep=torch.ones(1)
             )
             for k, flag in enumerate(flags)
         ]
-        outcomes = {o.number: o for o in ring.run(jobs)}
+        outcomes = {o.number: o for o in pipeline.run(jobs)}
         if not group.group_rank:
             uncut = Loop(Deciding(decide).eval())
             assert [o.error for o in outcomes.values()] == [None] * 3, name
@@ -107,14 +107,14 @@ class Stages(nn.Module):
 
 
 def unlike_the_plan_on_ranks(group, in_flight):
-    ring = Ring(Loop(Stages(True).eval()), num_in_flight=in_flight)
+    pipeline = ContinuousPipeline(Loop(Stages(True).eval()), num_in_flight=in_flight)
     jobs = [
         lambda pipe, size=size: pipe(
             2, hidden_states=torch.full((1, 8), size), timestep=torch.ones(1)
         )
         for size in (1.0, 1e6, 2.0, 1e7, 3.0)
     ]
-    outcomes = {o.number: o for o in ring.run(jobs)}
+    outcomes = {o.number: o for o in pipeline.run(jobs)}
     return {n: str(o.error).splitlines()[0] for n, o in outcomes.items() if o.error is not None}
 
 
@@ -155,7 +155,7 @@ def make_hidream():
 def test_models_known_to_read_contents_are_refused_before_anything_runs(make):
     model = make().eval()
     with pytest.raises(UsageError, match=f"{type(model).__name__} cannot be cut into stages"):
-        Ring(Loop(model))
+        ContinuousPipeline(Loop(model))
 
 
 class Selecting(nn.Module):
@@ -179,9 +179,9 @@ class SelectingBlocks(nn.Module):
 
 
 def test_a_block_whose_output_depends_on_contents_is_named():
-    ring = Ring(Loop(SelectingBlocks().eval()))
+    pipeline = ContinuousPipeline(Loop(SelectingBlocks().eval()))
     job = lambda pipe: pipe(1, hidden_states=torch.ones(1, 8), timestep=torch.ones(1))  # noqa: E731
-    (outcome,) = ring.run([job])
+    (outcome,) = pipeline.run([job])
     assert isinstance(outcome.error, PlanError)
     assert "block blocks.0 of SelectingBlocks reads the contents of its inputs" in str(
         outcome.error
@@ -214,7 +214,7 @@ def latte_job(number):
 
 def latte_on_ranks(group):
     jobs = [latte_job(number) for number in range(3)]
-    outcomes = {o.number: o for o in Ring(Loop(make_latte())).run(jobs)}
+    outcomes = {o.number: o for o in ContinuousPipeline(Loop(make_latte())).run(jobs)}
     if group.group_rank:
         return None
     assert [o.error for o in outcomes.values()] == [None] * 3

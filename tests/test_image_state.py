@@ -11,9 +11,9 @@ from torch import nn
 from ddinfer.config import JobConfig
 from ddinfer.engines.select import check_stages
 from ddinfer.errors import RankError, UsageError
-from ddinfer.parallel.ring import Ring
+from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
 from tests.ranks import run_ranks
-from tests.test_ring import equal_to_uncut, in_ring, job_for, make_pipe
+from tests.test_continuous import equal_to_uncut, in_pipeline, job_for, make_pipe
 from tests.tiny_pipelines import KINDS
 
 
@@ -76,7 +76,7 @@ def hunyuan_job(seed):
 def pag_on_ranks(group):
     pipe = make_pag()
     with pytest.raises((UsageError, RankError), match="StableDiffusionPAGPipeline cannot have"):
-        Ring(pipe)
+        ContinuousPipeline(pipe)
     return True
 
 
@@ -137,9 +137,9 @@ def add_hook(block):
 def swapping_on_ranks(group, changes):
     messages = []
     for change in changes:
-        ring = Ring(Swapping(TwoBlocks().eval(), change))
+        pipeline = ContinuousPipeline(Swapping(TwoBlocks().eval(), change))
         before = nn.Module.__setattr__
-        messages += [str(outcome.error) for outcome in ring.run([lambda pipe: pipe()])]
+        messages += [str(outcome.error) for outcome in pipeline.run([lambda pipe: pipe()])]
         assert nn.Module.__setattr__ is before
     return messages
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_copied_for_each_image_is_refused():
     pipe = Swapping(TwoBlocks().eval(), set_scale)
     pipe.lines = (line for line in "abc")
     with pytest.raises(UsageError, match=r"Swapping\.lines cannot be copied"):
-        Ring(pipe)
+        ContinuousPipeline(pipe)
 
 
 # --- each image has its own ----------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_what_cannot_be_copied_for_each_image_is_refused():
 
 def hunyuan_on_ranks(group):
     jobs = [hunyuan_job(seed) for seed in range(6)]
-    outcomes = in_ring(make_hunyuan(), jobs, num_in_flight=4)
+    outcomes = in_pipeline(make_hunyuan(), jobs, num_in_flight=4)
     if outcomes is None:
         return None
     uncut = make_hunyuan()
@@ -191,7 +191,7 @@ def half_on_ranks(group):
     # As slow as real decoding is next to a step: the others make theirs meanwhile.
     pipe.vae.decoder.register_forward_pre_hook(lambda module, args: time.sleep(0.2))
     jobs = [job_for("sdxl", k, num_inference_steps=1 + k % 3) for k in range(4)]
-    outcomes = in_ring(pipe, jobs, num_in_flight=4)
+    outcomes = in_pipeline(pipe, jobs, num_in_flight=4)
     if outcomes is None:
         return None
     uncut = make()
@@ -270,7 +270,7 @@ def settings_on_ranks(group):
                 ]
             )
         ]
-        outcomes = in_ring(make_pipe(kind), jobs, num_in_flight=4)
+        outcomes = in_pipeline(make_pipe(kind), jobs, num_in_flight=4)
         if outcomes is not None:
             found[kind] = equal_to_uncut(kind, jobs, outcomes)
     return found or None

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from ddinfer.errors import RankError
-from ddinfer.parallel.link import ConnectionLost, Link, losing
-from ddinfer.parallel.messages import Exchange
+from ddinfer.parallel.communicator import ConnectionLost, Communicator, losing
+from ddinfer.parallel.continuous.messages import Exchange
 from tests.ranks import run_ranks
 
 
@@ -46,7 +46,7 @@ def timeout_on_ranks(group):
     short = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=1))
     if group.group_rank == 0:
         with pytest.raises(RuntimeError, match="Timed out"):
-            Link.of(short).receive(torch.zeros(1), 1)
+            Communicator.of(short).receive(torch.zeros(1), 1)
     dist.barrier()
     return True
 
@@ -57,13 +57,13 @@ def test_a_timeout_is_no_lost_neighbour():
 
 def leaving_on_ranks(world):
     dist.init_process_group("gloo")
-    link = Link.of()
-    link.agree(None, "cutting the denoiser")
+    comm = Communicator.of()
+    comm.agree(None, "cutting the denoiser")
     if world.rank == 1:
         dist.destroy_process_group()
         return None
     with pytest.raises(RankError) as raised:
-        Exchange(link, None, None)
+        Exchange(comm, None, None)
     return raised.value.rank
 
 
@@ -73,10 +73,10 @@ def test_a_rank_that_leaves_before_the_first_message_is_named():
 
 def closing_on_ranks(group):
     own = dist.new_group(backend="gloo")
-    Link.of(own).close()
+    Communicator.of(own).close()
     assert dist.get_world_size(own) == 2, "a group that somebody else made stays"
-    link = Link((0, 1), group.group_rank, torch.device("cpu"), None, own, owns_control=True)
-    link.close()
+    comm = Communicator((0, 1), group.group_rank, torch.device("cpu"), None, own, owns_control=True)
+    comm.close()
     with pytest.raises(ValueError, match=r"Invalid process group|not initialized|not created"):
         dist.get_backend(own)
     return True

@@ -13,7 +13,7 @@ from ddinfer.cli.status import status_of
 from ddinfer.storage.files import Files
 from tests.jobs import STARTS, end, is_whole, job, undisturbed, wait_for_words, wait_until
 from tests.moody_pipeline import moody_pipeline
-from tests.moody_ring import moody_ring
+from tests.moody_continuous import moody_continuous
 from tests.test_cli import images, run, start, status
 
 HOLDS = {"preparing": "MOODY_HOLDS_IMPORT", "loading": "MOODY_HOLDS_LOADING"}
@@ -24,13 +24,13 @@ PHASES = ["preparing", "loading", "running", "decoding", "saving", "gathering"]
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     moody_pipeline(folder)
-    moody_ring(folder)
+    moody_continuous(folder)
     return folder
 
 
 def model_of(phase, folder):
     """One that has a denoiser, and so something to do behind it, where it is to wait there."""
-    name = "moody_ring" if phase == "decoding" else "moody"
+    name = "moody_continuous" if phase == "decoding" else "moody"
     return str(folder / name)
 
 

@@ -15,7 +15,7 @@ from ddinfer.errors import UsageError
 from ddinfer.models.placement import Placement, on_gpu, parse_max_memory
 
 if TYPE_CHECKING:
-    from ddinfer.engines.ring import StagePlan
+    from ddinfer.engines.continuous import StagePlan
 
 
 def load_engine(
@@ -31,9 +31,9 @@ def load_engine(
         UsageError: the pipeline lacks what an option asks for, or the model does not fit.
     """
     if config.pipeline_parallel > 1:
-        from ddinfer.engines.ring import load_ring_engine
+        from ddinfer.engines.continuous import load_continuous_engine
 
-        return load_ring_engine(
+        return load_continuous_engine(
             model, config, replica, device=world.device, rank=world.rank, group=group
         )
     if config.placement == "staged":
@@ -71,7 +71,7 @@ def check_stages(model: str, config: JobConfig) -> dict[str, list[StagePlan]]:
     """
     if config.pipeline_parallel == 1 and config.placement != "staged":
         return {}
-    from ddinfer.engines.ring import plan_stages
+    from ddinfer.engines.continuous import plan_stages
     from ddinfer.models.source import PipelineSource
     from ddinfer.models.stages import components_by_stage
 

@@ -25,7 +25,7 @@ from ddinfer.prompts.files import read_prompts
 from ddinfer.request import Prompt, Request, resolve_requests
 
 if TYPE_CHECKING:
-    from ddinfer.engines.ring import StagePlan
+    from ddinfer.engines.continuous import StagePlan
 
 #: Libraries whose version can change an image.
 VERSIONED = ("torch", "diffusers", "transformers", "numpy", "pillow")

@@ -124,7 +124,7 @@ def faked(model: nn.Module, mode: Any, device: torch.device) -> Iterator[None]:
             table[name] = tensor
 
 
-def ring_blocks(model: nn.Module) -> list[str]:
+def denoiser_blocks(model: nn.Module) -> list[str]:
     """The blocks of a denoiser in the order they run; empty where it has none.
 
     A UNet's ``down_blocks``, ``mid_block`` and ``up_blocks``; of any other model the elements of

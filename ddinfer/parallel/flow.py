@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from ddinfer.errors import DdinferError, UsageError
 from ddinfer.parallel.blocks import faked
 from ddinfer.parallel.labels import Tracker
-from ddinfer.parallel.wire import Layout, layout_of
+from ddinfer.parallel.packing import Layout, layout_of
 
 
 class PlanError(DdinferError):

@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 
 from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.parallel.blocks import check_names
-from ddinfer.parallel.link import ConnectionLost, Link, Sending
+from ddinfer.parallel.communicator import ConnectionLost, Communicator, Sending
 from ddinfer.parallel.prepare.partition import Cut, cut_model
 from ddinfer.parallel.prepare.rows import Inputs
 from ddinfer.parallel.prepare.samples import settle_inputs
-from ddinfer.parallel.wire import Layout, layout_of
+from ddinfer.parallel.packing import Layout, layout_of
 
 
 def prepare_pipeline(
@@ -64,7 +64,7 @@ def prepare_pipeline(
         UsageError: something that cannot be right; on every rank, before anything runs.
         RankError: on the other ranks, when one of them failed.
     """
-    link = Link.of(group, device)
+    link = Communicator.of(group, device)
     error: BaseException | None = None
     prepared: PipelinedModel | None = None
     try:
@@ -101,7 +101,7 @@ class PipelinedModel:
         config: the model's, where it has one.
     """
 
-    def __init__(self, model: nn.Module, cut: Cut, link: Link, gather_output: bool):
+    def __init__(self, model: nn.Module, cut: Cut, link: Communicator, gather_output: bool):
         self.inputs, self.gather_output = cut.inputs, gather_output
         self.config = getattr(model, "config", None)
         self.__signature__ = cut.inputs.signature

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ddinfer.errors import UsageError
-from ddinfer.parallel.blocks import faked, find_blocks, ring_blocks
+from ddinfer.parallel.blocks import faked, find_blocks, denoiser_blocks
 from ddinfer.parallel.cut import block_stages
 from ddinfer.parallel.flow import PlanError, StagedModel, call_key
-from ddinfer.parallel.link import Link
+from ddinfer.parallel.communicator import Communicator
 from ddinfer.parallel.plans import PlanCache
 from ddinfer.parallel.prepare.mixing import CannotRun
 from ddinfer.parallel.prepare.rows import Inputs, Outputs
@@ -28,7 +28,7 @@ from ddinfer.parallel.prepare.samples import (
 )
 from ddinfer.parallel.prepare.trace import TracedCut, TraceFailed, give_weights, trace
 from ddinfer.parallel.prepare.weights import Weights
-from ddinfer.parallel.wire import Layout
+from ddinfer.parallel.packing import Layout
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Cut(Protocol):
         """On the first rank: settles the kinds of these microbatches."""
         ...
 
-    def exchange_plans(self, link: Link) -> None:
+    def exchange_plans(self, link: Communicator) -> None:
         """Tells every rank what the first has settled."""
         ...
 
@@ -85,7 +85,7 @@ def cut_model(
     example: Sequence[Any],
     split_points: list[str] | None,
     checkpoint: str | os.PathLike[str] | None,
-    link: Link,
+    link: Communicator,
 ) -> Cut:
     """Cuts ``model`` and keeps this rank's part: by tracing, else by its lists of blocks.
 
@@ -126,7 +126,7 @@ class _Whole:
         outputs: Outputs | TraceFailed,
         example: Sequence[Any],
         weights: Weights,
-        link: Link,
+        link: Communicator,
     ):
         self.module, self.inputs = model, inputs
         tensors = weights.read(_tensor_names(model), link.device)
@@ -152,7 +152,7 @@ class _Whole:
 
     def plan(self, chunks: Sequence[Sequence[Any]]) -> None: ...
 
-    def exchange_plans(self, link: Link) -> None: ...
+    def exchange_plans(self, link: Communicator) -> None: ...
 
     def confirm(self) -> None: ...
 
@@ -182,7 +182,7 @@ class _Traced:
         outputs: Outputs,
         split_points: list[str] | None,
         weights: Weights,
-        link: Link,
+        link: Communicator,
     ):
         self.inputs, self.outputs, mode = inputs, outputs, fake_mode()
         with faked(model, mode, link.device):
@@ -210,7 +210,7 @@ class _Traced:
 
     def plan(self, chunks: Sequence[Sequence[Any]]) -> None: ...
 
-    def exchange_plans(self, link: Link) -> None: ...
+    def exchange_plans(self, link: Communicator) -> None: ...
 
     def confirm(self) -> None: ...
 
@@ -245,10 +245,10 @@ class _Blocks:
         example: Sequence[Any],
         split_points: list[str] | None,
         weights: Weights,
-        link: Link,
+        link: Communicator,
     ):
         self.inputs, self.module, self._link = inputs, model, link
-        blocks = ring_blocks(model) or find_blocks(model)
+        blocks = denoiser_blocks(model) or find_blocks(model)
         stages = block_stages(model, blocks, link.size, split_points)
         self.cuts = tuple(blocks[stage.start] for stage in stages[1:])
         foreign = {b for k, b in enumerate(blocks) if k not in stages[link.group_rank]}
@@ -295,7 +295,7 @@ class _Blocks:
             for chunk in chunks:
                 self._kinds.append(self._number(chunk))
 
-    def exchange_plans(self, link: Link) -> None:
+    def exchange_plans(self, link: Communicator) -> None:
         headers = {number: self._plans.metadata(number) for number in self._kinds}
         told = link.broadcast_object((self._kinds, headers))
         for number, header in told[1].items():

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ddinfer.errors import UsageError
 from ddinfer.parallel.blocks import find_blocks
 from ddinfer.parallel.cut import balance, merge_weightless
-from ddinfer.parallel.wire import Layout, layout_of
+from ddinfer.parallel.packing import Layout, layout_of
 
 
 class TraceFailed(Exception):

@@ -1,4 +1,4 @@
-"""The ring: a pipeline's denoisers cut over ranks, with several images in flight.
+"""the continuous pipeline: a pipeline's denoisers cut over ranks, with several images in flight.
 
 All ranks move in lockstep *ticks*. In a tick each rank runs its stage on the call in its hands,
 then hands the result to the next rank and takes the previous one's. The last rank hands the
@@ -19,16 +19,16 @@ from torch.utils import _pytree as pytree
 
 from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.models.source import DENOISER_NAMES
-from ddinfer.parallel.admission import Queue
-from ddinfer.parallel.blocks import drop_weights, ring_blocks
+from ddinfer.parallel.continuous.admission import Queue
+from ddinfer.parallel.blocks import drop_weights, denoiser_blocks
 from ddinfer.parallel.cut import block_stages
 from ddinfer.parallel.flow import PlanError, StagedModel, call_key
-from ddinfer.parallel.image_state import check_pipeline_class
-from ddinfer.parallel.images import Call, Studio
-from ddinfer.parallel.link import Link
-from ddinfer.parallel.messages import END, ERROR, WORK, Exchange, Message
+from ddinfer.parallel.continuous.image_state import check_pipeline_class
+from ddinfer.parallel.continuous.threads import Call, PipelineThreads
+from ddinfer.parallel.communicator import Communicator
+from ddinfer.parallel.continuous.messages import END, ERROR, WORK, Exchange, Message
 from ddinfer.parallel.plans import PlanCache
-from ddinfer.parallel.wire import Layout
+from ddinfer.parallel.packing import Layout
 
 #: A job makes one image (or batch of images) with the pipeline it is given.
 Job = Callable[[Any], Any]
@@ -50,7 +50,7 @@ class Span(NamedTuple):
     serial: int
 
 
-class Ring:
+class ContinuousPipeline:
     """Runs jobs over the ranks of a group, each of which holds one stage of the denoisers.
 
     Every rank of the group makes one with the same denoisers, then calls `run`. Blocks of other
@@ -60,7 +60,7 @@ class Ring:
         pipe: the pipeline on the first rank; ``None`` or a pipeline elsewhere.
         denoisers: by component name, on ranks that have no ``pipe``.
         group: process group in stage order (default: all ranks).
-        num_in_flight: images in the ring at once, at least the number of stages S (default: S;
+        num_in_flight: images in the continuous pipeline at once, at least the number of stages S (default: S;
             2·S on a GPU). From 2·S on, a tick's transfers run beside the next tick's computing.
         head_bytes: what the first rank does besides its blocks (encoding, decoding, the
             scheduler), as bytes of blocks that take as long; its stage is that much smaller.
@@ -83,11 +83,11 @@ class Ring:
         device: str | torch.device | None = None,
         record: bool = False,
     ):
-        self.link = Link.of(group, device)
-        default = self.link.size * (2 if self.link.device.type == "cuda" else 1)
+        self.comm = Communicator.of(group, device)
+        default = self.comm.size * (2 if self.comm.device.type == "cuda" else 1)
         self.num_in_flight = num_in_flight or default
         #: A hop takes two ticks instead of one, so twice as many images keep all stages busy.
-        self.overlap = self.link.size > 1 and self.num_in_flight >= 2 * self.link.size
+        self.overlap = self.comm.size > 1 and self.num_in_flight >= 2 * self.comm.size
         self.spans: list[Span] = []
         self.pipe = pipe
         self._record, self._has_ended = record, False
@@ -97,48 +97,48 @@ class Ring:
         self._staged: list[StagedModel] = []
         error: Exception | None = None
         try:
-            if num_in_flight is not None and num_in_flight < self.link.size:
+            if num_in_flight is not None and num_in_flight < self.comm.size:
                 raise UsageError(
-                    f"{num_in_flight} images in flight leave stages idle: {self.link.size} stages "
-                    f"need at least {self.link.size}"
+                    f"{num_in_flight} images in flight leave stages idle: {self.comm.size} stages "
+                    f"need at least {self.comm.size}"
                 )
             models = dict(denoisers or find_denoisers(pipe))
-            if self.link.is_first and pipe is None:
-                raise UsageError("the first rank of a ring needs the whole pipeline")
-            if self.link.is_first:
+            if self.comm.is_first and pipe is None:
+                raise UsageError("the first rank of a continuous pipeline needs the whole pipeline")
+            if self.comm.is_first:
                 check_pipeline_class(type(pipe))
-                self._studio = Studio(pipe, models, self.link.device)
+                self._threads = PipelineThreads(pipe, models, self.comm.device)
             for name, model in models.items():
                 self._staged.append(self._stage(name, model, head_bytes))
         except Exception as failure:  # noqa: BLE001 - raised again, on every rank
             error = failure
-        self.link.agree(error, "cutting the denoiser")
+        self.comm.agree(error, "cutting the denoiser")
         self._plans = PlanCache()
         self._inspected: list[frozenset[int]] = [frozenset() for _ in self._staged]
-        self._exchange = Exchange(self.link, self._layout, self._learn)
+        self._exchange = Exchange(self.comm, self._layout, self._learn)
 
     def _stage(self, name: str, model: nn.Module, head_bytes: int) -> StagedModel:
         _refuse(name, model)
-        blocks = ring_blocks(model)
+        blocks = denoiser_blocks(model)
         try:
-            stages = block_stages(model, blocks, self.link.size, first=head_bytes)
+            stages = block_stages(model, blocks, self.comm.size, first=head_bytes)
         except PlanError as error:
             raise UsageError(f"the {name} cannot be cut: {error}") from error
-        own = stages[self.link.group_rank]
+        own = stages[self.comm.group_rank]
         for number, block in enumerate(blocks):
             if number not in own:
                 drop_weights(model.get_submodule(block))
-        if self.link.is_first and next(model.parameters()).is_meta:
+        if self.comm.is_first and next(model.parameters()).is_meta:
             raise UsageError(
                 f"the {name}'s first parameter is in a later stage, but pipelines ask it for the "
                 "device; use fewer stages"
             )
-        return StagedModel(model, blocks, stages, self.link.group_rank, self.link.device)
+        return StagedModel(model, blocks, stages, self.comm.group_rank, self.comm.device)
 
     @property
     def latency(self) -> int:
         """Ticks from a call's entering the first stage until its image can make the next."""
-        return self.link.size * (2 if self.overlap else 1)
+        return self.comm.size * (2 if self.overlap else 1)
 
     def listen(
         self,
@@ -160,7 +160,7 @@ class Ring:
         """
         for staged in self._staged:
             staged.detach()
-        self.link.close()
+        self.comm.close()
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
         """Runs ``job(pipe)`` for each of ``jobs`` and yields what became of them as they end.
@@ -172,11 +172,11 @@ class Ring:
             RankError: another rank failed for good or is gone.
         """
         self._has_ended = False
-        if not self.link.is_first:
+        if not self.comm.is_first:
             self._serve()
             return
-        with self._studio.open():
-            yield from self._drive(Queue(self._studio, jobs, self.latency, self.num_in_flight))
+        with self._threads.open():
+            yield from self._drive(Queue(self._threads, jobs, self.latency, self.num_in_flight))
 
     # --- the first rank -----------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class Ring:
             queue.admit()
             for image in queue.take_finished():
                 yield Outcome(image.index, image.value, image.error)
-            if queue.ready or queue.in_ring:
+            if queue.ready or queue.in_pipeline:
                 if self.overlap:  # what was made in the last tick travels while the next is made
                     with self._awaiting():
                         self._exchange.begin(message)
@@ -235,7 +235,7 @@ class Ring:
             queue.answer(image, error=error)
             return Message()
         message.values = values
-        queue.in_ring[image.serial] = image
+        queue.in_pipeline[image.serial] = image
         return message
 
     def _plan(self, call: Call, queue: Queue) -> int:
@@ -248,7 +248,7 @@ class Ring:
         plan, inspected = staged.plan(call.args, call.kwargs)
         self._inspected[call.model] |= inspected
         key = call_key(call.args, call.kwargs, self._inspected[call.model])
-        in_flight = {image.plan for image in queue.in_ring.values()}
+        in_flight = {image.plan for image in queue.in_pipeline.values()}
         return self._plans.add((call.model, key), plan, in_flight)
 
     def _arrive(self, queue: Queue, message: Message) -> None:
@@ -257,7 +257,7 @@ class Ring:
             self._end(None, message)
         if message.kind not in (WORK, ERROR):
             return
-        image = queue.in_ring.pop(message.serial)
+        image = queue.in_pipeline.pop(message.serial)
         self._plans.mark_arrived(message.plan)
         if message.kind == ERROR:
             rank, record, _ = message.loaded()
@@ -274,7 +274,7 @@ class Ring:
         try:
             self._serve_until_the_end()
         except torch.AcceleratorError as error:
-            own = Message(END, origin=self.link.group_rank, header=_told(error))
+            own = Message(END, origin=self.comm.group_rank, header=_told(error))
             self._end(own, self._exchange.settle())
             raise
 
@@ -301,7 +301,7 @@ class Ring:
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001 - it travels to the image whose call this is
-            return message.failed(self.link.rank, error)
+            return message.failed(self.comm.rank, error)
         return message
 
     # --- both ---------------------------------------------------------------------------------
@@ -313,14 +313,14 @@ class Ring:
         values = self._staged[message.model].run(plan, message.plan, message.values)
         self._after()
         if self._record:
-            if self.link.device.type == "cuda":
-                torch.cuda.synchronize(self.link.device)
+            if self.comm.device.type == "cuda":
+                torch.cuda.synchronize(self.comm.device)
             self.spans.append(Span(started, time.monotonic(), message.serial))
         return values
 
     def _learn(self, message: Message) -> None:
         """Keeps a plan that came with a message. A last rank's plan is of no use to the first."""
-        if self.link.is_first or message.kind not in (WORK, ERROR) or not message.header:
+        if self.comm.is_first or message.kind not in (WORK, ERROR) or not message.header:
             return
         header = message.header if message.kind == WORK else message.loaded()[2]
         if header:
@@ -328,7 +328,7 @@ class Ring:
 
     def _layout(self, message: Message, stage: int) -> Layout:
         plan = self._plans[message.plan]
-        return plan.edges[stage] if stage < self.link.size - 1 else plan.back
+        return plan.edges[stage] if stage < self.comm.size - 1 else plan.back
 
     def _end(self, own: Message | None, received: Message) -> None:
         """Takes part in exchanges until every rank knows of the end.
@@ -343,12 +343,12 @@ class Ring:
         Raises:
             RankError: another rank has failed, and this one has no error of its own.
         """
-        size, message = self.link.size, own or received
+        size, message = self.comm.size, own or received
         left, failed = size, None
         while True:
-            if received.kind == END and received.origin != self.link.group_rank:
+            if received.kind == END and received.origin != self.comm.group_rank:
                 message = received
-                left = min(left, size - (self.link.group_rank - received.origin) % size)
+                left = min(left, size - (self.comm.group_rank - received.origin) % size)
                 failed = received if failed is None and received.header else failed
             if left == 0 or size == 1:
                 break
@@ -357,7 +357,7 @@ class Ring:
         self._has_ended = True
         if failed is not None and not (own and own.header):
             record = failed.loaded()
-            raise RankError(self.link.ranks[failed.origin], "running the ring", record)
+            raise RankError(self.comm.ranks[failed.origin], "running the pipeline", record)
 
 
 def _told(error: BaseException | None) -> bytes:
@@ -365,7 +365,7 @@ def _told(error: BaseException | None) -> bytes:
 
 
 def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline that the ring cuts, by component name.
+    """The networks of a pipeline that the continuous pipeline cuts, by component name.
 
     Raises:
         UsageError: there is none.
@@ -373,7 +373,7 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
     found = {
         name: pipe.components[name]
         for name in DENOISER_NAMES
-        if isinstance(pipe.components.get(name), nn.Module) and ring_blocks(pipe.components[name])
+        if isinstance(pipe.components.get(name), nn.Module) and denoiser_blocks(pipe.components[name])
     }
     if not found:
         raise UsageError(

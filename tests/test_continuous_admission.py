@@ -1,18 +1,18 @@
-"""Which image enters the ring when, with images that need no thread; and what a hop carries."""
+"""Which image enters the continuous pipeline when, with images that need no thread; and what a hop carries."""
 
 from collections import deque
 
 import pytest
 import torch
 
-from ddinfer.parallel.admission import Queue
-from ddinfer.parallel.constants import NO_TOKEN, Memory, Repeated
-from ddinfer.parallel.images import Call, Image
-from ddinfer.parallel.ticks import best_limit, count_ticks
-from ddinfer.parallel.wire import ALIGNMENT, layout_of
+from ddinfer.parallel.continuous.admission import Queue
+from ddinfer.parallel.continuous.constants import NO_TOKEN, Memory, Repeated
+from ddinfer.parallel.continuous.threads import Call, ImageTask
+from ddinfer.parallel.continuous.ticks import best_limit, count_ticks
+from ddinfer.parallel.packing import ALIGNMENT, layout_of
 
 
-class Studio:
+class PipelineThreads:
     """Images that are at their first call at once, and take no time between calls."""
 
     def __init__(self):
@@ -33,7 +33,7 @@ class Studio:
 
 def run(calls, num_stages, limit):
     """Ticks that the queue needs for images with these numbers of calls."""
-    queue, way, ticks = Queue(Studio(), iter(calls), num_stages, limit), deque(), 0
+    queue, way, ticks = Queue(PipelineThreads(), iter(calls), num_stages, limit), deque(), 0
     ended = []
     while True:
         queue.admit()
@@ -70,11 +70,11 @@ def test_jobs_are_taken_no_earlier_than_needed():
             taken.append(k)
             yield 3
 
-    studio = Studio()
-    queue = Queue(studio, jobs(), 2, 3)
+    threads = PipelineThreads()
+    queue = Queue(threads, jobs(), 2, 3)
     queue.admit()
     assert len(queue.active) == 3
-    assert studio.started == [0, 1, 2, 3], "one is begun ahead"
+    assert threads.started == [0, 1, 2, 3], "one is begun ahead"
     assert len(taken) <= 3 + 1 + 2
 
 

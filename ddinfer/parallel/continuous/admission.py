@@ -1,4 +1,4 @@
-"""Which image enters the ring when: the first rank's queue of jobs."""
+"""Which image enters the continuous pipeline when: the first rank's queue of jobs."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ddinfer.parallel.constants import Repeated
-from ddinfer.parallel.images import Image, Studio
-from ddinfer.parallel.ticks import best_limit
+from ddinfer.parallel.continuous.constants import Repeated
+from ddinfer.parallel.continuous.threads import ImageTask, PipelineThreads
+from ddinfer.parallel.continuous.ticks import best_limit
 
 #: Calls an image is taken to need before the first one has shown how many it needs.
 UNKNOWN_CALLS = 20
 
 
 class Queue:
-    """Jobs on their way: not begun, beside the ring (encoding, decoding), in it, finished.
+    """Jobs on their way: not begun, outside the pipeline (encoding, decoding), in it, finished.
 
     One image more than there is room for is begun ahead, so that its prompt is encoded when its
     turn comes. Jobs are taken from the iterable no earlier than needed to see its end coming.
 
     Args:
-        latency: ticks from a call to its image's next one, hence images that fill the ring.
-        limit: images in the ring at once, while there are plenty.
+        latency: ticks from a call to its image's next one, hence images that fill the continuous pipeline.
+        limit: images in the continuous pipeline at once, while there are plenty.
 
     Attributes:
-        active: images that have a slot in the ring.
+        active: images that have a slot in the continuous pipeline.
         ready: those of them whose next call has not entered the first stage yet.
-        in_ring: by serial, those whose call is on its way.
+        in_pipeline: by serial, those whose call is on its way.
     """
 
     def __init__(
-        self, studio: Studio, jobs: Iterable[Callable[[Any], Any]], latency: int, limit: int
+        self, threads: PipelineThreads, jobs: Iterable[Callable[[Any], Any]], latency: int, limit: int
     ):
-        self.active: list[Image] = []
-        self.ready: deque[Image] = deque()
-        self.in_ring: dict[int, Image] = {}
-        self._studio, self._jobs = studio, enumerate(jobs)
+        self.active: list[ImageTask] = []
+        self.ready: deque[ImageTask] = deque()
+        self.in_pipeline: dict[int, ImageTask] = {}
+        self._threads, self._jobs = threads, enumerate(jobs)
         self._latency, self._limit = latency, limit
         self._taken: deque[tuple[int, Callable[[Any], Any]]] = deque()
-        self._beside: list[Image] = []
+        self._beside: list[ImageTask] = []
         self._exhausted = False
         self._slots = list(range(max(limit, 2 * latency - 1)))
         self._tokens = itertools.count(1)
@@ -54,7 +54,7 @@ class Queue:
         ahead = sum(not image.has_entered for image in self._beside)
         while self._taken and ahead < max(limit - len(self.active), 0) + 1:
             index, job = self._taken.popleft()
-            image = self._studio.start(index, job)
+            image = self._threads.start(index, job)
             image.repeated = Repeated(self._tokens)
             self._beside.append(image)
             ahead += 1
@@ -90,9 +90,9 @@ class Queue:
     def _slots_in_all(self) -> int:
         return len(self._slots) + len(self.active)
 
-    def answer(self, image: Image, output: Any = None, error: BaseException | None = None) -> None:
-        """Answers an image's call; it is ready again, or it leaves the ring."""
-        self._studio.answer(image, output, error)
+    def answer(self, image: ImageTask, output: Any = None, error: BaseException | None = None) -> None:
+        """Answers an image's call; it is ready again, or it leaves the continuous pipeline."""
+        self._threads.answer(image, output, error)
         if image.call is not None:
             self.ready.append(image)
             return
@@ -104,7 +104,7 @@ class Queue:
             self._calls = image.num_calls
         self._beside.append(image)
 
-    def take_finished(self) -> Iterator[Image]:
+    def take_finished(self) -> Iterator[ImageTask]:
         """Images that have ended since the last time."""
         for image in list(self._beside):
             if image.done:
@@ -115,7 +115,7 @@ class Queue:
         return self._exhausted and not (self._taken or self._beside or self.active)
 
     def wait(self) -> None:
-        """With nothing in the ring: until an image asks for it, or has ended."""
-        self._studio.wait(
+        """With nothing in the continuous pipeline: until an image asks for it, or has ended."""
+        self._threads.wait(
             lambda: any(image.done or image.call is not None for image in self._beside)
         )

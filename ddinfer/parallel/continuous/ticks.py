@@ -1,4 +1,4 @@
-"""The ring's clock, simulated: how many ticks a set of images takes. Pure arithmetic."""
+"""The clock of the pipeline, simulated: how many ticks a set of images takes. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def count_ticks(in_flight: Sequence[int], waiting: Sequence[int], latency: int, 
     M·T + S − 1 ticks.
 
     Args:
-        in_flight: calls that each image in the ring still has to make, in the order they are due.
-        waiting: likewise for the images that are not in the ring yet.
+        in_flight: calls that each image in the pipeline still has to make, in the order they are due.
+        waiting: likewise for the images that are not in the pipeline yet.
         latency: the number of stages S, or twice that where transfers run beside computing.
-        limit: images in the ring at once; the next enters when one has made its last call.
+        limit: images in the pipeline at once; the next enters when one has made its last call.
     """
     ready = deque((0, calls) for calls in in_flight if calls)  # (first tick it can enter, calls)
     queue = deque(calls for calls in waiting if calls)
@@ -39,14 +39,14 @@ def count_ticks(in_flight: Sequence[int], waiting: Sequence[int], latency: int, 
 
 
 def best_limit(in_flight: Sequence[int], waiting: Sequence[int], latency: int, limit: int) -> int:
-    """How many images to have in the ring until the end: ``limit``, or up to 2·latency − 1.
+    """How many images to have in the pipeline until the end: ``limit``, or up to 2·latency − 1.
 
     The last images would leave fewer than ``latency`` in flight; admitting them early keeps
     every stage busy. The fewest that need the fewest ticks are taken.
 
     Args:
         waiting: all images that are left, so this is for the end of the job.
-        limit: images in the ring at once as long as there are plenty.
+        limit: images in the pipeline at once as long as there are plenty.
     """
     choices = range(limit, max(limit, 2 * latency - 1) + 1)
     return min(choices, key=lambda n: (count_ticks(in_flight, waiting, latency, n), n))

@@ -71,7 +71,7 @@ def hold(gate):  # until somebody makes this file; ours says that we wait
         time.sleep(0.02)
 
 
-class MoodyRing(DiffusionPipeline):
+class MoodyContinuous(DiffusionPipeline):
     def __init__(self, transformer, scheduler):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
@@ -116,13 +116,13 @@ class MoodyRing(DiffusionPipeline):
 """
 
 
-def moody_ring(folder: str | Path) -> Path:
-    """Write the pipeline to ``folder``/moody_ring and return that."""
+def moody_continuous(folder: str | Path) -> Path:
+    """Write the pipeline to ``folder``/moody_continuous and return that."""
     from diffusers import DDIMScheduler
 
-    target = Path(folder) / "moody_ring"
+    target = Path(folder) / "moody_continuous"
     DDIMScheduler().save_pretrained(target / "scheduler")
-    (target / "moody_ring.py").write_text(PIPELINE)
+    (target / "moody_continuous.py").write_text(PIPELINE)
     code = target / "transformer" / "moody_blocks.py"
     code.parent.mkdir()
     code.write_text(BLOCKS)
@@ -133,7 +133,7 @@ def moody_ring(folder: str | Path) -> Path:
     spec.loader.exec_module(module)
     module.MoodyBlocks().save_pretrained(code.parent)
     index = {
-        "_class_name": ["moody_ring", "MoodyRing"],
+        "_class_name": ["moody_continuous", "MoodyContinuous"],
         "_diffusers_version": "0.36.0",
         "transformer": ["moody_blocks", "MoodyBlocks"],
         "scheduler": ["diffusers", "DDIMScheduler"],

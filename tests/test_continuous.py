@@ -1,4 +1,4 @@
-"""The ring against the uncut pipeline, bit for bit, on real ranks."""
+"""the continuous pipeline against the uncut pipeline, bit for bit, on real ranks."""
 
 import contextlib
 import itertools
@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddinfer.errors import RankError, UsageError
 from ddinfer.parallel import plans
 from ddinfer.parallel.flow import StagedModel
-from ddinfer.parallel.ring import Ring
-from ddinfer.parallel.wire import Layout
+from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
+from ddinfer.parallel.packing import Layout
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import KINDS, call_arguments
 
@@ -46,12 +46,12 @@ def job_for(kind, number, **changes):
     return job
 
 
-def in_ring(pipe, jobs, **options):
+def in_pipeline(pipe, jobs, **options):
     """What became of each job, in order; ``None`` on ranks other than the first."""
-    ring = Ring(pipe, **options)
-    outcomes = {outcome.number: outcome for outcome in ring.run(jobs)}
-    ring.close()
-    if not ring.link.is_first:
+    pipeline = ContinuousPipeline(pipe, **options)
+    outcomes = {outcome.number: outcome for outcome in pipeline.run(jobs)}
+    pipeline.close()
+    if not pipeline.comm.is_first:
         assert not outcomes
         return None
     assert sorted(outcomes) == list(range(len(jobs)))
@@ -70,7 +70,7 @@ def kinds_on_ranks(group, cases):
     found = {}
     for kind, num_images, in_flight in cases:
         jobs = [job_for(kind, number) for number in range(num_images)]
-        outcomes = in_ring(make_pipe(kind), jobs, num_in_flight=in_flight)
+        outcomes = in_pipeline(make_pipe(kind), jobs, num_in_flight=in_flight)
         if outcomes is not None:
             found[kind, num_images, in_flight] = equal_to_uncut(kind, jobs, outcomes)
     return found
@@ -105,7 +105,7 @@ def mixed_on_ranks(group):
         job_for("flux", 3, negative_prompt="blue", true_cfg_scale=3.0),  # two calls a step
         job_for("flux", 4, num_images_per_prompt=2, width=48),
     ]
-    outcomes = in_ring(make_pipe("flux"), jobs, num_in_flight=3)
+    outcomes = in_pipeline(make_pipe("flux"), jobs, num_in_flight=3)
     return outcomes and equal_to_uncut("flux", jobs, outcomes)
 
 
@@ -115,7 +115,7 @@ def test_sizes_steps_text_lengths_and_guidance_may_differ_in_flight():
 
 def seeds_on_ranks(group):
     jobs = [job_for("flux", 0, seed=7), job_for("flux", 0, seed=8)]
-    outcomes = in_ring(make_pipe("flux"), jobs)
+    outcomes = in_pipeline(make_pipe("flux"), jobs)
     return outcomes and equal_to_uncut("flux", [job_for("flux", 0, seed=7)] * 2, outcomes)
 
 
@@ -127,7 +127,7 @@ def test_the_comparison_notices_another_seed():
 
 
 class Loop:
-    """As little of a pipeline as the ring needs: components, and a call that denoises."""
+    """As little of a pipeline as the continuous pipeline needs: components, and a call that denoises."""
 
     def __init__(self, model):
         self.components = {"transformer": model}
@@ -210,7 +210,7 @@ def models_on_ranks(group, names):
             lambda pipe, k=k, name=name: pipe(2, **MODELS[name](k)[1])
             for k in range(group.group_size + 1)
         ]
-        outcomes = in_ring(Loop(MODELS[name](0)[0].eval()), jobs)
+        outcomes = in_pipeline(Loop(MODELS[name](0)[0].eval()), jobs)
         if outcomes is not None:
             uncut = Loop(MODELS[name](0)[0].eval())
             for outcome in outcomes:
@@ -233,9 +233,9 @@ def test_other_transformers_are_cut_exactly(num_stages):
 
 def failing_on_ranks(group):
     pipe = make_pipe("flux")
-    ring = Ring(pipe, num_in_flight=2)
+    pipeline = ContinuousPipeline(pipe, num_in_flight=2)
     if group.group_rank == 1:
-        staged = ring._staged[0]
+        staged = pipeline._staged[0]
         run = staged.run
         staged.run = lambda plan, number, values: refuse_two_images(run, plan, number, values)
     jobs = [
@@ -245,7 +245,7 @@ def failing_on_ranks(group):
         job_for("flux", 3),
         job_for("flux", 4),
     ]
-    outcomes = {outcome.number: outcome for outcome in ring.run(jobs)}
+    outcomes = {outcome.number: outcome for outcome in pipeline.run(jobs)}
     if group.group_rank:
         return None
     errors = {n: o.error for n, o in outcomes.items() if o.error is not None}
@@ -273,11 +273,11 @@ def test_a_failed_image_frees_its_slot_and_disturbs_nobody():
 
 def aborting_on_ranks(group, in_flight):
     pipe = make_pipe("flux")
-    ring = Ring(pipe, num_in_flight=in_flight)
+    pipeline = ContinuousPipeline(pipe, num_in_flight=in_flight)
     if group.group_rank == 1:
-        ring._staged[0].run = raise_sticky
+        pipeline._staged[0].run = raise_sticky
     try:
-        list(ring.run([job_for("flux", k) for k in range(3)]))
+        list(pipeline.run([job_for("flux", k) for k in range(3)]))
     except (RankError, torch.AcceleratorError) as error:
         return type(error).__name__, getattr(error, "rank", None)
 
@@ -299,35 +299,35 @@ def broken_source_on_ranks(group):
         raise RankError(7, "running", None, exitcode=1)  # as a look at other replicas may say
 
     try:
-        list(Ring(make_pipe("flux")).run(jobs()))
+        list(ContinuousPipeline(make_pipe("flux")).run(jobs()))
     except RankError as error:
         return error.rank
 
 
-def test_an_error_of_whoever_feeds_the_ring_ends_it_on_every_rank():
+def test_an_error_of_whoever_feeds_the_pipeline_ends_it_on_every_rank():
     assert run_ranks(broken_source_on_ranks, 3) == [7, 0, 0]
 
 
 def early_end_on_ranks(group, in_flight):
     pipe = make_pipe("flux")
-    ring = Ring(pipe, num_in_flight=in_flight)
+    pipeline = ContinuousPipeline(pipe, num_in_flight=in_flight)
     count = 0
-    for _ in ring.run([job_for("flux", k) for k in range(6)]):
+    for _ in pipeline.run([job_for("flux", k) for k in range(6)]):
         count += 1
         break
-    again = [o.error for o in ring.run([job_for("flux", k) for k in range(2)])]
+    again = [o.error for o in pipeline.run([job_for("flux", k) for k in range(2)])]
     return count, again
 
 
 @pytest.mark.parametrize("in_flight", [2, 4])
-def test_a_caller_who_stops_early_leaves_a_usable_ring(in_flight):
+def test_a_caller_who_stops_early_leaves_a_usable_pipeline(in_flight):
     assert run_ranks(early_end_on_ranks, 2, in_flight) == [(1, [None, None]), (0, [])]
 
 
 def refusals_on_ranks(group):
     def refused(match, *args, **kwargs):
         with pytest.raises((UsageError, RankError), match=match):
-            Ring(*args, **kwargs)
+            ContinuousPipeline(*args, **kwargs)
 
     refused("2 stages need at least 2", make_pipe("flux"), num_in_flight=1)
     refused("no denoiser made of blocks", Loop(nn.Linear(2, 2).eval()))
@@ -403,10 +403,10 @@ def same(found, expected):
 
 
 def first_stage_out_of_memory_on_ranks(group):
-    ring = Ring(Loop(Linears().eval()))
+    pipeline = ContinuousPipeline(Loop(Linears().eval()))
     if group.group_rank == 0:
-        run = ring._staged[0].run
-        ring._staged[0].run = lambda plan, number, values: refuse_four_rows(
+        run = pipeline._staged[0].run
+        pipeline._staged[0].run = lambda plan, number, values: refuse_four_rows(
             run, plan, number, values
         )
 
@@ -416,7 +416,7 @@ def first_stage_out_of_memory_on_ranks(group):
         except torch.OutOfMemoryError:
             return linear_job(2)(pipe)
 
-    made = [values_of(ring.run([halved, linear_job(2), linear_job(3)])) for _ in range(2)]
+    made = [values_of(pipeline.run([halved, linear_job(2), linear_job(3)])) for _ in range(2)]
     if group.group_rank:
         return None
     expected = run_uncut([linear_job(2), linear_job(2), linear_job(3)])
@@ -437,34 +437,34 @@ def test_a_first_stage_out_of_memory_at_a_new_kind_of_call_halves_its_batch(num_
 
 def stop_with_plans_in_flight_on_ranks(group, in_flight):
     """The caller stops while the first call of a kind is on its way; then the kind comes again."""
-    ring = Ring(Loop(Linears().eval()), num_in_flight=in_flight)
+    pipeline = ContinuousPipeline(Loop(Linears().eval()), num_in_flight=in_flight)
 
     def done(pipe):
         return None  # ends at once, so that the others are in flight
 
     jobs = [linear_job(1, steps=1), *(linear_job(rows, steps=9) for rows in range(2, 8)), done]
-    for _ in ring.run(jobs):
+    for _ in pipeline.run(jobs):
         break
-    found = values_of(ring.run(linear_job(rows) for rows in range(1, 8)))
+    found = values_of(pipeline.run(linear_job(rows) for rows in range(1, 8)))
     expected = run_uncut([linear_job(rows) for rows in range(1, 8)])
     return same(found, expected) if group.group_rank == 0 else None
 
 
 @pytest.mark.parametrize(("num_stages", "in_flight"), [(2, 4), (3, 3), (3, 6)])
-def test_a_caller_who_stops_while_plans_are_in_flight_leaves_a_usable_ring(num_stages, in_flight):
+def test_a_caller_who_stops_while_plans_are_in_flight_leaves_a_usable_pipeline(num_stages, in_flight):
     found = run_ranks(stop_with_plans_in_flight_on_ranks, num_stages, in_flight)
     assert found[0] == [True] * 7
 
 
 def many_kinds_on_ranks(group, in_flight):
     plans.MAX_PLANS = 3
-    ring = Ring(Loop(Linears().eval()), num_in_flight=in_flight)
+    pipeline = ContinuousPipeline(Loop(Linears().eval()), num_in_flight=in_flight)
     sizes = [*range(1, 8), *range(7, 0, -1), 1, 2, 1, 5]
-    found = values_of(ring.run(linear_job(rows) for rows in sizes))
+    found = values_of(pipeline.run(linear_job(rows) for rows in sizes))
     plans.MAX_PLANS = 1000
     if group.group_rank:
-        return len(ring._plans)
-    return same(found, run_uncut([linear_job(rows) for rows in sizes])), len(ring._plans)
+        return len(pipeline._plans)
+    return same(found, run_uncut([linear_job(rows) for rows in sizes])), len(pipeline._plans)
 
 
 @pytest.mark.parametrize("in_flight", [2, 4])
@@ -480,7 +480,7 @@ def test_the_least_recently_used_kinds_of_call_are_forgotten_on_every_rank(in_fl
 
 def no_room_for_a_message_on_ranks(group, rank, value, in_flight):
     """A buffer for four rows of block outputs or of the model's output does not fit on one rank."""
-    ring = Ring(Loop(Linears().eval()), num_in_flight=in_flight)
+    pipeline = ContinuousPipeline(Loop(Linears().eval()), num_in_flight=in_flight)
     before = Layout.empty
 
     def refuse(layout, *args):
@@ -501,7 +501,7 @@ def no_room_for_a_message_on_ranks(group, rank, value, in_flight):
     try:
         if group.group_rank == rank:
             Layout.empty = refuse
-        made = values_of(ring.run(jobs))
+        made = values_of(pipeline.run(jobs))
     finally:
         Layout.empty = before
     rows = (3, 2, 1, 2, 2, 1)
@@ -528,8 +528,8 @@ def two_ends_on_ranks(group, failing, in_flight):
     """The caller stops; a device is lost on another rank, once at each of its calls."""
     found = []
     for lost_at in range(16):
-        ring = Ring(Loop(Linears().eval()), num_in_flight=in_flight)
-        run, calls = ring._staged[0].run, itertools.count()
+        pipeline = ContinuousPipeline(Loop(Linears().eval()), num_in_flight=in_flight)
+        run, calls = pipeline._staged[0].run, itertools.count()
 
         def lose(plan, number, values, run=run, calls=calls, lost_at=lost_at):
             if next(calls) == lost_at:
@@ -537,9 +537,9 @@ def two_ends_on_ranks(group, failing, in_flight):
             return run(plan, number, values)
 
         if group.group_rank == failing:
-            ring._staged[0].run = lose
+            pipeline._staged[0].run = lose
         try:
-            outcomes = ring.run(linear_job(1, steps=2 + k) for k in range(6))
+            outcomes = pipeline.run(linear_job(1, steps=2 + k) for k in range(6))
             with contextlib.closing(outcomes):
                 for _ in outcomes:
                     break
@@ -618,9 +618,9 @@ def live_bytes_on_ranks(group, in_flight):
             x = pipe.transformer(x)
         return x
 
-    ring = Ring(Loop(Wide().eval()), num_in_flight=in_flight)
+    pipeline = ContinuousPipeline(Loop(Wide().eval()), num_in_flight=in_flight)
     with LiveBytes() as live:
-        values_of(ring.run([job] * 8))
+        values_of(pipeline.run([job] * 8))
     return live.most
 
 
@@ -655,9 +655,9 @@ def test_placeholders_take_one_element():
 
 
 def bytes_on_ranks(group, steps):
-    ring = Ring(make_pipe("flux"))
-    list(ring.run([job_for("flux", 0, num_inference_steps=steps)]))
-    return ring._exchange.num_bytes
+    pipeline = ContinuousPipeline(make_pipe("flux"))
+    list(pipeline.run([job_for("flux", 0, num_inference_steps=steps)]))
+    return pipeline._exchange.num_bytes
 
 
 def test_per_image_constants_are_not_sent_again_every_step():
@@ -670,9 +670,9 @@ def test_per_image_constants_are_not_sent_again_every_step():
 
 def weights_on_ranks(group):
     pipe = make_pipe("flux")
-    ring = Ring(pipe)
+    pipeline = ContinuousPipeline(pipe)
     held = sum(p.numel() for p in pipe.transformer.parameters() if not p.is_meta)
-    return held / sum(p.numel() for p in pipe.transformer.parameters()), ring.link.size
+    return held / sum(p.numel() for p in pipe.transformer.parameters()), pipeline.comm.size
 
 
 def test_each_rank_keeps_its_own_blocks():
@@ -726,7 +726,7 @@ def two_gpus(rank, path, in_flight):
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", store=dist.FileStore(path, 2), rank=rank, world_size=2)
     jobs = [job_for("flux", number) for number in range(5)]
-    outcomes = in_ring(make_pipe("flux").to(f"cuda:{rank}"), jobs, num_in_flight=in_flight)
+    outcomes = in_pipeline(make_pipe("flux").to(f"cuda:{rank}"), jobs, num_in_flight=in_flight)
     if outcomes is not None:
         uncut = make_pipe("flux").to("cuda:0")
         for job, outcome in zip(jobs, outcomes, strict=True):

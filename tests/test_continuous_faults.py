@@ -15,17 +15,18 @@ import torch
 from torch import nn
 
 from ddinfer.errors import RankError
-from ddinfer.parallel import plans, ring
-from ddinfer.parallel.link import Link
-from ddinfer.parallel.wire import Layout
+from ddinfer.parallel import plans
+from ddinfer.parallel.continuous import pipeline
+from ddinfer.parallel.communicator import Communicator
+from ddinfer.parallel.packing import Layout
 
 #: A rank that waits as long for a message waits for one that does not come.
 HANG_SECONDS = 30
 
 
 @dataclass(frozen=True)
-class QueueLink(Link):
-    """A `Link` to ranks that are threads of this process."""
+class QueueLink(Communicator):
+    """A `Communicator` to ranks that are threads of this process."""
 
     queues: dict = field(default_factory=dict)
 
@@ -51,15 +52,15 @@ class Done:
 
 @dataclass
 class Receiving:
-    link: QueueLink
+    comm: QueueLink
     tensor: torch.Tensor
     source: int
 
     def wait(self):
-        self.link.receive(self.tensor, self.source)
+        self.comm.receive(self.tensor, self.source)
 
 
-def make_links(size):
+def make_comms(size):
     keys = itertools.product(range(size), range(size), (False, True), (0, 1))
     queues = {key: queue.Queue() for key in keys}
     ranks = tuple(range(size))
@@ -163,7 +164,7 @@ class Faults:
 
 
 @contextlib.contextmanager
-def hooks(faults, rings):
+def hooks(faults, ranks):
     """Faults at planning, at running a stage, and at each buffer of a message."""
     kept = {name: getattr(Layout, name) for name in ("empty", "empty_values")}
 
@@ -174,7 +175,7 @@ def hooks(faults, rings):
 
         return call
 
-    for one in rings:
+    for one in ranks:
         for staged in one._staged:
             staged.run, staged.plan = faulty(staged.run), faulty(staged.plan)
     for name, function in kept.items():
@@ -220,11 +221,11 @@ def one_schedule(seed):
     ]
     stop_after = draw.choice((None, draw.randrange(len(jobs))))
     source_fails = draw.random() < 0.1
-    links, (uncut, *pipes) = make_links(size), make_pipes(size + 1)
-    rings = on_threads(
-        lambda rank: ring.Ring(pipes[rank], group=links[rank], num_in_flight=in_flight), size
+    comms, (uncut, *pipes) = make_comms(size), make_pipes(size + 1)
+    ranks = on_threads(
+        lambda rank: pipeline.ContinuousPipeline(pipes[rank], group=comms[rank], num_in_flight=in_flight), size
     )
-    for one in rings:
+    for one in ranks:
         if isinstance(one, BaseException):
             raise one
 
@@ -237,7 +238,7 @@ def one_schedule(seed):
 
     def run(rank):
         faults.begin(rank)
-        with contextlib.closing(rings[rank].run(feed() if rank == 0 else ())) as made:
+        with contextlib.closing(ranks[rank].run(feed() if rank == 0 else ())) as made:
             if rank == 0 and stop_after == 0:
                 next(made, None)
                 return
@@ -246,7 +247,7 @@ def one_schedule(seed):
                 if len(outcomes) == stop_after:
                     return
 
-    with hooks(faults, rings):
+    with hooks(faults, ranks):
         ended = on_threads(run, size)
         check_ends(ended, faults.lost, source_fails)
         check_outcomes(outcomes, jobs, uncut)
@@ -261,14 +262,14 @@ def one_schedule(seed):
         if faults.lost:
             return happened
         faults.none()
-        check_tables(rings)
+        check_tables(ranks)
         jobs = [(k, rows, steps, False) for k, rows, steps, _ in jobs]
         stop_after, source_fails = None, False
         outcomes.clear()
         assert on_threads(run, size) == [None] * size
         check_outcomes(outcomes, jobs, uncut)
         assert [o.error for o in outcomes] == [None] * len(jobs)
-        check_tables(rings)
+        check_tables(ranks)
     return happened
 
 
@@ -299,13 +300,13 @@ def check_outcomes(outcomes, jobs, uncut):
             assert torch.equal(made, denoise(uncut, number, left, steps))
 
 
-def check_tables(rings):
+def check_tables(ranks):
     """Plans of one number are one plan; both ends of a hop remember the same."""
-    for one in rings[1:]:
-        for number in one._plans._plans.keys() & rings[0]._plans._plans.keys():
-            assert one._plans[number].edges == rings[0]._plans[number].edges
-    for one in rings:
-        following = rings[(one.link.group_rank + 1) % len(rings)]
+    for one in ranks[1:]:
+        for number in one._plans._plans.keys() & ranks[0]._plans._plans.keys():
+            assert one._plans[number].edges == ranks[0]._plans[number].edges
+    for one in ranks:
+        following = ranks[(one.comm.group_rank + 1) % len(ranks)]
         assert remembered(one._exchange._sent) == remembered(following._exchange._received)
 
 
@@ -320,7 +321,7 @@ def remembered(memory):
     ("first", "count"), [(0, 60), pytest.param(1000, 3000, marks=pytest.mark.nightly)]
 )
 def test_every_rank_ends_and_every_job_has_one_outcome(first, count, monkeypatch):
-    monkeypatch.setattr(ring.Link, "of", lambda link, device: replace(link))
+    monkeypatch.setattr(pipeline.Communicator, "of", lambda comm, device: replace(comm))
     monkeypatch.setattr(plans, "MAX_PLANS", 3)
     happened = []
     for seed in range(first, first + count):

@@ -40,7 +40,7 @@ class ConnectionLost(Exception):
 
 
 @dataclass(frozen=True)
-class Link:
+class Communicator:
     """One rank's view of the ranks that hold a model together.
 
     Attributes:
@@ -60,7 +60,7 @@ class Link:
     owns_control: bool = False
 
     @classmethod
-    def of(cls, group: Any = None, device: str | torch.device | None = None) -> Link:
+    def of(cls, group: Any = None, device: str | torch.device | None = None) -> Communicator:
         """The link of this rank in ``group`` (default: all ranks; one rank without a group).
 
         Every rank of ``group`` must call this, in the same order as its other collectives.

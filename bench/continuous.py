@@ -1,13 +1,13 @@
-"""How busy the ring keeps its stages, against the simulated ideal and against a flushed schedule.
+"""How busy the continuous pipeline keeps its stages, against the simulated ideal and against a flushed schedule.
 
-    launch/bench --only ring
-    python -m bench.ring [--stages 2] [--in_flight M] [--images N] [--steps 8] [--svg FILE]
-    python -m bench.ring --write     makes figures and timeline of docs/pipeline-parallel.md anew
+    launch/bench --only continuous
+    python -m bench.continuous [--stages 2] [--in_flight M] [--images N] [--steps 8] [--svg FILE]
+    python -m bench.continuous --write     makes figures and timeline of docs/pipeline-parallel.md anew
 
 Starts one gloo rank of one thread per stage, with a random SD3-shaped pipeline whose denoiser
 dwarfs the rest. Utilisation is the time that stages worked on calls / (wall × stages), from the
 first call to the last; the whole run, with encoding and decoding, is told beside it. The flushed
-schedule is the same ring, held back so that a step begins when all images have ended the one
+schedule is the same pipeline, held back so that a step begins when all images have ended the one
 before. Run it on an idle machine with a core for each stage.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 from bench.measure import PYTHON, ROOT, Machine, Others, Size, run, versions
 from bench.report import table
 
-ABOUT = "how busy the ring keeps its stages, against the ideal and a flushed schedule"
+ABOUT = "how busy the continuous pipeline keeps its stages, against the ideal and a flushed schedule"
 EXPECTED_SECONDS = 40
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,9 +36,9 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#b
 
 
 #: What stands on the page: its cases (stages, in flight, images, steps), and how often each ran.
-PAGE, TIMELINE = ROOT / "docs" / "pipeline-parallel.md", ROOT / "docs/images/ring-timeline.svg"
+PAGE, TIMELINE = ROOT / "docs" / "pipeline-parallel.md", ROOT / "docs/images/continuous-timeline.svg"
 CASES, REPETITIONS = ((2, 2, 4, 4), (2, 2, 4, 8), (2, 4, 8, 8)), 3
-FIGURES = re.compile(r"(<!-- figures of bench.ring -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
+FIGURES = re.compile(r"(<!-- figures of bench.continuous -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
 
 
 def write_page() -> None:
@@ -47,17 +47,17 @@ def write_page() -> None:
     for number, (stages, in_flight, images, steps) in enumerate(CASES):
         words = ["--stages", stages, "--in_flight", in_flight, "--images", images]
         words += ["--steps", steps, "--json", *(["--svg", TIMELINE] if number == 0 else [])]
-        command = [PYTHON, "-m", "bench.ring", *map(str, words)]
+        command = [PYTHON, "-m", "bench.continuous", *map(str, words)]
         runs = [json.loads(run(command).stdout)["schedules"] for _ in range(REPETITIONS)]
-        for name in ("ring", "flushed"):
+        for name in ("continuous", "flushed"):
             told = [schedules[name] for schedules in runs]
-            how = "ring, transfers beside computing" if in_flight >= 2 * stages else "ring"
+            how = "continuous, transfers beside computing" if in_flight >= 2 * stages else "continuous"
             rows.append(
                 [
                     str(stages),
                     str(in_flight),
                     f"{images} × {steps}",
-                    how if name == "ring" else name,
+                    how if name == "continuous" else name,
                     *(_middle([t[k] for t in told], 3) for k in ("utilisation", "ideal", "share")),
                     _middle([t["denoising_seconds"] for t in told], 2),
                 ]
@@ -68,7 +68,7 @@ def write_page() -> None:
     made, machine, taken = versions(), Machine.here(), others.cores()
     busy = "" if taken <= 0.1 else f"; **other programs used {taken} of them**"
     under = (
-        f"<sub>`python -m bench.ring --write`, {time.monotonic() - began:.0f} s: "
+        f"<sub>`python -m bench.continuous --write`, {time.monotonic() - began:.0f} s: "
         f"{machine.processor}, {machine.cores} cores{busy}. "
         f"torch {made['torch']}, diffusers {made['diffusers']}. Median of {REPETITIONS} runs "
         "(lowest … highest).</sub>"
@@ -92,7 +92,7 @@ def measure(size: Size) -> dict[str, Any]:
     """In a process of its own, from which the ranks are started."""
     images, steps = size.pick(("2", "3"), ("4", "8"), ("8", "12"))
     words = ["--images", images, "--steps", steps, "--json"]
-    return json.loads(run([PYTHON, "-m", "bench.ring", *words]).stdout)
+    return json.loads(run([PYTHON, "-m", "bench.continuous", *words]).stdout)
 
 
 def tables(figures: Mapping[str, Any]) -> str:
@@ -143,19 +143,19 @@ def main() -> None:
     }
     print(json.dumps(figures) if asked.json else tables(figures))
     if asked.svg:
-        draw(asked.svg, {name: [rank[name][0] for rank in told] for name in ("ring", "flushed")})
+        draw(asked.svg, {name: [rank[name][0] for rank in told] for name in ("continuous", "flushed")})
 
 
 def utilisations(told: list[dict], in_flight: int, asked: argparse.Namespace) -> dict[str, Any]:
     """→ schedule → how busy its stages were, what was possible, and the seconds behind that."""
-    from ddinfer.parallel.ticks import ideal_utilisation
+    from ddinfer.parallel.continuous.ticks import ideal_utilisation
 
     calls = [asked.steps] * asked.images
     latency = asked.stages * (2 if in_flight >= 2 * asked.stages else 1)
     ideal = ideal_utilisation(calls, latency, in_flight)
     flushed = asked.images * asked.steps / flushed_ticks(asked.images, in_flight, asked)
     found = {}
-    for name, limit in (("ring", ideal), ("flushed", flushed)):
+    for name, limit in (("continuous", ideal), ("flushed", flushed)):
         spans = [rank[name][0] for rank in told]
         begin = min(s[0] for rank in spans for s in rank)
         wall = max(s[1] for rank in spans for s in rank) - begin
@@ -181,29 +181,29 @@ def both_schedules(world, in_flight: int, images: int, steps: int) -> dict:
     """Both schedules on one rank: their spans, and the seconds of the whole run."""
     import torch
 
-    import ddinfer.parallel.ring as ring_module
+    import ddinfer.parallel.continuous.pipeline as pipeline_module
     from ddinfer.distributed.process_group import process_group
 
     torch.set_num_threads(1)
     found = {}
-    module: Any = ring_module
+    module: Any = pipeline_module
     with process_group(world):
-        ring = ring_module.Ring(make_pipe(), num_in_flight=in_flight, record=True)
-        list(ring.run([job(0, 1)] * ring.link.size))  # plans are made, memory is warm
-        for name, queue in (("ring", ring_module.Queue), ("flushed", flushed_queue())):
-            module.Queue, kept = queue, ring_module.Queue
-            ring.spans.clear()
+        pipeline = pipeline_module.ContinuousPipeline(make_pipe(), num_in_flight=in_flight, record=True)
+        list(pipeline.run([job(0, 1)] * pipeline.comm.size))  # plans are made, memory is warm
+        for name, queue in (("continuous", pipeline_module.Queue), ("flushed", flushed_queue())):
+            module.Queue, kept = queue, pipeline_module.Queue
+            pipeline.spans.clear()
             started = time.monotonic()
-            for outcome in ring.run([job(k, steps) for k in range(images)]):
+            for outcome in pipeline.run([job(k, steps) for k in range(images)]):
                 if outcome.error is not None:
                     raise outcome.error
-            found[name] = ([tuple(span) for span in ring.spans], time.monotonic() - started)
+            found[name] = ([tuple(span) for span in pipeline.spans], time.monotonic() - started)
             module.Queue = kept
     return found
 
 
 def flushed_queue():
-    from ddinfer.parallel.admission import Queue
+    from ddinfer.parallel.continuous.admission import Queue
 
     class FlushedQueue(Queue):
         """Holds every image back until all have ended the step."""
@@ -220,7 +220,7 @@ def flushed_queue():
             if image in self.ready:
                 self.ready.remove(image)
                 self.held.append(image)
-            if not self.ready and not self.in_ring:
+            if not self.ready and not self.in_pipeline:
                 self.ready.extend(self.held)
                 self.held.clear()
 

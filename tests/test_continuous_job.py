@@ -16,14 +16,14 @@ from ddinfer.storage.verify import verify
 from tests.jobs import end, made, wait_for_words, wait_until
 from tests.jobs import job as words_of_job
 from tests.moody_pipeline import moody_pipeline
-from tests.moody_ring import colour, moody_ring
+from tests.moody_continuous import colour, moody_continuous
 from tests.test_cli import MAIN, ROOT, TORCHRUN, images, run, start, status
 from tests.test_restarts import rank_processes
 from tests.test_run import file_bytes, job, lines, pixels
 from tests.test_run import run as run_job_on_ranks
 from tests.tiny_pipelines import call_arguments, tiny_pipeline
 
-RING = ["--nproc_per_node=2", "--pipeline_parallel=2"]
+STAGES = ["--nproc_per_node=2", "--pipeline_parallel=2"]
 
 
 def nightly(*values):
@@ -32,7 +32,7 @@ def nightly(*values):
 
 @pytest.fixture(scope="module")
 def moody(tmp_path_factory):
-    return str(moody_ring(tmp_path_factory.mktemp("model")))
+    return str(moody_continuous(tmp_path_factory.mktemp("model")))
 
 
 def colours(output):
@@ -121,7 +121,7 @@ def test_a_job_goes_on_with_other_stages_than_it_was_begun_with(moody, tmp_path)
 
 
 def test_ranks_that_do_not_come_out_even_are_refused(moody, tmp_path):
-    done = run([*MAIN, *words_of_job(moody, tmp_path, "ab", "--nproc_per_node=3", RING[1])])
+    done = run([*MAIN, *words_of_job(moody, tmp_path, "ab", "--nproc_per_node=3", STAGES[1])])
     assert done.returncode == 2
     assert "--pipeline_parallel 2 needs a number of ranks that 2 divides; found 3" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -201,7 +201,7 @@ def test_a_killed_rank_ends_the_attempt_and_a_restart_makes_the_rest(moody, tmp_
 @pytest.mark.parametrize(("record", "is_guess"), [("ConnectionLost", True), ("ValueError", False)])
 def test_a_lost_connection_says_who_but_not_how(record, is_guess):
     """So that the launcher, who knows of the signal, tells of it."""
-    error = RankError(1, "running the ring", ErrorRecord(record, "closed by peer"))
+    error = RankError(1, "running the pipeline", ErrorRecord(record, "closed by peer"))
     assert Failure.of(0, "running", error).is_guess is is_guess
 
 
@@ -210,7 +210,7 @@ def test_a_prompt_that_always_kills_a_rank_is_failed_and_its_neighbours_are_made
     moody, tmp_path, where
 ):
     prompts = ["a", "b", where, "c", "d", "e"]
-    done = run([*MAIN, *words_of_job(moody, tmp_path, prompts, *RING, "--max_restarts=5")])
+    done = run([*MAIN, *words_of_job(moody, tmp_path, prompts, *STAGES, "--max_restarts=5")])
     assert done.returncode == 3, done.stderr
     assert "restart 4 of 5" in done.stderr
     assert "restart 5 of 5" not in done.stderr
@@ -223,7 +223,7 @@ def test_a_prompt_that_always_kills_a_rank_is_failed_and_its_neighbours_are_made
 
 
 def test_without_restarts_the_same_command_goes_on(moody, tmp_path):
-    words = words_of_job(moody, tmp_path, ["a", f"once-last {tmp_path / 'died'}", "b", "c"], *RING)
+    words = words_of_job(moody, tmp_path, ["a", f"once-last {tmp_path / 'died'}", "b", "c"], *STAGES)
     done = run([*MAIN, *words])
     assert done.returncode == 70, done.stderr
     assert "rank 1" in done.stderr
@@ -234,7 +234,7 @@ def test_without_restarts_the_same_command_goes_on(moody, tmp_path):
 
 @pytest.mark.parametrize("broken", [nightly(0), 1])
 def test_a_rank_that_cannot_load_ends_all_by_name(moody, tmp_path, broken):
-    words = words_of_job(moody, tmp_path, "ab", *RING)
+    words = words_of_job(moody, tmp_path, "ab", *STAGES)
     started = time.monotonic()
     done = run([*MAIN, *words], MOODY_BROKEN_RANK=str(broken))
     assert done.returncode != 0
@@ -250,7 +250,7 @@ def test_a_rank_that_cannot_load_ends_all_by_name(moody, tmp_path, broken):
 @pytest.mark.parametrize("where", [nightly("wait"), "wait-last"])
 def test_sigterm_lets_what_is_in_flight_finish(moody, tmp_path, where):
     gate = tmp_path / "gate"
-    words = words_of_job(moody, tmp_path, [f"{where} {gate}", *"abcdefgh"], *RING)
+    words = words_of_job(moody, tmp_path, [f"{where} {gate}", *"abcdefgh"], *STAGES)
     process = start([*MAIN, *words])
     wait_until(process, (tmp_path / "gate.waiting").exists)
     process.send_signal(signal.SIGTERM)
@@ -270,7 +270,7 @@ def test_sigterm_lets_what_is_in_flight_finish(moody, tmp_path, where):
 @pytest.mark.parametrize("where", [nightly("wait"), "wait-last"])
 def test_what_takes_longer_than_the_grace_is_abandoned(moody, tmp_path, where):
     words = words_of_job(
-        moody, tmp_path, [f"{where} {tmp_path / 'gate'}", "a"], *RING, "--grace_seconds=0.2"
+        moody, tmp_path, [f"{where} {tmp_path / 'gate'}", "a"], *STAGES, "--grace_seconds=0.2"
     )
     process = start([*MAIN, *words])
     wait_until(process, (tmp_path / "gate.waiting").exists)

@@ -1,8 +1,8 @@
 """One image in the making: an unchanged pipeline call on a thread of its own.
 
-The thread stops at every denoiser call until the ring has answered it. Between denoiser calls
-exactly one image runs, while the ring's driver waits: that is the scheduler's step. What comes
-before the first call (encoding the prompt) and from the decoder on runs beside the ring.
+The thread stops at every denoiser call until the continuous pipeline has answered it. Between denoiser calls
+exactly one image runs, while the continuous pipeline's driver waits: that is the scheduler's step. What comes
+before the first call (encoding the prompt) and from the decoder on runs outside the pipeline.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ddinfer.errors import UsageError
-from ddinfer.parallel.image_state import PipelineCopies, converts_decoder, refuse_changes
+from ddinfer.parallel.continuous.image_state import PipelineCopies, converts_decoder, refuse_changes
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Cancelled(BaseException):
 
 
 @dataclass(eq=False)
-class Image:
+class ImageTask:
     """One job on its thread, seen from the driver.
 
     Attributes:
@@ -43,11 +43,11 @@ class Image:
         call: what it waits for, while it does.
         done: it has ended; ``value`` or ``error`` is set.
         num_calls: denoiser calls made so far.
-        slot: its place in the ring while it is there.
-        has_entered: it has been in the ring.
-        serial: its number among all images of the ring.
-        plan: number of the plan that its call follows, while the call is in the ring.
-        repeated: tensors given to the denoiser before, see `ddinfer.parallel.constants`.
+        slot: its place in the continuous pipeline while it is there.
+        has_entered: it has been in the continuous pipeline.
+        serial: its number among all images of the continuous pipeline.
+        plan: number of the plan that its call follows, while the call is in the continuous pipeline.
+        repeated: tensors given to the denoiser before, see `ddinfer.parallel.continuous.constants`.
     """
 
     index: int
@@ -64,11 +64,11 @@ class Image:
     thread: threading.Thread | None = None
     _resume: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     _reply: Any = None
-    _beside: bool = True  # runs beside the ring, holding the studio's lock
+    _beside: bool = True  # runs outside the pipeline, holding the threads's lock
     _watched: bool = False  # the driver waits for it to stop
 
 
-class Studio:
+class PipelineThreads:
     """Runs images on threads and stops them at the denoisers of one pipeline.
 
     Args:
@@ -85,12 +85,12 @@ class Studio:
         self._copies = PipelineCopies(pipe)
         self._alone = converts_decoder(pipe.components)  # no two images run at once
         self._changed = threading.Condition()
-        self._beside = threading.Lock()  # one image at a time beside the ring
+        self._beside = threading.Lock()  # one image at a time outside the pipeline
         self._mine = threading.local()
-        self._images: list[Image] = []
+        self._images: list[ImageTask] = []
         self._serials = itertools.count(1)
         self._num_threads = torch.get_num_threads()
-        self._stream: torch.cuda.Stream | None = None  # of whoever runs the ring
+        self._stream: torch.cuda.Stream | None = None  # of whoever runs the continuous pipeline
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -126,9 +126,9 @@ class Studio:
                 if before is not None:
                     owner.__dict__[name] = before
 
-    def start(self, index: int, job: Callable[[Any], Any]) -> Image:
-        """``job(pipe)`` begins beside the ring and goes on to its first denoiser call."""
-        image = Image(index, serial=next(self._serials))
+    def start(self, index: int, job: Callable[[Any], Any]) -> ImageTask:
+        """``job(pipe)`` begins outside the pipeline and goes on to its first denoiser call."""
+        image = ImageTask(index, serial=next(self._serials))
         image.thread = threading.Thread(
             target=self._work, args=(image, job), name=f"image-{index}", daemon=True
         )
@@ -136,7 +136,7 @@ class Studio:
         image.thread.start()
         return image
 
-    def answer(self, image: Image, output: Any = None, error: BaseException | None = None) -> None:
+    def answer(self, image: ImageTask, output: Any = None, error: BaseException | None = None) -> None:
         """Answers the image's call; returns when it stops again: at a call, a decoder, its end."""
         with self._changed:
             image.call, image._watched = None, True
@@ -149,7 +149,7 @@ class Studio:
         with self._changed:
             self._changed.wait_for(condition)
 
-    def _work(self, image: Image, job: Callable[[Any], Any]) -> None:
+    def _work(self, image: ImageTask, job: Callable[[Any], Any]) -> None:
         self._mine.image = image
         torch.set_num_threads(self._num_threads)  # a new thread may not know; kernels round so
         if self._stream is not None:
@@ -169,11 +169,11 @@ class Studio:
                 self._images.remove(image)
                 self._changed.notify_all()
 
-    def current(self) -> Image | None:
+    def current(self) -> ImageTask | None:
         return getattr(self._mine, "image", None)
 
-    def denoise(self, image: Image, call: Call) -> Any:
-        """On the image's thread: stops until the ring has answered.
+    def denoise(self, image: ImageTask, call: Call) -> Any:
+        """On the image's thread: stops until the continuous pipeline has answered.
 
         Raises:
             UsageError: under autocast, which holds for this thread alone.
@@ -201,7 +201,7 @@ class Studio:
         return output
 
     def step_aside(self, image: Image) -> None:
-        """On the image's thread: from here on it runs beside the ring, which goes on."""
+        """On the image's thread: from here on it runs outside the pipeline, which goes on."""
         if image._beside:
             return
         with self._changed:
@@ -229,24 +229,24 @@ class Studio:
 class _Denoise:
     """A denoiser's ``forward`` while images are made."""
 
-    def __init__(self, studio: Studio, number: int, forward: Any):
-        self.studio, self.number, self.forward = studio, number, forward
+    def __init__(self, threads: PipelineThreads, number: int, forward: Any):
+        self.threads, self.number, self.forward = threads, number, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        image = self.studio.current()
+        image = self.threads.current()
         if image is None:
             return self.forward(*args, **kwargs)
-        return self.studio.denoise(image, Call(self.number, args, kwargs))
+        return self.threads.denoise(image, Call(self.number, args, kwargs))
 
 
 class _Decode:
     """A decoder's ``decode`` while images are made."""
 
-    def __init__(self, studio: Studio, decode: Any):
-        self.studio, self.decode = studio, decode
+    def __init__(self, threads: PipelineThreads, decode: Any):
+        self.threads, self.decode = threads, decode
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        image = self.studio.current()
+        image = self.threads.current()
         if image is not None:
-            self.studio.step_aside(image)
+            self.threads.step_aside(image)
         return self.decode(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The ring as an engine: dp × pp replicas, each with its slice of the batches."""
+"""the continuous pipeline as an engine: dp × pp replicas, each with its slice of the batches."""
 
 import dataclasses
 import os
@@ -14,11 +14,11 @@ import torch
 from ddinfer.config import JobConfig
 from ddinfer.distributed.partition import Replica, slice_of_batches
 from ddinfer.engines.encoding import EncodingCache
-from ddinfer.engines.ring import RingEngine, load_ring_engine
+from ddinfer.engines.continuous import ContinuousEngine, load_continuous_engine
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
 from ddinfer.models.loading import load_pipeline
-from ddinfer.parallel.ring import Ring
+from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
 from ddinfer.request import Prompt, resolve_requests
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import call_arguments, tiny_pipeline
@@ -37,12 +37,12 @@ def batches_for(kind, count, batch_size=1, **changes):
 
 def replicas_on_ranks(group, folder, num_stages, batches):
     replica = Replica.of(group.group_rank, group.group_size, num_stages)
-    engine = load_ring_engine(
+    engine = load_continuous_engine(
         folder, JobConfig(), replica, device="cpu", rank=group.group_rank,
         group=replica.process_group(),
     )  # fmt: skip
     held = sum(
-        p.numel() for s in engine.ring._staged for p in s.model.parameters() if not p.is_meta
+        p.numel() for s in engine.pipeline._staged for p in s.model.parameters() if not p.is_meta
     )
     mine = slice_of_batches(batches, replica.num_replicas, replica.number)
     return [dataclasses.replace(r, error=r.error) for r in engine.run(mine)], held
@@ -99,16 +99,16 @@ def test_encodings_are_forgotten_where_memory_is_short(tmp_path):
             super().clear()
 
     pipe = load_pipeline(tiny_pipeline("flux", tmp_path))
-    encodings, ring = Counting(pipe), Ring(pipe)
-    run = ring._staged[0].run
+    encodings, pipeline = Counting(pipe), ContinuousPipeline(pipe)
+    run = pipeline._staged[0].run
 
     def refuse_two_rows(plan, number, values):
         if values["input", 0].shape[0] == 2:
             raise torch.OutOfMemoryError("no room for two rows")
         return run(plan, number, values)
 
-    ring._staged[0].run = refuse_two_rows
-    results = list(RingEngine(ring, encodings=encodings).run(batches_for("flux", 2, 2)))
+    pipeline._staged[0].run = refuse_two_rows
+    results = list(ContinuousEngine(pipeline, encodings=encodings).run(batches_for("flux", 2, 2)))
     assert [result.error for result in results] == [None, None]
     assert encodings.num_clears == 1
 
@@ -133,8 +133,8 @@ MEASURED = """
     import torch.distributed as dist
     from ddinfer.config import JobConfig
     from ddinfer.distributed.partition import Replica
-    from ddinfer.engines.ring import load_ring_engine
-    from tests.test_ring_engine import batches_for, peak_and_now_bytes
+    from ddinfer.engines.continuous import load_continuous_engine
+    from tests.test_continuous_engine import batches_for, peak_and_now_bytes
 
     rank, path, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(1)
@@ -142,7 +142,7 @@ MEASURED = """
     from diffusers import FluxPipeline  # what any run holds, before a weight is read
     before = peak_and_now_bytes()[1]
     replica = Replica.of(rank, 2, 2)
-    engine = load_ring_engine(
+    engine = load_continuous_engine(
         folder, JobConfig(), replica, device="cpu", rank=rank, group=replica.process_group()
     )
     errors = [r.error for r in engine.run(batches_for("flux", 2))]
@@ -201,17 +201,17 @@ KILLED = """
     import torch.distributed as dist
     from ddinfer.config import JobConfig
     from ddinfer.distributed.partition import Replica
-    from ddinfer.engines.ring import load_ring_engine
+    from ddinfer.engines.continuous import load_continuous_engine
     from ddinfer.errors import RankError
-    from tests.test_ring_engine import batches_for
+    from tests.test_continuous_engine import batches_for
 
     rank, path, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     dist.init_process_group("gloo", store=dist.FileStore(path, 3), rank=rank, world_size=3)
     replica = Replica.of(rank, 3, 3)
-    engine = load_ring_engine(
+    engine = load_continuous_engine(
         folder, JobConfig(), replica, device="cpu", rank=rank, group=replica.process_group()
     )
-    staged = engine.ring._staged[0]
+    staged = engine.pipeline._staged[0]
     run, count = staged.run, iter(range(1000))
     def dying(*args):
         if next(count) == 5:

@@ -1,8 +1,8 @@
-"""The ring's clock: pure arithmetic, without any process."""
+"""The clock of the pipeline: pure arithmetic, without any process."""
 
 import pytest
 
-from ddinfer.parallel.ticks import best_limit, count_ticks, ideal_utilisation
+from ddinfer.parallel.continuous.ticks import best_limit, count_ticks, ideal_utilisation
 
 
 @pytest.mark.parametrize("num_stages", range(1, 6))

@@ -1,4 +1,4 @@
-"""The `RingEngine`: several ranks hold one pipeline's denoiser in stages, several images in flight.
+"""The `ContinuousEngine`: several ranks hold one pipeline's denoiser in stages, several images in flight.
 
 Ranks form a mesh of dp × pp: blocks of ``num_stages`` neighbouring ranks are a replica, whose
 first rank holds the rest of the pipeline, takes the replica's batches and makes its Results.
@@ -22,11 +22,11 @@ from ddinfer.errors import UsageError
 from ddinfer.models.building import build_on_meta
 from ddinfer.models.opening import OpenModel
 from ddinfer.models.source import DENOISER_NAMES, PipelineSource
-from ddinfer.parallel.blocks import module_bytes, ring_blocks
+from ddinfer.parallel.blocks import module_bytes, denoiser_blocks
 from ddinfer.parallel.cut import block_stages
 from ddinfer.parallel.flow import PlanError
-from ddinfer.parallel.image_state import check_pipeline_class
-from ddinfer.parallel.ring import Ring
+from ddinfer.parallel.continuous.image_state import check_pipeline_class
+from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
 from ddinfer.request import Result
 
 if TYPE_CHECKING:
@@ -47,14 +47,14 @@ class StagePlan:
     share: float
 
 
-class RingEngine:
-    """Runs a replica's batches through a `Ring`, each batch one pipeline call in flight.
+class ContinuousEngine:
+    """Runs a replica's batches through a `ContinuousPipeline`, each batch one pipeline call in flight.
 
     Every rank of the replica runs it. The first takes the batches and yields the Results; the
     others' batches are not looked at, and they yield nothing.
 
     Args:
-        ring: this rank's part of the replica's ring.
+        pipeline: this rank's part of the replica's pipeline.
         rank: global rank, for the Results.
         call: arguments of the pipeline's ``__call__`` that hold for every Request.
         encodings: of this pipeline's text encoders, on the first rank; forgotten where memory is
@@ -63,13 +63,13 @@ class RingEngine:
 
     def __init__(
         self,
-        ring: Ring,
+        pipeline: ContinuousPipeline,
         *,
         rank: int = 0,
         call: Mapping[str, Any] | None = None,
         encodings: EncodingCache | None = None,
     ):
-        self.ring, self.rank, self.call = ring, rank, dict(call or {})
+        self.pipeline, self.rank, self.call = pipeline, rank, dict(call or {})
         self.encodings = encodings
         self._max_batch: dict[str, int] = {}  # what one image learns of the memory holds for all
 
@@ -81,10 +81,10 @@ class RingEngine:
         Raises:
             RankError: another rank of the replica failed for good or is gone.
         """
-        if not self.ring.link.is_first:
+        if not self.pipeline.comm.is_first:
             batches = ()
         since = time.perf_counter()
-        for outcome in self.ring.run(self._job(batch) for batch in batches):
+        for outcome in self.pipeline.run(self._job(batch) for batch in batches):
             if outcome.error is not None:
                 raise outcome.error  # what fails an image is in its Result; this is worse
             results: list[Result] = outcome.value
@@ -95,12 +95,12 @@ class RingEngine:
 
     def set_progress_listener(self, heartbeat: ProgressListener) -> None:
         """Let ``heartbeat`` hear this rank's stage at work; the first rank's VAE, too."""
-        if self.ring.link.is_first:
-            heartbeat.listen_to(self.ring.pipe)
-            self.ring.listen(heartbeat.steps, awaiting=heartbeat.awaiting)
+        if self.pipeline.comm.is_first:
+            heartbeat.listen_to(self.pipeline.pipe)
+            self.pipeline.listen(heartbeat.steps, awaiting=heartbeat.awaiting)
         else:
             heartbeat.waits()
-            self.ring.listen(heartbeat.steps, heartbeat.waits)
+            self.pipeline.listen(heartbeat.steps, heartbeat.waits)
 
     def _job(self, batch: Batch) -> Callable[[Any], list[Result]]:
         def make(pipe: Any) -> list[Result]:
@@ -116,7 +116,7 @@ class RingEngine:
         return make
 
 
-def load_ring_engine(
+def load_continuous_engine(
     model: str,
     config: JobConfig,
     replica: Replica,
@@ -124,7 +124,7 @@ def load_ring_engine(
     device: str | torch.device,
     rank: int,
     group: Any = None,
-) -> RingEngine:
+) -> ContinuousEngine:
     """Load this rank's part of a job's pipeline: its own blocks, and on stage 0 the rest.
 
     Args:
@@ -150,8 +150,8 @@ def load_ring_engine(
         pipe = source.assemble({**rest, **denoisers})
         apply_to_pipeline(pipe, config)
         encodings = EncodingCache(pipe)
-    ring = Ring(pipe, denoisers=denoisers, group=group, device=target)
-    return RingEngine(ring, rank=rank, encodings=encodings)
+    pipeline = ContinuousPipeline(pipe, denoisers=denoisers, group=group, device=target)
+    return ContinuousEngine(pipeline, rank=rank, encodings=encodings)
 
 
 def load_stage(
@@ -167,7 +167,7 @@ def load_stage(
     for name in source.model_names():
         if name in DENOISER_NAMES:
             opened = source.open(name, types[name])
-            if opened.stored and ring_blocks(opened.model):
+            if opened.stored and denoiser_blocks(opened.model):
                 found[name] = _fill_stage(name, opened, num_stages, stage, device)
     if not found:
         raise _no_blocks(source)
@@ -185,7 +185,7 @@ def plan_stages(source: PipelineSource, num_stages: int) -> dict[str, list[Stage
     for name in source.model_names():
         if name in DENOISER_NAMES:
             model = build_on_meta(source.component_class(name), source.folder / name, None)
-            if blocks := ring_blocks(model):
+            if blocks := denoiser_blocks(model):
                 plans[name] = _plan_of(name, model, blocks, num_stages)
     if not plans:
         raise _no_blocks(source)
@@ -227,7 +227,7 @@ def _no_blocks(source: PipelineSource) -> UsageError:
 def _fill_stage(
     name: str, opened: OpenModel, num_stages: int, stage: int, device: torch.device
 ) -> torch.nn.Module:
-    blocks = ring_blocks(opened.model)
+    blocks = denoiser_blocks(opened.model)
     own = _stages_of(name, opened.model, blocks, num_stages)[stage]
     foreign = tuple(f"{block}." for k, block in enumerate(blocks) if k not in own)
     opened.fill(lambda tensor: None if tensor.startswith(foreign) else device)

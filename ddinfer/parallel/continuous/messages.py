@@ -1,4 +1,4 @@
-"""What ranks of a ring hand on in a tick: a call on its way, a failure, or the end."""
+"""What ranks of a continuous pipeline hand on in a tick: a call on its way, a failure, or the end."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ddinfer.errors import ErrorRecord, RankError
-from ddinfer.parallel.constants import NO_TOKEN, Memory
-from ddinfer.parallel.link import ConnectionLost, Link, losing
-from ddinfer.parallel.wire import Layout
+from ddinfer.parallel.continuous.constants import NO_TOKEN, Memory
+from ddinfer.parallel.communicator import ConnectionLost, Communicator, losing
+from ddinfer.parallel.packing import Layout
 
 IDLE, WORK, ERROR, END = range(4)
 
@@ -30,7 +30,7 @@ class Message:
 
     Attributes:
         kind: nothing, a call, a failed call, or the end of the run.
-        slot, serial: the image's place in the ring, and its number among all of them.
+        slot, serial: the image's place in the continuous pipeline, and its number among all of them.
         model, plan: numbers of the denoiser and of the plan that the call follows.
         origin: group rank that began the end.
         tokens: of the values that have one.
@@ -95,26 +95,26 @@ class Exchange:
 
     def __init__(
         self,
-        link: Link,
+        comm: Communicator,
         layout: Callable[[Message, int], Layout],
         learn: Callable[[Message], None],
     ):
-        self.link, self._layout, self._learn = link, layout, learn
-        self.next, self.previous = (link.group_rank + 1) % link.size, (link.group_rank - 1)
-        self.previous %= link.size
+        self.comm, self._layout, self._learn = comm, layout, learn
+        self.next, self.previous = (comm.group_rank + 1) % comm.size, (comm.group_rank - 1)
+        self.previous %= comm.size
         self._sent, self._received = Memory(), Memory()
         self.num_bytes = 0
         self.is_broken = False
         self._pending: _Pending | None = None
-        if link.size > 1:
+        if comm.size > 1:
             with self._naming():
                 self._warm_up()
 
     def _warm_up(self) -> None:
         """Opens both connections while every rank is here: NCCL makes them on first use."""
-        here = torch.zeros(1, dtype=torch.uint8, device=self.link.wire_device)
+        here = torch.zeros(1, dtype=torch.uint8, device=self.comm.wire_device)
         self._await(
-            self.link.start_exchange(here, self.next, torch.empty_like(here), self.previous)
+            self.comm.start_exchange(here, self.next, torch.empty_like(here), self.previous)
         )
 
     def __call__(self, message: Message, *, takes_calls: bool = True) -> Message:
@@ -138,7 +138,7 @@ class Exchange:
         Raises:
             RankError: one of the neighbours is gone.
         """
-        if self.link.size == 1:
+        if self.comm.size == 1:
             self._pending = _Pending(message, message)
             return
         message, tokens, outgoing = self._packed(message)
@@ -156,7 +156,7 @@ class Exchange:
         with self._naming():
             self._await(pending.works)
         received = pending.received
-        if self.link.size == 1:
+        if self.comm.size == 1:
             return received
         if pending.sent.kind == WORK:
             sent = {n: pending.sent.tokens.get(n, NO_TOKEN) for n in self._names(pending.sent)}
@@ -189,9 +189,9 @@ class Exchange:
             raise  # flags and headers do not touch the device
         except ConnectionLost as lost:
             self.is_broken = True
-            rank = self.link.ranks[lost.group_rank]
+            rank = self.comm.ranks[lost.group_rank]
             record = ErrorRecord("ConnectionLost", str(lost))
-            raise RankError(rank, "running the ring", record) from lost
+            raise RankError(rank, "running the pipeline", record) from lost
         except Exception:
             self.is_broken = True
             raise
@@ -203,12 +203,12 @@ class Exchange:
         try:
             layout, tokens = self._to_send(message)
             outgoing = (
-                layout.pack(message.values, self.link.wire_device) if layout.num_bytes else None
+                layout.pack(message.values, self.comm.wire_device) if layout.num_bytes else None
             )
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001 - it travels to the image whose call this is
-            return message.failed(self.link.rank, error), [], None
+            return message.failed(self.comm.rank, error), [], None
         message.values = {}
         return message, tokens, outgoing
 
@@ -234,7 +234,7 @@ class Exchange:
             pending.received = Message()
         if not self._is_next_ready(num_bytes, payload_bytes, pending.incoming is not None):
             pending.sent, pending.outgoing = Message(), None
-        pending.works = self.link.start_exchange(
+        pending.works = self.comm.start_exchange(
             pending.outgoing, self.next, pending.incoming, self.previous
         )
         self.num_bytes += 0 if pending.outgoing is None else num_bytes
@@ -243,7 +243,7 @@ class Exchange:
     def _make_room(self, pending: _Pending, tokens: list[int], num_bytes: int) -> None:
         """All memory that a received call takes on this rank, before it travels."""
         received = pending.received
-        device, wire_device = self.link.device, self.link.wire_device
+        device, wire_device = self.comm.device, self.comm.wire_device
         try:
             layout, known = self._to_receive(received, tokens)
             if layout.num_bytes != num_bytes:
@@ -255,7 +255,7 @@ class Exchange:
                 pending.landing, pending.incoming = landing, layout.empty(wire_device)
             pending.layout, pending.known = layout, known
         except Exception as error:  # noqa: BLE001 - it travels to the image whose call this is
-            pending.received = received.failed(self.link.rank, error)
+            pending.received = received.failed(self.comm.rank, error)
             pending.inputs, pending.landing, pending.incoming = {}, None, None
             if isinstance(error, torch.AcceleratorError):
                 pending.error = error
@@ -275,11 +275,11 @@ class Exchange:
 
     def _names(self, message: Message) -> list[Any]:
         """The values of this hop that may have a token, in the layout's order."""
-        names = self._layout(message, self.link.group_rank).names
+        names = self._layout(message, self.comm.group_rank).names
         return [name for name in names if name[0] == "input"][:NUM_TOKENS]
 
     def _to_send(self, message: Message) -> tuple[Layout, list[int]]:
-        layout = self._layout(message, self.link.group_rank)
+        layout = self._layout(message, self.comm.group_rank)
         tokens = [message.tokens.get(name, NO_TOKEN) for name in self._names(message)]
         known = {
             name
@@ -303,8 +303,8 @@ class Exchange:
         """Sends the numbers to the next rank and returns as many from the previous one."""
         mine = torch.tensor(numbers, dtype=torch.int64)
         theirs = torch.empty_like(mine)
-        sending = self.link.send(mine, self.next, control=True)
-        self.link.receive(theirs, self.previous, control=True)
+        sending = self.comm.send(mine, self.next, control=True)
+        self.comm.receive(theirs, self.previous, control=True)
         sending.wait()
         return theirs.tolist()
 
@@ -313,10 +313,10 @@ class Exchange:
         sending = None
         if num_received:
             mine = torch.tensor([has_room], dtype=torch.int64)
-            sending = self.link.send(mine, self.previous, control=True)
+            sending = self.comm.send(mine, self.previous, control=True)
         theirs = torch.ones(1, dtype=torch.int64)
         if num_bytes:
-            self.link.receive(theirs, self.next, control=True)
+            self.comm.receive(theirs, self.next, control=True)
         if sending is not None:
             sending.wait()
         return bool(theirs.item())
@@ -325,10 +325,10 @@ class Exchange:
         sending = None
         if header:
             mine = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-            sending = self.link.send(mine, self.next, control=True)
+            sending = self.comm.send(mine, self.next, control=True)
         theirs = torch.empty(num_bytes, dtype=torch.uint8)
         if num_bytes:
-            self.link.receive(theirs, self.previous, control=True)
+            self.comm.receive(theirs, self.previous, control=True)
         if sending is not None:
             sending.wait()
         return theirs.numpy().tobytes()

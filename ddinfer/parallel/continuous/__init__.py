@@ -1,0 +1,1 @@
+"""Several images in flight over ranks that each hold one stage of the denoisers."""
