@@ -1,8 +1,8 @@
-"""How busy the continuous pipeline keeps its stages, against the simulated ideal and against a flushed schedule.
+"""How busy the continuous pipeline keeps its stages, against the ideal and a flushed schedule.
 
     launch/bench --only continuous
     python -m bench.continuous [--stages 2] [--in_flight M] [--images N] [--steps 8] [--svg FILE]
-    python -m bench.continuous --write     makes figures and timeline of docs/pipeline-parallel.md anew
+    python -m bench.continuous --write     writes the figures of docs/pipeline-parallel.md
 
 Starts one gloo rank of one thread per stage, with a random SD3-shaped pipeline whose denoiser
 dwarfs the rest. Utilisation is the time that stages worked on calls / (wall × stages), from the
@@ -26,7 +26,9 @@ from typing import Any
 from bench.measure import PYTHON, ROOT, Machine, Others, Size, run, versions
 from bench.report import table
 
-ABOUT = "how busy the continuous pipeline keeps its stages, against the ideal and a flushed schedule"
+ABOUT = (
+    "how busy the continuous pipeline keeps its stages, against the ideal and a flushed schedule"
+)
 EXPECTED_SECONDS = 40
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,9 +38,14 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#b
 
 
 #: What stands on the page: its cases (stages, in flight, images, steps), and how often each ran.
-PAGE, TIMELINE = ROOT / "docs" / "pipeline-parallel.md", ROOT / "docs/images/continuous-timeline.svg"
+PAGE, TIMELINE = (
+    ROOT / "docs" / "pipeline-parallel.md",
+    ROOT / "docs/images/continuous-timeline.svg",
+)
 CASES, REPETITIONS = ((2, 2, 4, 4), (2, 2, 4, 8), (2, 4, 8, 8)), 3
-FIGURES = re.compile(r"(<!-- figures of bench.continuous -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
+FIGURES = re.compile(
+    r"(<!-- figures of bench.continuous -->\n).*?(<!-- end of figures -->\n)", re.DOTALL
+)
 
 
 def write_page() -> None:
@@ -51,7 +58,11 @@ def write_page() -> None:
         runs = [json.loads(run(command).stdout)["schedules"] for _ in range(REPETITIONS)]
         for name in ("continuous", "flushed"):
             told = [schedules[name] for schedules in runs]
-            how = "continuous, transfers beside computing" if in_flight >= 2 * stages else "continuous"
+            how = (
+                "continuous, transfers beside computing"
+                if in_flight >= 2 * stages
+                else "continuous"
+            )
             rows.append(
                 [
                     str(stages),
@@ -143,7 +154,10 @@ def main() -> None:
     }
     print(json.dumps(figures) if asked.json else tables(figures))
     if asked.svg:
-        draw(asked.svg, {name: [rank[name][0] for rank in told] for name in ("continuous", "flushed")})
+        draw(
+            asked.svg,
+            {name: [rank[name][0] for rank in told] for name in ("continuous", "flushed")},
+        )
 
 
 def utilisations(told: list[dict], in_flight: int, asked: argparse.Namespace) -> dict[str, Any]:
@@ -188,7 +202,9 @@ def both_schedules(world, in_flight: int, images: int, steps: int) -> dict:
     found = {}
     module: Any = pipeline_module
     with process_group(world):
-        pipeline = pipeline_module.ContinuousPipeline(make_pipe(), num_in_flight=in_flight, record=True)
+        pipeline = pipeline_module.ContinuousPipeline(
+            make_pipe(), num_in_flight=in_flight, record=True
+        )
         list(pipeline.run([job(0, 1)] * pipeline.comm.size))  # plans are made, memory is warm
         for name, queue in (("continuous", pipeline_module.Queue), ("flushed", flushed_queue())):
             module.Queue, kept = queue, pipeline_module.Queue

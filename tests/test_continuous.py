@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddinfer.errors import RankError, UsageError
 from ddinfer.parallel import plans
-from ddinfer.parallel.flow import StagedModel
 from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
+from ddinfer.parallel.flow import StagedModel
 from ddinfer.parallel.packing import Layout
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import KINDS, call_arguments
@@ -127,7 +127,7 @@ def test_the_comparison_notices_another_seed():
 
 
 class Loop:
-    """As little of a pipeline as the continuous pipeline needs: components, and a call that denoises."""
+    """As little of a pipeline as is needed here: components, and a call that denoises."""
 
     def __init__(self, model):
         self.components = {"transformer": model}
@@ -451,7 +451,9 @@ def stop_with_plans_in_flight_on_ranks(group, in_flight):
 
 
 @pytest.mark.parametrize(("num_stages", "in_flight"), [(2, 4), (3, 3), (3, 6)])
-def test_a_caller_who_stops_while_plans_are_in_flight_leaves_a_usable_pipeline(num_stages, in_flight):
+def test_a_caller_who_stops_while_plans_are_in_flight_leaves_a_usable_pipeline(
+    num_stages, in_flight
+):
     found = run_ranks(stop_with_plans_in_flight_on_ranks, num_stages, in_flight)
     assert found[0] == [True] * 7
 

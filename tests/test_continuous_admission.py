@@ -1,4 +1,4 @@
-"""Which image enters the continuous pipeline when, with images that need no thread; and what a hop carries."""
+"""Which image enters the pipeline when, with images that need no thread; and what travels."""
 
 from collections import deque
 
@@ -7,7 +7,7 @@ import torch
 
 from ddinfer.parallel.continuous.admission import Queue
 from ddinfer.parallel.continuous.constants import NO_TOKEN, Memory, Repeated
-from ddinfer.parallel.continuous.threads import Call, ImageTask
+from ddinfer.parallel.continuous.threads import Call
 from ddinfer.parallel.continuous.ticks import best_limit, count_ticks
 from ddinfer.parallel.packing import ALIGNMENT, layout_of
 
@@ -19,7 +19,7 @@ class PipelineThreads:
         self.started = []
 
     def start(self, index, job):
-        image = Image(index, Call(0, (), {}), num_calls=1)
+        image = ImageTask(index, Call(0, (), {}), num_calls=1)
         image.left = job
         self.started.append(index)
         return image

@@ -13,8 +13,8 @@ import torch
 
 from ddinfer.config import JobConfig
 from ddinfer.distributed.partition import Replica, slice_of_batches
-from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.continuous import ContinuousEngine, load_continuous_engine
+from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
 from ddinfer.models.loading import load_pipeline

@@ -16,8 +16,8 @@ from torch import nn
 
 from ddinfer.errors import RankError
 from ddinfer.parallel import plans
-from ddinfer.parallel.continuous import pipeline
 from ddinfer.parallel.communicator import Communicator
+from ddinfer.parallel.continuous import pipeline
 from ddinfer.parallel.packing import Layout
 
 #: A rank that waits as long for a message waits for one that does not come.
@@ -223,7 +223,10 @@ def one_schedule(seed):
     source_fails = draw.random() < 0.1
     comms, (uncut, *pipes) = make_comms(size), make_pipes(size + 1)
     ranks = on_threads(
-        lambda rank: pipeline.ContinuousPipeline(pipes[rank], group=comms[rank], num_in_flight=in_flight), size
+        lambda rank: pipeline.ContinuousPipeline(
+            pipes[rank], group=comms[rank], num_in_flight=in_flight
+        ),
+        size,
     )
     for one in ranks:
         if isinstance(one, BaseException):

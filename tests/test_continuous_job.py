@@ -15,8 +15,8 @@ from ddinfer.storage.files import Files
 from ddinfer.storage.verify import verify
 from tests.jobs import end, made, wait_for_words, wait_until
 from tests.jobs import job as words_of_job
-from tests.moody_pipeline import moody_pipeline
 from tests.moody_continuous import colour, moody_continuous
+from tests.moody_pipeline import moody_pipeline
 from tests.test_cli import MAIN, ROOT, TORCHRUN, images, run, start, status
 from tests.test_restarts import rank_processes
 from tests.test_run import file_bytes, job, lines, pixels
@@ -223,7 +223,9 @@ def test_a_prompt_that_always_kills_a_rank_is_failed_and_its_neighbours_are_made
 
 
 def test_without_restarts_the_same_command_goes_on(moody, tmp_path):
-    words = words_of_job(moody, tmp_path, ["a", f"once-last {tmp_path / 'died'}", "b", "c"], *STAGES)
+    words = words_of_job(
+        moody, tmp_path, ["a", f"once-last {tmp_path / 'died'}", "b", "c"], *STAGES
+    )
     done = run([*MAIN, *words])
     assert done.returncode == 70, done.stderr
     assert "rank 1" in done.stderr

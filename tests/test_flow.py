@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from ddinfer.errors import RankError, UsageError
+from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
 from ddinfer.parallel.flow import PlanError, call_key
 from ddinfer.parallel.prepare import prepare_pipeline
-from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
 from tests.ranks import run_ranks
 from tests.test_continuous import Loop
 

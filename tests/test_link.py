@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ddinfer.errors import RankError
-from ddinfer.parallel.communicator import ConnectionLost, Communicator, losing
+from ddinfer.parallel.communicator import Communicator, ConnectionLost, losing
 from ddinfer.parallel.continuous.messages import Exchange
 from tests.ranks import run_ranks
 

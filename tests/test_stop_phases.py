@@ -12,8 +12,8 @@ import pytest
 from ddinfer.cli.status import status_of
 from ddinfer.storage.files import Files
 from tests.jobs import STARTS, end, is_whole, job, undisturbed, wait_for_words, wait_until
-from tests.moody_pipeline import moody_pipeline
 from tests.moody_continuous import moody_continuous
+from tests.moody_pipeline import moody_pipeline
 from tests.test_cli import images, run, start, status
 
 HOLDS = {"preparing": "MOODY_HOLDS_IMPORT", "loading": "MOODY_HOLDS_LOADING"}

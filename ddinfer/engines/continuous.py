@@ -1,4 +1,4 @@
-"""The `ContinuousEngine`: several ranks hold one pipeline's denoiser in stages, several images in flight.
+"""The `ContinuousEngine`: a pipeline's denoisers cut over ranks, several images in flight.
 
 Ranks form a mesh of dp × pp: blocks of ``num_stages`` neighbouring ranks are a replica, whose
 first rank holds the rest of the pipeline, takes the replica's batches and makes its Results.
@@ -22,11 +22,11 @@ from ddinfer.errors import UsageError
 from ddinfer.models.building import build_on_meta
 from ddinfer.models.opening import OpenModel
 from ddinfer.models.source import DENOISER_NAMES, PipelineSource
-from ddinfer.parallel.blocks import module_bytes, denoiser_blocks
-from ddinfer.parallel.cut import block_stages
-from ddinfer.parallel.flow import PlanError
+from ddinfer.parallel.blocks import denoiser_blocks, module_bytes
 from ddinfer.parallel.continuous.image_state import check_pipeline_class
 from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
+from ddinfer.parallel.cut import block_stages
+from ddinfer.parallel.flow import PlanError
 from ddinfer.request import Result
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class StagePlan:
 
 
 class ContinuousEngine:
-    """Runs a replica's batches through a `ContinuousPipeline`, each batch one pipeline call in flight.
+    """Runs a replica's batches through a `ContinuousPipeline`, one call for each.
 
     Every rank of the replica runs it. The first takes the batches and yields the Results; the
     others' batches are not looked at, and they yield nothing.

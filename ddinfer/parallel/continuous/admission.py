@@ -1,4 +1,4 @@
-"""Which image enters the continuous pipeline when: the first rank's queue of jobs."""
+"""Which image enters the pipeline when: the first rank's queue of jobs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,21 @@ class Queue:
     turn comes. Jobs are taken from the iterable no earlier than needed to see its end coming.
 
     Args:
-        latency: ticks from a call to its image's next one, hence images that fill the continuous pipeline.
-        limit: images in the continuous pipeline at once, while there are plenty.
+        latency: ticks from a call to its image's next one, hence images that fill the pipeline.
+        limit: images in the pipeline at once, while there are plenty.
 
     Attributes:
-        active: images that have a slot in the continuous pipeline.
+        active: images that have a slot in the pipeline.
         ready: those of them whose next call has not entered the first stage yet.
         in_pipeline: by serial, those whose call is on its way.
     """
 
     def __init__(
-        self, threads: PipelineThreads, jobs: Iterable[Callable[[Any], Any]], latency: int, limit: int
+        self,
+        threads: PipelineThreads,
+        jobs: Iterable[Callable[[Any], Any]],
+        latency: int,
+        limit: int,
     ):
         self.active: list[ImageTask] = []
         self.ready: deque[ImageTask] = deque()
@@ -90,8 +94,10 @@ class Queue:
     def _slots_in_all(self) -> int:
         return len(self._slots) + len(self.active)
 
-    def answer(self, image: ImageTask, output: Any = None, error: BaseException | None = None) -> None:
-        """Answers an image's call; it is ready again, or it leaves the continuous pipeline."""
+    def answer(
+        self, image: ImageTask, output: Any = None, error: BaseException | None = None
+    ) -> None:
+        """Answers an image's call; it is ready again, or it leaves the pipeline."""
         self._threads.answer(image, output, error)
         if image.call is not None:
             self.ready.append(image)
@@ -115,7 +121,7 @@ class Queue:
         return self._exhausted and not (self._taken or self._beside or self.active)
 
     def wait(self) -> None:
-        """With nothing in the continuous pipeline: until an image asks for it, or has ended."""
+        """With nothing in the pipeline: until an image asks for it, or has ended."""
         self._threads.wait(
             lambda: any(image.done or image.call is not None for image in self._beside)
         )

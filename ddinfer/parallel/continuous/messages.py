@@ -1,4 +1,4 @@
-"""What ranks of a continuous pipeline hand on in a tick: a call on its way, a failure, or the end."""
+"""What the ranks of a continuous pipeline send in a tick: a call, a failure, or the end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ddinfer.errors import ErrorRecord, RankError
+from ddinfer.parallel.communicator import Communicator, ConnectionLost, losing
 from ddinfer.parallel.continuous.constants import NO_TOKEN, Memory
-from ddinfer.parallel.communicator import ConnectionLost, Communicator, losing
 from ddinfer.parallel.packing import Layout
 
 IDLE, WORK, ERROR, END = range(4)
@@ -30,7 +30,7 @@ class Message:
 
     Attributes:
         kind: nothing, a call, a failed call, or the end of the run.
-        slot, serial: the image's place in the continuous pipeline, and its number among all of them.
+        slot, serial: the image's place in the pipeline, and its number among all of them.
         model, plan: numbers of the denoiser and of the plan that the call follows.
         origin: group rank that began the end.
         tokens: of the values that have one.

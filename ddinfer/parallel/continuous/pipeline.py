@@ -19,16 +19,16 @@ from torch.utils import _pytree as pytree
 
 from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.models.source import DENOISER_NAMES
+from ddinfer.parallel.blocks import denoiser_blocks, drop_weights
+from ddinfer.parallel.communicator import Communicator
 from ddinfer.parallel.continuous.admission import Queue
-from ddinfer.parallel.blocks import drop_weights, denoiser_blocks
+from ddinfer.parallel.continuous.image_state import check_pipeline_class
+from ddinfer.parallel.continuous.messages import END, ERROR, WORK, Exchange, Message
+from ddinfer.parallel.continuous.threads import Call, PipelineThreads
 from ddinfer.parallel.cut import block_stages
 from ddinfer.parallel.flow import PlanError, StagedModel, call_key
-from ddinfer.parallel.continuous.image_state import check_pipeline_class
-from ddinfer.parallel.continuous.threads import Call, PipelineThreads
-from ddinfer.parallel.communicator import Communicator
-from ddinfer.parallel.continuous.messages import END, ERROR, WORK, Exchange, Message
-from ddinfer.parallel.plans import PlanCache
 from ddinfer.parallel.packing import Layout
+from ddinfer.parallel.plans import PlanCache
 
 #: A job makes one image (or batch of images) with the pipeline it is given.
 Job = Callable[[Any], Any]
@@ -60,7 +60,7 @@ class ContinuousPipeline:
         pipe: the pipeline on the first rank; ``None`` or a pipeline elsewhere.
         denoisers: by component name, on ranks that have no ``pipe``.
         group: process group in stage order (default: all ranks).
-        num_in_flight: images in the continuous pipeline at once, at least the number of stages S (default: S;
+        num_in_flight: images in the pipeline at once, at least the number of stages S (default: S;
             2·S on a GPU). From 2·S on, a tick's transfers run beside the next tick's computing.
         head_bytes: what the first rank does besides its blocks (encoding, decoding, the
             scheduler), as bytes of blocks that take as long; its stage is that much smaller.
@@ -373,7 +373,8 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
     found = {
         name: pipe.components[name]
         for name in DENOISER_NAMES
-        if isinstance(pipe.components.get(name), nn.Module) and denoiser_blocks(pipe.components[name])
+        if isinstance(pipe.components.get(name), nn.Module)
+        and denoiser_blocks(pipe.components[name])
     }
     if not found:
         raise UsageError(

@@ -1,7 +1,7 @@
 """One image in the making: an unchanged pipeline call on a thread of its own.
 
-The thread stops at every denoiser call until the continuous pipeline has answered it. Between denoiser calls
-exactly one image runs, while the continuous pipeline's driver waits: that is the scheduler's step. What comes
+The thread stops at every denoiser call until the pipeline has answered it. Between denoiser calls
+exactly one image runs, while the pipeline's driver waits: that is the scheduler's step. What comes
 before the first call (encoding the prompt) and from the decoder on runs outside the pipeline.
 """
 
@@ -43,10 +43,10 @@ class ImageTask:
         call: what it waits for, while it does.
         done: it has ended; ``value`` or ``error`` is set.
         num_calls: denoiser calls made so far.
-        slot: its place in the continuous pipeline while it is there.
-        has_entered: it has been in the continuous pipeline.
-        serial: its number among all images of the continuous pipeline.
-        plan: number of the plan that its call follows, while the call is in the continuous pipeline.
+        slot: its place in the pipeline while it is there.
+        has_entered: it has been in the pipeline.
+        serial: its number among all images of the pipeline.
+        plan: number of the plan that its call follows, while the call is in the pipeline.
         repeated: tensors given to the denoiser before, see `ddinfer.parallel.continuous.constants`.
     """
 
@@ -90,7 +90,7 @@ class PipelineThreads:
         self._images: list[ImageTask] = []
         self._serials = itertools.count(1)
         self._num_threads = torch.get_num_threads()
-        self._stream: torch.cuda.Stream | None = None  # of whoever runs the continuous pipeline
+        self._stream: torch.cuda.Stream | None = None  # of whoever runs the pipeline
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -136,7 +136,9 @@ class PipelineThreads:
         image.thread.start()
         return image
 
-    def answer(self, image: ImageTask, output: Any = None, error: BaseException | None = None) -> None:
+    def answer(
+        self, image: ImageTask, output: Any = None, error: BaseException | None = None
+    ) -> None:
         """Answers the image's call; returns when it stops again: at a call, a decoder, its end."""
         with self._changed:
             image.call, image._watched = None, True
@@ -173,7 +175,7 @@ class PipelineThreads:
         return getattr(self._mine, "image", None)
 
     def denoise(self, image: ImageTask, call: Call) -> Any:
-        """On the image's thread: stops until the continuous pipeline has answered.
+        """On the image's thread: stops until the pipeline has answered.
 
         Raises:
             UsageError: under autocast, which holds for this thread alone.
@@ -200,7 +202,7 @@ class PipelineThreads:
             raise error
         return output
 
-    def step_aside(self, image: Image) -> None:
+    def step_aside(self, image: ImageTask) -> None:
         """On the image's thread: from here on it runs outside the pipeline, which goes on."""
         if image._beside:
             return
@@ -218,7 +220,7 @@ class PipelineThreads:
             if image.thread is not None and waits:
                 self._drain(image)
 
-    def _drain(self, image: Image) -> None:
+    def _drain(self, image: ImageTask) -> None:
         """Waits for an image that is encoding or decoding, then lets it go."""
         while not image.done:
             self.wait(lambda: image.done or image.call is not None)

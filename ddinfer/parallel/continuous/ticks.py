@@ -14,7 +14,7 @@ def count_ticks(in_flight: Sequence[int], waiting: Sequence[int], latency: int, 
     M·T + S − 1 ticks.
 
     Args:
-        in_flight: calls that each image in the pipeline still has to make, in the order they are due.
+        in_flight: calls that each image in flight still has to make, in the order they are due.
         waiting: likewise for the images that are not in the pipeline yet.
         latency: the number of stages S, or twice that where transfers run beside computing.
         limit: images in the pipeline at once; the next enters when one has made its last call.

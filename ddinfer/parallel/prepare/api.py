@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 
 from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.parallel.blocks import check_names
-from ddinfer.parallel.communicator import ConnectionLost, Communicator, Sending
+from ddinfer.parallel.communicator import Communicator, ConnectionLost, Sending
+from ddinfer.parallel.packing import Layout, layout_of
 from ddinfer.parallel.prepare.partition import Cut, cut_model
 from ddinfer.parallel.prepare.rows import Inputs
 from ddinfer.parallel.prepare.samples import settle_inputs
-from ddinfer.parallel.packing import Layout, layout_of
 
 
 def prepare_pipeline(

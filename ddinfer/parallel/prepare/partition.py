@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ddinfer.errors import UsageError
-from ddinfer.parallel.blocks import faked, find_blocks, denoiser_blocks
+from ddinfer.parallel.blocks import denoiser_blocks, faked, find_blocks
+from ddinfer.parallel.communicator import Communicator
 from ddinfer.parallel.cut import block_stages
 from ddinfer.parallel.flow import PlanError, StagedModel, call_key
-from ddinfer.parallel.communicator import Communicator
+from ddinfer.parallel.packing import Layout
 from ddinfer.parallel.plans import PlanCache
 from ddinfer.parallel.prepare.mixing import CannotRun
 from ddinfer.parallel.prepare.rows import Inputs, Outputs
@@ -28,7 +29,6 @@ from ddinfer.parallel.prepare.samples import (
 )
 from ddinfer.parallel.prepare.trace import TracedCut, TraceFailed, give_weights, trace
 from ddinfer.parallel.prepare.weights import Weights
-from ddinfer.parallel.packing import Layout
 
 log = logging.getLogger(__name__)
 
