@@ -7,7 +7,7 @@ import torch
 
 from ddinfer.parallel.continuous.admission import Queue
 from ddinfer.parallel.continuous.constants import NO_TOKEN, Memory, Repeated
-from ddinfer.parallel.continuous.threads import Call
+from ddinfer.parallel.continuous.threads import Call, ImageTask
 from ddinfer.parallel.continuous.ticks import best_limit, count_ticks
 from ddinfer.parallel.packing import ALIGNMENT, layout_of
 
