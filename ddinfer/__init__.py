@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     )
     from ddinfer.job.run import run_job
     from ddinfer.models.loading import load_pipeline
-    from ddinfer.models.placement import Placement, plan_placement
+    from ddinfer.models.placement import Placement
+    from ddinfer.models.planner import plan_placement
     from ddinfer.parallel.prepare import prepare_pipeline
     from ddinfer.request import Request, Result
 
@@ -39,7 +40,7 @@ _HOMES = {
     "run_job": "ddinfer.job.run",
     "launch": "ddinfer.distributed.launch",
     "load_pipeline": "ddinfer.models.loading",
-    "plan_placement": "ddinfer.models.placement",
+    "plan_placement": "ddinfer.models.planner",
     "prepare_pipeline": "ddinfer.parallel.prepare",
     "JobConfig": "ddinfer.config",
     "Placement": "ddinfer.models.placement",

@@ -19,14 +19,14 @@ import torch
 from torch.utils import backend_registration
 
 from ddinfer.errors import UsageError
-from ddinfer.models.activations import OneDevice
-from ddinfer.models.dispatch import dispatch_model, dispatch_pipeline
-from ddinfer.models.fetching import DiskSource, Fetcher, HostSource, Unit
+from ddinfer.models.devices import PlacementError
+from ddinfer.models.fetch import DiskSource, Fetcher, HostSource
 from ddinfer.models.loading import load_model, load_pipeline
-from ddinfer.models.parked import ParkedParameter, is_parked
-from ddinfer.models.placement import Placement, PlacementError, plan_placement
-from ddinfer.models.planner import plan
-from ddinfer.models.sizes import tree_of, tree_of_model
+from ddinfer.models.offload import OneDevice, dispatch_model, dispatch_pipeline
+from ddinfer.models.placement import Placement
+from ddinfer.models.planner import plan, plan_placement
+from ddinfer.models.stand_ins import StandInParameter, is_stand_in
+from ddinfer.models.tree import Unit, tree_of, tree_of_model
 from tests.tiny_pipelines import KINDS, call_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,7 +171,7 @@ def test_weights_read_outside_forward_are_right(tier):
     twin.table.copy_(model.table)
     expected = [twin(ids) for _ in range(2)]
     with dispatch_model(model, Placement({"": tier}, main="cpu:0")):
-        assert isinstance(model.layers[0].weight, ParkedParameter)
+        assert isinstance(model.layers[0].weight, StandInParameter)
         assert model.layers[0].weight.shape == (8, 8)
         assert model.layers[0].weight.dtype == torch.float32
         assert not model.layers[0].weight.is_meta
@@ -194,7 +194,7 @@ def test_a_block_that_raises_leaves_its_stand_ins_in_place():
     with dispatch_model(model, Placement({"": "cpu"}, main="cpu:0")) as dispatched:
         with pytest.raises(RuntimeError):
             model.layers[0](torch.zeros(3))  # wrong width
-        assert all(isinstance(p, ParkedParameter) for p in model.parameters())
+        assert all(isinstance(p, StandInParameter) for p in model.parameters())
         assert model.eval()(torch.tensor([1])).shape == (1, 10)
     assert dispatched.fetcher._guess is None
 
@@ -205,16 +205,16 @@ def test_an_interrupted_forward_leaves_its_stand_ins_in_place(tiny):
     weight = "transformer_blocks.0.attn.to_q"
 
     def interrupt(*_: Any) -> None:
-        assert not is_parked(pipe.transformer.get_parameter(f"{weight}.weight"))
+        assert not is_stand_in(pipe.transformer.get_parameter(f"{weight}.weight"))
         raise KeyboardInterrupt
 
     handle = pipe.transformer.get_submodule(weight).register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         draw(pipe, "flux")
     handle.remove()
-    assert is_parked(pipe.transformer.get_parameter(f"{weight}.weight"))
+    assert is_stand_in(pipe.transformer.get_parameter(f"{weight}.weight"))
     assert torch.equal(draw(pipe, "flux"), expected)
-    assert is_parked(pipe.transformer.get_parameter(f"{weight}.weight"))
+    assert is_stand_in(pipe.transformer.get_parameter(f"{weight}.weight"))
 
 
 def test_the_devices_of_a_placed_model_are_told_truly(tiny):
@@ -419,10 +419,10 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {root!r})
 from ddinfer.models.loading import load_model
-from ddinfer.models.opening import open_model
-from ddinfer.models.dispatch import dispatch_model
+from ddinfer.models.meta_model import open_model
+from ddinfer.models.offload import dispatch_model
 from ddinfer.models.planner import plan
-from ddinfer.models.sizes import tree_of_model
+from ddinfer.models.tree import tree_of_model
 
 def resident():
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():

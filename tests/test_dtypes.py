@@ -12,10 +12,10 @@ from ddinfer.engines.staged import StagedEngine
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.inputs import check_image_file
 from ddinfer.models.loading import load_model, load_pipeline
-from ddinfer.models.parked import is_parked
-from ddinfer.models.sizes import tree_of
-from ddinfer.models.source import PipelineSource
+from ddinfer.models.pipeline_folder import PipelineSource
 from ddinfer.models.stages import StagedPipeline
+from ddinfer.models.stand_ins import is_stand_in
+from ddinfer.models.tree import tree_of
 from ddinfer.request import Prompt, resolve_requests
 from tests.tiny_pipelines import KINDS, call_arguments
 
@@ -217,14 +217,14 @@ def test_a_call_that_ends_while_the_vae_is_cast_changes_no_later_picture(error, 
 def test_casts_of_weights_that_are_away_are_those_of_weights_that_are_here(tiny):
     plain = load_pipeline(tiny("sdxl")).vae
     placed = load_pipeline(tiny("sdxl"), placement=VAE_ON_DISK).vae
-    names = [name for name, p in placed.named_parameters() if is_parked(p)]
+    names = [name for name, p in placed.named_parameters() if is_stand_in(p)]
     assert len(names) > 10
     for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float32):
         plain.to(dtype)  # the lost bits stay lost
         placed.to(dtype)
         for name in names:
             ours = placed.get_parameter(name)
-            assert is_parked(ours)
+            assert is_stand_in(ours)
             assert ours.dtype == dtype
             assert torch.equal(ours + 0, plain.get_parameter(name))
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))

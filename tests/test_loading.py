@@ -15,13 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from ddinfer import tiny as embedded
 from ddinfer.errors import UsageError
-from ddinfer.models.building import parameters_on_meta
+from ddinfer.job.fingerprint import model_fingerprint
 from ddinfer.models.checkpoint import CheckpointError, read_checkpoint, read_header
-from ddinfer.models.fingerprint import model_fingerprint
+from ddinfer.models.index import call_parameters, pipeline_class
 from ddinfer.models.loading import denoisers, load_model, load_pipeline
-from ddinfer.models.opening import open_model
-from ddinfer.models.signature import call_parameters, pipeline_class
-from ddinfer.models.source import PipelineSource
+from ddinfer.models.meta_model import open_model, parameters_on_meta
+from ddinfer.models.pipeline_folder import PipelineSource
 from tests.tiny_pipelines import KINDS, call_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -194,7 +193,7 @@ def test_a_variant_is_taken_where_a_component_has_it(tiny, tmp_path):
     pipe.save_pretrained(tmp_path, variant="fp16")
     loaded = load_pipeline(tmp_path, variant="fp16", dtype="float16")
     assert_same_model(pipe.unet.eval(), loaded.unet)
-    with pytest.raises(CheckpointError, match="say --variant"):
+    with pytest.raises(CheckpointError, match="pass --variant"):
         load_pipeline(tmp_path)
     with pytest.raises(UsageError, match="no weights of variant 'bf16'"):
         load_pipeline(tmp_path, variant="bf16")
@@ -433,7 +432,7 @@ def test_a_hub_id_in_the_cache_loads_offline(tiny, tmp_path):
     (repo / "refs" / "main").write_text(commit)
     code = (
         "from ddinfer.models.loading import load_pipeline\n"
-        "from ddinfer.models.signature import call_parameters\n"
+        "from ddinfer.models.index import call_parameters\n"
         "assert 'prompt' in call_parameters('somebody/tiny')\n"
         "print(type(load_pipeline('somebody/tiny')).__name__)"
     )
@@ -473,8 +472,8 @@ def test_a_cached_hub_model_is_planned_offline(tiny, tmp_path):
     folder = in_hub_cache(tiny("sd"), tmp_path)
     code = (
         "import torch\n"
-        "from ddinfer.models.source import PipelineSource\n"
-        "source = PipelineSource.to_plan_by('somebody/tiny')\n"
+        "from ddinfer.models.pipeline_folder import PipelineSource\n"
+        "source = PipelineSource.for_planning('somebody/tiny')\n"
         "print(source.dtypes('auto', torch.device('cuda'))['unet'])"
     )
     done = run_offline(tmp_path, "-c", code)
@@ -490,7 +489,10 @@ def test_a_quantised_hub_model_is_refused_by_its_configs(tiny, tmp_path):
     config = folder / "vae" / "config.json"
     quantised = {"quantization_config": {"quant_method": "bitsandbytes"}}
     config.write_text(json.dumps(json.loads(config.read_text()) | quantised))
-    code = "from ddinfer.models.repository import pipeline_folder; pipeline_folder('somebody/tiny')"
+    code = (
+        "from ddinfer.models.pipeline_folder import pipeline_folder; "
+        "pipeline_folder('somebody/tiny')"
+    )
     done = run_offline(tmp_path, "-c", code)
     assert "vae is quantised (bitsandbytes)" in done.stderr
 
@@ -550,7 +552,7 @@ def test_a_models_classes_are_imported_ahead_and_nobody_elses(tmp_path):
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     program = (
-        "import sys\nfrom ddinfer.models.classes import import_classes\n"
+        "import sys\nfrom ddinfer.models.preimport import import_classes\n"
         "import_classes(sys.argv[1])\nimport_classes('nobody/has-this')\n"
         "import_classes('/no/such/folder')\n"
         "print(*(name in sys.modules for name in sys.argv[2:]))\n"

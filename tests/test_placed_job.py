@@ -65,7 +65,7 @@ def test_a_placement_that_leaves_a_part_out_names_it(model, tmp_path):
     ("options", "message"),
     [
         ({"placement": "/nowhere/p.json"}, "/nowhere/p.json: No such file"),
-        ({"placement": "balanced", "max_memory": "cpu=lots"}, "'lots' is no size"),
+        ({"placement": "balanced", "max_memory": "cpu=lots"}, "'lots' is not a size"),
         ({"placement": "balanced", "max_memory": "0=1GB"}, "names cuda:0, but .* no GPU"),
     ],
 )

@@ -15,21 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddinfer.errors import UsageError
-from ddinfer.models.memory import complete_budgets
-from ddinfer.models.placement import (
+from ddinfer.models.devices import (
     CPU,
     DISK,
-    Placement,
     PlacementError,
-    check_covers,
+    memory_budgets,
     parse_bytes,
     parse_device,
     parse_max_memory,
-    plan_placement,
 )
-from ddinfer.models.planner import plan
-from ddinfer.models.sizes import tree_of, tree_of_model
-from ddinfer.models.tree import Node, Tensor, units_of
+from ddinfer.models.placement import Placement, check_covers
+from ddinfer.models.planner import plan, plan_placement
+from ddinfer.models.tree import Node, Tensor, tree_of, tree_of_model, units_of
 from tests.data.record_accelerate import CASES, build
 from tests.tiny_pipelines import tiny_pipeline
 
@@ -55,14 +52,14 @@ def test_sizes_are_read_exactly(text, expected):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "16 apples", "1e9", -1, True, "1.2.3GB"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(UsageError, match="is no size"):
+    with pytest.raises(UsageError, match="is not a size"):
         parse_bytes(text)
 
 
 def test_devices_have_one_spelling():
     spelt = {0: "cuda:0", "1": "cuda:1", "cuda": "cuda:0", "cuda:3": "cuda:3", "cpu": "cpu"}
     assert {k: parse_device(k) for k in spelt} == spelt
-    with pytest.raises(UsageError, match="is no device"):
+    with pytest.raises(UsageError, match="is not a device"):
         parse_device("GPU 0")
 
 
@@ -422,10 +419,10 @@ def test_a_rank_asks_only_its_own_gpus_how_much_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda n: asked.append(n) or (10 + n, 99))
-    budgets = complete_budgets(None, [2, 3])
+    budgets = memory_budgets(None, [2, 3])
     assert asked == [2, 3]
     assert {d: size for d, size in budgets.items() if d != CPU} == {"cuda:2": 12, "cuda:3": 13}
-    assert set(complete_budgets(None)) == {"cuda:0", "cuda:1", "cuda:2", "cuda:3", CPU}
+    assert set(memory_budgets(None)) == {"cuda:0", "cuda:1", "cuda:2", "cuda:3", CPU}
 
 
 def test_the_guides_flux_lies_on_two_16_gb_gpus_and_its_encoder_mostly_on_the_host():
@@ -433,7 +430,7 @@ def test_the_guides_flux_lies_on_two_16_gb_gpus_and_its_encoder_mostly_on_the_ho
     import diffusers
     import transformers
 
-    from ddinfer.models.building import parameters_on_meta
+    from ddinfer.models.meta_model import parameters_on_meta
 
     with parameters_on_meta():
         transformer = diffusers.FluxTransformer2DModel(guidance_embeds=True)

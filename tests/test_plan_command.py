@@ -133,7 +133,7 @@ def test_without_budgets_it_is_what_this_machine_has_free(tiny, capsys):
     ("words", "message"),
     [
         (["nowhere/at/all"], "nowhere/at/all"),
-        (["shapes-sd", "--max_memory", "cpu=much"], "'much' is no size"),
+        (["shapes-sd", "--max_memory", "cpu=much"], "'much' is not a size"),
         ([FLUX_DEV], "configs but no weights.* --dtype"),
     ],
 )

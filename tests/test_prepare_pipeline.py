@@ -339,7 +339,7 @@ def test_control_flow_that_cannot_be_traced_is_cut_at_its_blocks():
 
 
 def checkpoint_on_ranks(group, path):
-    from ddinfer.models.building import parameters_on_meta
+    from ddinfer.models.meta_model import parameters_on_meta
 
     with parameters_on_meta():
         model = make_mlp()
@@ -361,7 +361,7 @@ def test_each_rank_reads_its_own_weights_from_a_checkpoint(tmp_path):
 
 
 def tied_checkpoint_on_ranks(group, folder, kind):
-    from ddinfer.models.opening import open_model
+    from ddinfer.models.meta_model import open_model
 
     model = open_model(Path(folder)).model
     pipe = prepare_pipeline(model, (), example_for(kind, 4), checkpoint=folder)

@@ -4,10 +4,10 @@ import threading
 
 import pytest
 
+from ddinfer.engines import readahead
+from ddinfer.engines.readahead import CHUNK_BYTES, ReadAhead
 from ddinfer.engines.staged import StagedEngine
-from ddinfer.models import readahead
-from ddinfer.models.readahead import CHUNK_BYTES, ReadAhead
-from ddinfer.models.source import PipelineSource
+from ddinfer.models.pipeline_folder import PipelineSource
 from ddinfer.models.stages import StagedPipeline
 from tests.test_staged import requests_for
 from tests.tiny_pipelines import tiny_pipeline
@@ -64,9 +64,9 @@ def test_the_next_stage_is_read_while_one_computes(tmp_path, monkeypatch):
     read = []
 
     class Noted(ReadAhead):
-        def __init__(self, files, heard=None):
+        def __init__(self, files, on_progress=None):
             read.append({file.parent.name for file in files})
-            super().__init__(files, heard)
+            super().__init__(files, on_progress)
 
     monkeypatch.setattr("ddinfer.engines.staged.ReadAhead", Noted)
     folder = tiny_pipeline("sd", tmp_path)

@@ -12,9 +12,9 @@ from PIL import Image
 from ddinfer.engines.staged import StagedEngine
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.models.loading import load_pipeline
-from ddinfer.models.sizes import tree_of
-from ddinfer.models.source import PipelineSource
+from ddinfer.models.pipeline_folder import PipelineSource
 from ddinfer.models.stages import StagedPipeline
+from ddinfer.models.tree import tree_of
 from ddinfer.prompts.files import read_prompts
 from ddinfer.request import resolve_requests
 

@@ -18,12 +18,11 @@ from PIL import Image
 from ddinfer.engines.staged import CLAIMED_BATCHES, RoundLimits, StagedEngine
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import StorageError, UsageError
+from ddinfer.models.devices import PlacementError, memory_budgets
 from ddinfer.models.loading import load_pipeline
-from ddinfer.models.memory import complete_budgets
-from ddinfer.models.parked import is_parked
-from ddinfer.models.placement import PlacementError
-from ddinfer.models.source import PipelineSource
+from ddinfer.models.pipeline_folder import PipelineSource
 from ddinfer.models.stages import STAGES, StagedPipeline, components_by_stage
+from ddinfer.models.stand_ins import is_stand_in
 from ddinfer.prompts.files import prompt_from_fields
 from ddinfer.request import Prompt, resolve_requests
 from tests.tiny_pipelines import KINDS, call_arguments
@@ -143,7 +142,7 @@ def resident(pipe):
         name: found
         for name, model in pipe.components.items()
         if isinstance(model, torch.nn.Module)
-        and (found := [p for p in model.parameters() if not is_parked(p)])
+        and (found := [p for p in model.parameters() if not is_stand_in(p)])
     }
 
 
@@ -422,10 +421,10 @@ UNET = ["diffusers", "UNet2DConditionModel"]
     ("pipeline", "components", "message"),
     [
         ("AmusedPipeline", {"vqvae": ["diffusers", "VQModel"]}, "when it needs its vqvae"),
-        ("LDMTextToImagePipeline", {"unet": UNET}, "it has not an encode_prompt method"),
-        ("StableDiffusionPipeline", {"unet": UNET, "vae": KL}, "it has not a text encoder"),
+        ("LDMTextToImagePipeline", {"unet": UNET}, "it has no encode_prompt method"),
+        ("StableDiffusionPipeline", {"unet": UNET, "vae": KL}, "it has no text encoder"),
         ("StableDiffusionPipeline", {"text_encoder": CLIP, "vae": KL}, r"not a denoiser \(trans"),
-        ("StableDiffusionPipeline", {"text_encoder": CLIP, "unet": UNET}, "it has not a vae"),
+        ("StableDiffusionPipeline", {"text_encoder": CLIP, "unet": UNET}, "it has no vae"),
         (
             "AnimateDiffPipeline",
             {"text_encoder": CLIP, "unet": UNET, "vae": KL},
@@ -495,7 +494,7 @@ import sys, threading, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from ddinfer.engines.staged import StagedEngine
-from ddinfer.models.source import PipelineSource
+from ddinfer.models.pipeline_folder import PipelineSource
 from ddinfer.models.stages import StagedPipeline
 from tests.test_staged import requests_for
 import diffusers, transformers
@@ -563,7 +562,7 @@ def test_on_a_gpu_the_pictures_are_the_same_and_memory_is_one_stage(kind, tiny):
     expected = list(WholeEngine(pipe).run([requests]))
     del pipe
     gc.collect()
-    budgets = complete_budgets({0: "8GB"}, [0])
+    budgets = memory_budgets({0: "8GB"}, [0])
     pipeline = StagedPipeline(PipelineSource(folder), "float32", budgets)
     made = list(StagedEngine(pipeline).run([requests]))
     for one, other in zip(made, expected, strict=True):

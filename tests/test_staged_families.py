@@ -6,7 +6,7 @@ import torch
 from ddinfer.engines.staged import StagedEngine
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.models.loading import load_pipeline
-from ddinfer.models.source import PipelineSource
+from ddinfer.models.pipeline_folder import PipelineSource
 from ddinfer.models.stages import StagedPipeline
 from ddinfer.request import Prompt, resolve_requests
 from tests.test_staged import pictures

@@ -69,16 +69,16 @@ def handed_on(harmless, tmp_path_factory):
 COMMANDS = {
     "run --config job.yaml --output new": (2, "give --trust_remote_code on the command line"),
     "run --config out/job.json --output new": (2, "give --trust_remote_code on the command line"),
-    "run --model model --output out --prompt a --prompt b": (2, "say --trust_remote_code"),
-    "run --model model --output out --prompt a --dry_run": (2, "say --trust_remote_code"),
-    "retry-failed out": (2, "say --trust_remote_code"),
-    "replay out/images/0000/00000000.png": (2, "say --trust_remote_code"),
+    "run --model model --output out --prompt a --prompt b": (2, "pass --trust_remote_code"),
+    "run --model model --output out --prompt a --dry_run": (2, "pass --trust_remote_code"),
+    "retry-failed out": (2, "pass --trust_remote_code"),
+    "replay out/images/0000/00000000.png": (2, "pass --trust_remote_code"),
     "status out": (0, ""),
     "report out": (0, ""),
     "verify out": (74, ""),
     "verify out --rebuild --repair": (74, ""),
     "merge out --output merged": (2, "images are in no given directory"),
-    "plan model": (2, "say --trust_remote_code"),
+    "plan model": (2, "pass --trust_remote_code"),
 }
 
 

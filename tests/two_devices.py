@@ -16,13 +16,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 
-from ddinfer.models import activations
-from ddinfer.models.dispatch import dispatch_model
-from ddinfer.models.opening import set_tensor
+from ddinfer.models import offload
+from ddinfer.models.meta_model import set_tensor
+from ddinfer.models.offload import dispatch_model
 from ddinfer.models.placement import Placement
 from ddinfer.models.planner import plan
-from ddinfer.models.sizes import tree_of_model
-from ddinfer.models.tree import Node
+from ddinfer.models.tree import Node, tree_of_model
 from tests.tiny_pipelines import KINDS
 
 FIRST, SECOND = "privateuseone:0", "privateuseone:1"
@@ -74,7 +73,7 @@ def run(kind: str, part: str, following: bool) -> Iterator[dict[str, Any]]:
                 set_tensor(model, path, torch.empty(real.shape, dtype=real.dtype, device=place))
             with dispatch_model(model, placement):
                 if not following:
-                    activations.OneDevice.__torch_function__ = _nothing  # type: ignore[method-assign,assignment]
+                    offload.OneDevice.__torch_function__ = _nothing  # type: ignore[method-assign,assignment]
                 try:
                     if part == "vae":
                         latents = torch.randn(1, 4, 8, 8, device=FIRST)

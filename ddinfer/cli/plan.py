@@ -15,22 +15,13 @@ import tyro
 from ddinfer import tiny
 from ddinfer.cli.files import check_can_write
 from ddinfer.errors import EXIT_OK, EXIT_USAGE, UsageError
-from ddinfer.models.memory import complete_budgets
-from ddinfer.models.placement import (
-    CPU,
-    DISK,
-    HEADROOM,
-    Placement,
-    PlacementError,
-    Strategy,
-    format_bytes,
-)
-from ddinfer.models.planner import plan
-from ddinfer.models.repository import local_folder
-from ddinfer.models.sizes import tree_of
-from ddinfer.models.source import PipelineSource
+from ddinfer.models.devices import CPU, DISK, PlacementError, format_bytes, memory_budgets
+from ddinfer.models.index import local_folder
+from ddinfer.models.pipeline_folder import PipelineSource
+from ddinfer.models.placement import Placement
+from ddinfer.models.planner import HEADROOM, Strategy, plan
 from ddinfer.models.stages import components_by_stage, plan_stages
-from ddinfer.models.tree import Node
+from ddinfer.models.tree import Node, tree_of
 
 STRATEGIES: tuple[Strategy, ...] = ("balanced", "auto")
 COUNTED = ("float32", "bfloat16")
@@ -192,7 +183,7 @@ def plan_of(options: PlanOptions) -> Plan:
     gpus = None
     if options.max_memory is None and options.gpus_per_rank is not None:
         gpus = range(options.gpus_per_rank)
-    budgets = complete_budgets(options.max_memory, gpus)
+    budgets = memory_budgets(options.max_memory, gpus)
     is_gpu = any(device not in (CPU, DISK) for device in budgets)
     source = _source(options)
 
@@ -236,7 +227,7 @@ def _source(options: PlanOptions) -> PipelineSource:
         return PipelineSource(
             folder, options.variant, options.trust_remote_code, weights_at=options.model
         )
-    return PipelineSource.to_plan_by(
+    return PipelineSource.for_planning(
         options.model, variant=options.variant, trust_remote_code=options.trust_remote_code, **hub
     )
 

@@ -16,8 +16,8 @@ from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.engines.options import open_source
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, UsageError
+from ddinfer.job.fingerprint import model_fingerprint
 from ddinfer.job.prepare import library_versions, resolve_model
-from ddinfer.models.fingerprint import model_fingerprint
 from ddinfer.request import Request
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import ImageRecord, read_metadata

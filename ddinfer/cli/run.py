@@ -76,7 +76,7 @@ def _check_names(config: JobConfig) -> None:
         UsageError: no such prompt file or model directory.
     """
     from ddinfer.job.prepare import resolve_model
-    from ddinfer.models.repository import local_folder
+    from ddinfer.models.index import local_folder
     from ddinfer.prompts.files import kind_of_prompt_file
 
     local_folder(resolve_model(config)[0])
@@ -152,7 +152,7 @@ def _run_in_ranks(
 def import_model_classes(config: JobConfig) -> None:
     """Import the classes of the job's model, before its ranks are forked."""
     from ddinfer.job.prepare import resolve_model
-    from ddinfer.models.classes import import_classes
+    from ddinfer.models.preimport import import_classes
 
     import_classes(resolve_model(config)[0], config.revision)
 

@@ -19,9 +19,9 @@ from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
-from ddinfer.models.building import build_on_meta
-from ddinfer.models.opening import OpenModel
-from ddinfer.models.source import DENOISER_NAMES, PipelineSource
+from ddinfer.models.component_roles import DENOISER_NAMES
+from ddinfer.models.meta_model import OpenModel, build_on_meta
+from ddinfer.models.pipeline_folder import PipelineSource
 from ddinfer.parallel.blocks import denoiser_blocks, module_bytes
 from ddinfer.parallel.continuous.image_state import check_pipeline_class
 from ddinfer.parallel.continuous.pipeline import ContinuousPipeline

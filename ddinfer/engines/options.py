@@ -6,8 +6,7 @@ from typing import Any
 
 from ddinfer.config import JobConfig
 from ddinfer.errors import UsageError
-from ddinfer.models.repository import pipeline_folder
-from ddinfer.models.source import PipelineSource
+from ddinfer.models.pipeline_folder import PipelineSource, pipeline_folder
 
 
 def open_source(model: str, config: JobConfig) -> PipelineSource:

@@ -12,7 +12,8 @@ from ddinfer.distributed.world import World
 from ddinfer.engines.base import Engine
 from ddinfer.engines.whole import load_whole_engine
 from ddinfer.errors import UsageError
-from ddinfer.models.placement import Placement, on_gpu, parse_max_memory
+from ddinfer.models.devices import on_gpu, parse_max_memory
+from ddinfer.models.placement import Placement
 
 if TYPE_CHECKING:
     from ddinfer.engines.continuous import StagePlan
@@ -72,10 +73,10 @@ def check_stages(model: str, config: JobConfig) -> dict[str, list[StagePlan]]:
     if config.pipeline_parallel == 1 and config.placement != "staged":
         return {}
     from ddinfer.engines.continuous import plan_stages
-    from ddinfer.models.source import PipelineSource
+    from ddinfer.models.pipeline_folder import PipelineSource
     from ddinfer.models.stages import components_by_stage
 
-    source = PipelineSource.to_plan_by(
+    source = PipelineSource.for_planning(
         model,
         revision=config.revision,
         token=config.token,

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from ddinfer.engines.base import Batch, ProgressListener
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
+from ddinfer.engines.readahead import ReadAhead
 from ddinfer.engines.records import Records, RecordsLost
 from ddinfer.engines.stage_calls import CannotStage, Decoding, Denoising, Encoding, Part
 from ddinfer.engines.whole import WholeEngine, _Failure, _free_memory, gpu_numbers
 from ddinfer.errors import StorageError, UsageError
+from ddinfer.models.component_roles import DENOISER_NAMES
+from ddinfer.models.devices import free_host_bytes, memory_budgets
 from ddinfer.models.loading import denoisers
-from ddinfer.models.memory import complete_budgets, free_host_bytes
-from ddinfer.models.readahead import ReadAhead
-from ddinfer.models.source import DENOISER_NAMES
 from ddinfer.models.stages import Stage, StagedPipeline, release
 from ddinfer.request import Result
 
@@ -98,7 +98,7 @@ class StagedEngine:
         self._again: deque[Part] = deque()
         self._ahead: ReadAhead | None = None
         self._is_more_coming = False
-        pipeline.heard = self._moved
+        pipeline.on_progress = self._moved
 
     def set_progress_listener(self, heartbeat: ProgressListener) -> None:
         """Let ``heartbeat`` hear what moves: tensors read, prompts encoded, steps, decoding."""
@@ -196,14 +196,14 @@ class StagedEngine:
     def _told(self, doing: str, parts: list[Part]) -> Iterator[Part]:
         """The parts that fit, and a word now and then of how many there were."""
         log.info("round %d: %s, batches: %d", self.num_rounds, doing, len(parts))
-        spoken = time.monotonic()
+        canonical_device = time.monotonic()
         for number, part in enumerate(parts):
             if not self._fits(part):
                 self._split(part, self._max_batch[part.requests[0].batch_key()])
                 continue
-            if time.monotonic() - spoken >= TELL_SECONDS:
+            if time.monotonic() - canonical_device >= TELL_SECONDS:
                 log.info("round %d: %s, %d of %d", self.num_rounds, doing, number, len(parts))
-                spoken = time.monotonic()
+                canonical_device = time.monotonic()
             yield part
 
     # ---------------------------------------------------------------- one part
@@ -279,7 +279,7 @@ def load_staged_engine(model: str, config: JobConfig, *, world: World) -> Staged
             what an option asks for.
     """
     source = open_source(model, config)
-    budgets = complete_budgets(config.max_memory, gpu_numbers(world))
+    budgets = memory_budgets(config.max_memory, gpu_numbers(world))
     pipeline = StagedPipeline(source, config.dtype, budgets)
     vae = source.component_class("vae")
     for option, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):

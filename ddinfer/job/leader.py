@@ -21,10 +21,10 @@ from ddinfer.engines.options import open_source
 from ddinfer.engines.whole import gpu_numbers
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, StorageError, exit_code_of
 from ddinfer.job.assignment import Assignment, IndexBatches, ResultSummary
+from ddinfer.job.fingerprint import model_fingerprint
 from ddinfer.job.prepare import job_identity, library_versions, prepare
 from ddinfer.job.restarts import attempt_id
-from ddinfer.models.fingerprint import model_fingerprint
-from ddinfer.models.repository import scheduler_name
+from ddinfer.models.index import scheduler_name
 from ddinfer.storage.crashes import prompts_to_give_up, quarantine, record_deaths
 from ddinfer.storage.disk_space import check_room, estimate_disk
 from ddinfer.storage.files import Files

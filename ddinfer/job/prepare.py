@@ -124,7 +124,7 @@ def prepare(
     from ddinfer.engines.select import check_placement, check_stages
     from ddinfer.engines.whole import check_call
     from ddinfer.models.check import check_pipeline
-    from ddinfer.models.signature import call_parameters, pipeline_class
+    from ddinfer.models.index import call_parameters, pipeline_class
 
     model, model_name, defaults = resolve_model(config)
     hub = {"revision": config.revision, "token": config.token}

@@ -10,15 +10,16 @@ import typing
 from typing import Any
 
 from ddinfer.errors import UsageError
-from ddinfer.models.repository import (
-    MODEL_INDEX,
+from ddinfer.models.component_roles import DENOISER_NAMES
+from ddinfer.models.hub import MODEL_INDEX
+from ddinfer.models.index import (
     ModelIndex,
     index_folder,
     local_folder,
+    pipeline_class,
     read_model_index,
 )
-from ddinfer.models.signature import pipeline_class
-from ddinfer.models.source import DENOISER_NAMES, check_connected, installed_class, own_code
+from ddinfer.models.pipeline_folder import check_connected, installed_class, own_code
 
 
 def check_pipeline(

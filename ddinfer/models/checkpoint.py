@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
-from ddinfer.models.repository import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
     import torch
 
 #: Names under which diffusers and transformers save a model's weights.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 
 #: safetensors' dtype names → (torch's name, bytes per element).
 DTYPES = {
@@ -207,10 +208,10 @@ def weight_files(
         raise CheckpointError(
             f"{folder} has only pickled weights ({', '.join(pickles[:3])}), which can run code "
             "when read; expected .safetensors. Convert them (load once with --allow_pickle and "
-            "save_pretrained), or say --allow_pickle if you trust them"
+            "save_pretrained), or pass --allow_pickle if you trust them"
         )
     others = sorted(name for name in names if name.endswith(".safetensors"))
-    hint = f"; it has {', '.join(others[:4])}: say --variant" if others else ""
+    hint = f"; it has {', '.join(others[:4])}: pass --variant" if others else ""
     raise CheckpointError(
         f"{folder} has no weights: expected {' or '.join(f'{s}.safetensors' for s in STEMS[:2])} "
         f"(or their .index.json){hint}"

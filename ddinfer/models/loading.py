@@ -13,18 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
-from ddinfer.models.opening import OpenModel, open_model, parse_dtype
-from ddinfer.models.placement import (
-    CPU,
-    DISK,
-    MaxMemory,
-    Placement,
-    Strategy,
-    check_covers,
-    check_strategy,
-)
-from ddinfer.models.repository import pipeline_folder
-from ddinfer.models.source import DENOISER_NAMES, PipelineSource
+from ddinfer.models.component_roles import DENOISER_NAMES
+from ddinfer.models.devices import CPU, DISK, MaxMemory
+from ddinfer.models.meta_model import OpenModel, open_model, parse_dtype
+from ddinfer.models.pipeline_folder import PipelineSource, pipeline_folder
+from ddinfer.models.placement import Placement, check_covers
+from ddinfer.models.planner import Strategy, check_strategy
 from ddinfer.models.tree import Node
 
 if TYPE_CHECKING:
@@ -195,15 +189,15 @@ def _load_placed(
     """A pipeline whose weights go straight to where the placement says (or stay on disk)."""
     import torch
 
-    from ddinfer.models.dispatch import dispatch_pipeline
-    from ddinfer.models.memory import complete_budgets
+    from ddinfer.models.devices import memory_budgets
+    from ddinfer.models.offload import dispatch_pipeline
     from ddinfer.models.planner import plan
-    from ddinfer.models.sizes import tree_of_model
+    from ddinfer.models.tree import tree_of_model
 
     budgets: dict[str, int] = {}
     if isinstance(placement, str):
         placement = check_strategy(placement)
-        budgets = complete_budgets(max_memory, gpus)
+        budgets = memory_budgets(max_memory, gpus)
         devices = set(budgets)
         main = next((device for device in budgets if device not in (CPU, DISK)), CPU)
     else:

@@ -1,98 +1,19 @@
-"""Which part of a model lies where: planned over sizes alone, before any device is touched.
+"""A placement: which part of a model lies on which device. A value, checked against a model.
 
-A model is a tree of modules with sizes (`Node`). Its *units* — blocks, leaf modules, and tensors
-that a divided module holds itself — are what a plan puts on a device whole. GPUs are tried before
-the host, the host before the disk. Units of host and disk are brought to the first GPU (without
-one: into host memory) just before use, so room for two of the largest is kept free there: the one
-that computes and the one being fetched.
+A model is a tree of modules with sizes (`ddinfer.models.tree.Node`). Units of host and disk are
+brought to the first GPU (without one: into host memory) just before use.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from typing import Any, Literal, cast, get_args
 
 from ddinfer.errors import UsageError, list_some
+from ddinfer.models.devices import CPU, DISK, PlacementError, format_bytes, on_gpu, parse_device
 from ddinfer.models.tree import Node, Tensor
-
-Strategy = Literal["balanced", "auto"]
-MaxMemory = Mapping[int | str, int | str]
-
-CPU, DISK = "cpu", "disk"
-#: Share of each GPU's budget that is kept for activations unless told otherwise.
-HEADROOM = Fraction(1, 10)
-#: Components of a pipeline that run once a step; they are the last to leave the GPUs.
-STEP_COMPONENTS = ("transformer", "unet", "transformer_2", "unet_2", "controlnet", "prior")
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)},
-    **{f"{letter}IB": 1024**n for n, letter in enumerate("KMGT", 1)},
-}
-
-
-class PlacementError(UsageError):
-    """A model that does not fit, or a placement that does not cover it. Shows the arithmetic."""
-
-
-def parse_bytes(value: int | str) -> int:
-    """``16_000_000_000``, ``"16GB"`` (16·10⁹), ``"16GiB"`` (16·2³⁰), ``"1.5 MB"`` → bytes.
-
-    Raises:
-        UsageError: no size.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value), re.IGNORECASE)
-    if found is None or found[2].upper() not in _UNITS:
-        raise UsageError(f"{value!r} is no size: expected bytes or a text such as 16GB or 16GiB")
-    return int(Fraction(found[1]) * _UNITS[found[2].upper()])
-
-
-def parse_device(name: int | str) -> str:
-    """``0``, ``"0"``, ``"cuda"``, ``"cuda:0"`` → ``"cuda:0"``; ``"cpu"``, ``"disk"``, ``"xpu:1"``.
-
-    Raises:
-        UsageError: no device.
-    """
-    text = str(name).strip()
-    if text.isdigit():
-        return f"cuda:{int(text)}"
-    if text in (CPU, DISK) or re.fullmatch(r"[a-z]+:\d+", text):
-        return text
-    if re.fullmatch(r"[a-z]+", text) and text not in ("auto", "balanced"):
-        return f"{text}:0"
-    raise UsageError(f"{name!r} is no device: expected 0, cuda:0, cpu or disk")
-
-
-def parse_max_memory(max_memory: MaxMemory | str) -> dict[str, int]:
-    """Device → bytes, in the given order; also from ``"0=16GB,1=16GB,cpu=64GB"``.
-
-    Raises:
-        UsageError: no device, no size, or a device named twice.
-    """
-    if isinstance(max_memory, str):
-        pairs: list[tuple[int | str, int | str]] = []
-        for part in max_memory.split(","):
-            name, equals, size = part.partition("=")
-            if not equals:
-                raise UsageError(f"{part!r} is no budget: expected DEVICE=SIZE, such as 0=16GB")
-            pairs.append((name, size))
-    else:
-        pairs = list(max_memory.items())
-    budgets: dict[str, int] = {}
-    for key, value in pairs:
-        device = parse_device(key)
-        if device in budgets:
-            raise UsageError(f"max_memory names {device} twice")
-        budgets[device] = parse_bytes(value)
-    return budgets
 
 
 @dataclass(frozen=True)
@@ -224,24 +145,6 @@ class Placement:
         return "\n".join(lines)
 
 
-def on_gpu(device: str, gpus: Sequence[int]) -> str:
-    """``cuda:n`` → the n-th of the GPUs that a process drives; other devices stay.
-
-    Raises:
-        PlacementError: there is no n-th.
-    """
-    kind, _, index = device.partition(":")
-    if kind != "cuda":
-        return device
-    if int(index) >= len(gpus):
-        found = f"{len(gpus)} GPUs ({', '.join(map(str, gpus))}); see --gpus_per_rank"
-        raise PlacementError(
-            f"the placement (or max_memory) names {device}, but this process drives "
-            + (found if gpus else "no GPU; name cpu and disk, or see --device")
-        )
-    return f"cuda:{gpus[int(index)]}"
-
-
 def _device_order(device: str) -> tuple[str, int]:
     kind, _, index = device.partition(":")
     return kind, int(index or 0)
@@ -260,14 +163,6 @@ def _runs(placement: Placement, device: str) -> Iterator[tuple[str, int]]:
         size = sum(placement.sizes.get(name, 0) for name in run)
         first, last = run[0] or "everything", run[-1].rpartition(".")[2]
         yield (first if len(run) == 1 else f"{first} … {last}"), size
-
-
-def format_bytes(count: int) -> str:
-    """1234567890 → ``1.23 GB``."""
-    for letter, unit in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= unit:
-            return f"{count / unit:.3g} {letter}B" if count < 1000 * unit else f"{count // unit} TB"
-    return f"{count} B"
 
 
 def check_covers(placement: Placement, root: Node) -> Placement:
@@ -314,86 +209,3 @@ def _module_names(node: Node) -> Iterator[str]:
     yield node.name
     for child in node.children:
         yield from _module_names(child)
-
-
-def check_strategy(strategy: str) -> Strategy:
-    """The strategy of that name.
-
-    Raises:
-        UsageError: no strategy of ours.
-    """
-    for known in get_args(Strategy):
-        if strategy == known:
-            return cast(Strategy, known)
-    raise UsageError(
-        f"unknown placement strategy {strategy!r}; expected {' or '.join(get_args(Strategy))}"
-    )
-
-
-def merged(root: Node, devices: Mapping[str, str], main: str) -> dict[str, str]:
-    """Names joined upward where everything below a module lies on one device.
-
-    Units of host and disk stay apart (each is fetched by itself), except where the host computes.
-    """
-
-    def walk(node: Node) -> tuple[set[str], dict[str, str]]:
-        if node.name in devices:
-            return {devices[node.name]}, {node.name: devices[node.name]}
-        found: set[str] = set()
-        names: dict[str, str] = {}
-        for tensor in node.tensors:
-            found.add(devices[tensor.name])
-            names[tensor.name] = devices[tensor.name]
-        for child in node.children:
-            below, inside = walk(child)
-            found |= below
-            names |= inside
-        if len(found) == 1 and node.name and not found & ({CPU, DISK} - {main}):
-            names = {node.name: next(iter(found))}
-        return found, names
-
-    return walk(root)[1]
-
-
-def plan_placement(
-    model_or_pipeline_or_path: Any,
-    max_memory: MaxMemory | str | None = None,
-    strategy: Strategy = "balanced",
-    no_split: Sequence[str] | None = None,
-    dtype: Any = None,
-    *,
-    headroom: int | str | Fraction | None = None,
-    gpus: Sequence[int] | None = None,
-) -> Placement:
-    """Where each part of a model or pipeline should lie. Nothing is moved and no weight is read.
-
-    Args:
-        model_or_pipeline_or_path: a module, a pipeline, the folder (or Hub id) of either, or a
-            `PipelineSource`.
-        max_memory: device → budget, such as ``{0: "16GB", "cpu": "64GB"}`` or
-            ``"0=16GB,cpu=64GB"``. GB is 10⁹ bytes, GiB 2³⁰. ``None``: what is free here now.
-            Without "cpu", what the host has free; without "disk", any amount.
-        strategy: ``"balanced"`` fills the GPUs evenly, a pipeline's components whole where that
-            is possible; ``"auto"`` uses as few GPUs as possible, in order.
-        no_split: class names of modules that are never divided, beside those their model names.
-        dtype: the type that floating weights will have; ``None``: the one they have (or, for a
-            path, the one that `ddinfer.load_pipeline` would choose).
-        headroom: bytes kept for activations of each GPU's budget, without GPUs of the host's
-            (default: a tenth).
-        gpus: the GPUs to use (default: all); numbers in ``max_memory`` count through them, so
-            that ranks that drive different ones share one budget.
-
-    Raises:
-        PlacementError: it does not fit; the message has the sums.
-        UsageError: a budget, strategy or path that cannot be right.
-    """
-    from ddinfer.models.memory import complete_budgets
-    from ddinfer.models.planner import plan
-    from ddinfer.models.sizes import tree_of
-
-    check_strategy(strategy)
-    budgets = complete_budgets(max_memory, gpus)
-    gpu = any(device not in (CPU, DISK) for device in budgets)
-    root = tree_of(model_or_pipeline_or_path, no_split=no_split, dtype=dtype, gpu=gpu)
-    kept = headroom if headroom is None or isinstance(headroom, Fraction) else parse_bytes(headroom)
-    return plan(root, budgets, strategy, kept)

@@ -1,23 +1,35 @@
-"""The plan itself: units and budgets in, a `Placement` out. Arithmetic only."""
+"""Plans a `Placement`: units and budgets in, a device for each unit out. Arithmetic only.
+
+Units (blocks, leaf modules, and tensors that a divided module holds itself) are placed whole. GPUs
+are tried before the host, the host before the disk. Room for two of the largest units that are
+fetched is kept free where they are computed: the one that computes and the one being fetched.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from typing import Any, Literal, cast, get_args
 
-from ddinfer.models.placement import (
+from ddinfer.errors import UsageError
+from ddinfer.models.component_roles import STEP_COMPONENTS
+from ddinfer.models.devices import (
     CPU,
     DISK,
-    HEADROOM,
-    STEP_COMPONENTS,
-    Placement,
+    MaxMemory,
     PlacementError,
-    Strategy,
     format_bytes,
-    merged,
+    memory_budgets,
+    parse_bytes,
 )
-from ddinfer.models.tree import Node, Unit, units_of
+from ddinfer.models.placement import Placement
+from ddinfer.models.tree import Node, PlacementUnit, tree_of, units_of
+
+Strategy = Literal["balanced", "auto"]
+
+#: Share of each GPU's budget that is kept for activations unless told otherwise.
+HEADROOM = Fraction(1, 10)
 
 #: Arrangements of whole components that are compared before a heuristic takes over.
 MAX_ARRANGEMENTS = 20_000
@@ -25,9 +37,63 @@ MAX_ARRANGEMENTS = 20_000
 #: A component of at most this part of a pipeline's bytes is small.
 SMALL_PARTS = 50
 
-#: Unit's index → device.
+#: PlacementUnit's index → device.
 Assignment = dict[int, str]
-_Filler = Callable[[Sequence[Unit], Iterable[int], Mapping[str, int]], Assignment]
+_Filler = Callable[[Sequence[PlacementUnit], Iterable[int], Mapping[str, int]], Assignment]
+
+
+def plan_placement(
+    model_or_pipeline_or_path: Any,
+    max_memory: MaxMemory | str | None = None,
+    strategy: Strategy = "balanced",
+    no_split: Sequence[str] | None = None,
+    dtype: Any = None,
+    *,
+    headroom: int | str | Fraction | None = None,
+    gpus: Sequence[int] | None = None,
+) -> Placement:
+    """Where each part of a model or pipeline should lie. Nothing is moved and no weight is read.
+
+    Args:
+        model_or_pipeline_or_path: a module, a pipeline, the folder (or Hub id) of either, or a
+            `PipelineSource`.
+        max_memory: device → budget, such as ``{0: "16GB", "cpu": "64GB"}`` or
+            ``"0=16GB,cpu=64GB"``. GB is 10⁹ bytes, GiB 2³⁰. ``None``: what is free here now.
+            Without "cpu", what the host has free; without "disk", any amount.
+        strategy: ``"balanced"`` fills the GPUs evenly, a pipeline's components whole where that
+            is possible; ``"auto"`` uses as few GPUs as possible, in order.
+        no_split: class names of modules that are never divided, beside those their model names.
+        dtype: the type that floating weights will have; ``None``: the one they have (or, for a
+            path, the one that `ddinfer.load_pipeline` would choose).
+        headroom: bytes kept for activations of each GPU's budget, without GPUs of the host's
+            (default: a tenth).
+        gpus: the GPUs to use (default: all); numbers in ``max_memory`` count through them, so
+            that ranks that drive different ones share one budget.
+
+    Raises:
+        PlacementError: it does not fit; the message has the sums.
+        UsageError: a budget, strategy or path that cannot be right.
+    """
+    check_strategy(strategy)
+    budgets = memory_budgets(max_memory, gpus)
+    gpu = any(device not in (CPU, DISK) for device in budgets)
+    root = tree_of(model_or_pipeline_or_path, no_split=no_split, dtype=dtype, gpu=gpu)
+    kept = headroom if headroom is None or isinstance(headroom, Fraction) else parse_bytes(headroom)
+    return plan(root, budgets, strategy, kept)
+
+
+def check_strategy(strategy: str) -> Strategy:
+    """The strategy of that name.
+
+    Raises:
+        UsageError: no strategy of ours.
+    """
+    for known in get_args(Strategy):
+        if strategy == known:
+            return cast(Strategy, known)
+    raise UsageError(
+        f"unknown placement strategy {strategy!r}; expected {' or '.join(get_args(Strategy))}"
+    )
 
 
 def plan(
@@ -68,7 +134,7 @@ def plan(
     if room:
         reserved[main] = reserved.get(main, 0) + room
     devices = {name: assignment[n] for n, unit in enumerate(units) for name in unit.names}
-    names = merged(root, devices, main)
+    names = collapse_to_modules(root, devices, main)
     return Placement(names, main, ahead, _sizes(root, names), dict(budgets), reserved)
 
 
@@ -93,7 +159,7 @@ def _sizes(root: Node, names: Mapping[str, str]) -> dict[str, int]:
 
 
 def _on_gpus(
-    units: Sequence[Unit], free: Mapping[str, int], strategy: Strategy
+    units: Sequence[PlacementUnit], free: Mapping[str, int], strategy: Strategy
 ) -> Assignment | None:
     """Everything on GPUs, or ``None`` when it does not fit there."""
     if sum(u.num_bytes for u in units) > sum(free.values()):
@@ -112,7 +178,7 @@ def _on_gpus(
     return found if len(found) == len(units) else None
 
 
-def _components(units: Sequence[Unit]) -> dict[str, list[int]]:
+def _components(units: Sequence[PlacementUnit]) -> dict[str, list[int]]:
     """Component → its units, where the tree is a pipeline (several first parts of names)."""
     found: dict[str, list[int]] = {}
     for n, unit in enumerate(units):
@@ -121,7 +187,7 @@ def _components(units: Sequence[Unit]) -> dict[str, list[int]]:
 
 
 def _whole_components(
-    units: Sequence[Unit], components: Mapping[str, list[int]], free: Mapping[str, int]
+    units: Sequence[PlacementUnit], components: Mapping[str, list[int]], free: Mapping[str, int]
 ) -> Assignment | None:
     """Each component on one GPU, the fullest GPU as empty as possible; ``None``: impossible."""
     sizes = {c: sum(units[n].num_bytes for n in inside) for c, inside in components.items()}
@@ -166,7 +232,7 @@ def _largest_first(
 
 
 def _one_divided(
-    units: Sequence[Unit], components: Mapping[str, list[int]], free: Mapping[str, int]
+    units: Sequence[PlacementUnit], components: Mapping[str, list[int]], free: Mapping[str, int]
 ) -> Assignment | None:
     """All components but one whole, that one divided over the room left; the largest first."""
     sizes = {c: sum(units[n].num_bytes for n in inside) for c, inside in components.items()}
@@ -187,7 +253,7 @@ def _one_divided(
 
 
 def _evenly(
-    units: Sequence[Unit],
+    units: Sequence[PlacementUnit],
     members: Sequence[int],
     free: Mapping[str, int],
     loads: Mapping[str, int] | None = None,
@@ -209,7 +275,11 @@ def _evenly(
 
 
 def _in_order(
-    units: Sequence[Unit], members: Iterable[int], free: Mapping[str, int], *, back: bool = True
+    units: Sequence[PlacementUnit],
+    members: Iterable[int],
+    free: Mapping[str, int],
+    *,
+    back: bool = True,
 ) -> Assignment:
     """Units onto devices in both orders, as far as they fit.
 
@@ -234,7 +304,9 @@ def _in_order(
     return found
 
 
-def _tightly(units: Sequence[Unit], members: Iterable[int], free: Mapping[str, int]) -> Assignment:
+def _tightly(
+    units: Sequence[PlacementUnit], members: Iterable[int], free: Mapping[str, int]
+) -> Assignment:
     """Largest first, each where the least room stays: fits more than any order does."""
     left = dict(free)
     found: Assignment = {}
@@ -247,7 +319,10 @@ def _tightly(units: Sequence[Unit], members: Iterable[int], free: Mapping[str, i
 
 
 def _with_fetching(
-    units: Sequence[Unit], free: Mapping[str, int], budgets: Mapping[str, int], prefetch: bool
+    units: Sequence[PlacementUnit],
+    free: Mapping[str, int],
+    budgets: Mapping[str, int],
+    prefetch: bool,
 ) -> tuple[Assignment, str, int, bool] | None:
     """Some units on host or disk: who lies where, what they are fetched into, and whether two fit.
 
@@ -300,7 +375,7 @@ def _needed(fetched: Sequence[int], ahead: bool) -> int:
     return max(a + b for a, b in itertools.pairwise([*fetched, fetched[0]]))
 
 
-def _first_to_last(units: Sequence[Unit]) -> list[int]:
+def _first_to_last(units: Sequence[PlacementUnit]) -> list[int]:
     """Who has the first claim on a GPU: small components (whole, they cost next to nothing), then
     those that run every step, then those that run once an image (text encoders)."""
     totals: dict[str, int] = {}
@@ -316,7 +391,7 @@ def _first_to_last(units: Sequence[Unit]) -> list[int]:
 
 
 def _try_room(
-    units: Sequence[Unit],
+    units: Sequence[PlacementUnit],
     order: Sequence[int],
     free: Mapping[str, int],
     budgets: Mapping[str, int],
@@ -342,7 +417,7 @@ def _try_room(
 
 
 def _does_not_fit(
-    units: Sequence[Unit], budgets: Mapping[str, int], kept: Mapping[str, int]
+    units: Sequence[PlacementUnit], budgets: Mapping[str, int], kept: Mapping[str, int]
 ) -> str:
     largest = max(units, key=lambda u: u.num_bytes)
     total = sum(u.num_bytes for u in units)
@@ -367,3 +442,28 @@ def _does_not_fit(
             "(max_memory), allow disk, or lower the dtype"
         )
     return "\n".join(lines)
+
+
+def collapse_to_modules(root: Node, devices: Mapping[str, str], main: str) -> dict[str, str]:
+    """Names joined upward where everything below a module lies on one device.
+
+    Units of host and disk stay apart (each is fetched by itself), except where the host computes.
+    """
+
+    def walk(node: Node) -> tuple[set[str], dict[str, str]]:
+        if node.name in devices:
+            return {devices[node.name]}, {node.name: devices[node.name]}
+        found: set[str] = set()
+        names: dict[str, str] = {}
+        for tensor in node.tensors:
+            found.add(devices[tensor.name])
+            names[tensor.name] = devices[tensor.name]
+        for child in node.children:
+            below, inside = walk(child)
+            found |= below
+            names |= inside
+        if len(found) == 1 and node.name and not found & ({CPU, DISK} - {main}):
+            names = {node.name: next(iter(found))}
+        return found, names
+
+    return walk(root)[1]

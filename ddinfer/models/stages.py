@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ddinfer.errors import UsageError
-from ddinfer.models.building import NeedsConversion, build_on_meta
 from ddinfer.models.checkpoint import weight_files
-from ddinfer.models.dispatch import dispatch_pipeline
-from ddinfer.models.memory import trim_heap
-from ddinfer.models.opening import OpenModel
-from ddinfer.models.placement import CPU, DISK, HEADROOM, Placement, PlacementError
-from ddinfer.models.planner import plan
-from ddinfer.models.sizes import tree_of
-from ddinfer.models.source import DENOISER_NAMES, PipelineSource
-from ddinfer.models.tree import Node
+from ddinfer.models.component_roles import DENOISER_NAMES
+from ddinfer.models.devices import CPU, DISK, PlacementError, trim_heap
+from ddinfer.models.meta_model import NeedsConversion, OpenModel, build_on_meta
+from ddinfer.models.offload import dispatch_pipeline
+from ddinfer.models.pipeline_folder import PipelineSource
+from ddinfer.models.placement import Placement
+from ddinfer.models.planner import HEADROOM, plan
+from ddinfer.models.tree import Node, tree_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +33,7 @@ Stage = Literal["encode", "denoise", "decode"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 #: What runs beside a denoiser, step by step.
-_BESIDE_DENOISERS = ("controlnet", "motion_adapter", "adapter", "unconditional_transformer")
+_RUNS_EVERY_STEP = ("controlnet", "motion_adapter", "adapter", "unconditional_transformer")
 _ENCODERS = ("image_encoder", "mllm", "vision_language_encoder")
 _DECODERS = ("vae", "safety_checker")
 _ALTERNATIVE = "use --placement balanced, which holds the whole pipeline at once"
@@ -60,17 +59,17 @@ def components_by_stage(source: PipelineSource) -> dict[Stage, tuple[str, ...]]:
                 )
             found[stage].append(component)
     wanted = {
-        "an encode_prompt method": hasattr(kind, "encode_prompt"),
-        "an output_type argument": "output_type" in parameters,
-        "a text encoder": bool(found["encode"]),
-        f"a denoiser ({', '.join(DENOISER_NAMES[:2])}, …)": bool(
+        "encode_prompt method": hasattr(kind, "encode_prompt"),
+        "output_type argument": "output_type" in parameters,
+        "text encoder": bool(found["encode"]),
+        f"denoiser ({', '.join(DENOISER_NAMES[:2])}, …)": bool(
             set(found["denoise"]) & set(DENOISER_NAMES)
         ),
-        "a vae": "vae" in found["decode"],
+        "vae": "vae" in found["decode"],
     }
     missing = [what for what, there in wanted.items() if not there]
     if missing:
-        raise UsageError(f"{name} cannot run in stages: it has not {missing[0]}; {_ALTERNATIVE}")
+        raise UsageError(f"{name} cannot run in stages: it has no {missing[0]}; {_ALTERNATIVE}")
     if "decode_chunk_size" in parameters:
         raise UsageError(
             f"{name} cannot run in stages: it decodes a video in several pieces; {_ALTERNATIVE}"
@@ -81,7 +80,7 @@ def components_by_stage(source: PipelineSource) -> dict[Stage, tuple[str, ...]]:
 def _stage_of(component: str) -> Stage | None:
     if component.startswith("text_encoder") or component in _ENCODERS:
         return "encode"
-    if component in DENOISER_NAMES or component.startswith(_BESIDE_DENOISERS):
+    if component in DENOISER_NAMES or component.startswith(_RUNS_EVERY_STEP):
         return "denoise"
     return "decode" if component in _DECODERS else None
 
@@ -117,8 +116,8 @@ class StagedPipeline:
     """Loads a pipeline anew for each stage; at most one stage's weights are in memory.
 
     Args:
-        budgets: device → bytes, as `ddinfer.models.memory.complete_budgets` gives them.
-        heard: called with every tensor that was read, so that others see it move.
+        budgets: device → bytes, as `ddinfer.models.devices.memory_budgets` gives them.
+        on_progress: called with every tensor that was read, so that others see it move.
 
     Raises:
         UsageError: the pipeline cannot run in stages, or a stage does not fit the budgets.
@@ -130,11 +129,11 @@ class StagedPipeline:
         dtype: str | torch.dtype | Mapping[str, str | torch.dtype],
         budgets: Mapping[str, int],
         *,
-        heard: Callable[[], None] | None = None,
+        on_progress: Callable[[], None] | None = None,
     ):
         import torch
 
-        self.source, self.heard = source, heard
+        self.source, self.on_progress = source, on_progress
         self.components = components_by_stage(source)
         is_gpu = any(device not in (CPU, DISK) for device in budgets)
         root = tree_of(source, dtype=dtype, gpu=is_gpu)
@@ -180,7 +179,7 @@ class StagedPipeline:
                 self.source.component_class(name), self.source.folder / name, dtype
             )
             return OpenModel(model, {}, {})
-        return replace(opened, heard=self.heard)
+        return replace(opened, on_progress=self.on_progress)
 
     def _fetches(self, stage: Stage) -> bool:
         """Whether blocks of this stage's own components come and go."""
@@ -203,14 +202,14 @@ def release(pipe: Any) -> None:
     """Frees the weights of a stage, whoever may still hold the pipeline. It is useless after."""
     import torch
 
-    from ddinfer.models.parked import is_parked
+    from ddinfer.models.stand_ins import is_stand_in
 
-    pipe.ddinfer_dispatched.abandon()
+    pipe.ddinfer_dispatched.discard()
     for model in pipe.components.values():
         if not isinstance(model, torch.nn.Module):
             continue
         for tensor in (*model.parameters(), *model.buffers()):
-            if not is_parked(tensor) and not tensor.is_meta:
+            if not is_stand_in(tensor) and not tensor.is_meta:
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     gc.collect()
     trim_heap()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ddinfer.models.building import parameters_on_meta
+from ddinfer.models.meta_model import parameters_on_meta
 
 TARGET = Path(__file__).with_name("model_configs.json")
 SMALL = 60_000  # parameters; small enough to stop at

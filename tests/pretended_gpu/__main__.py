@@ -18,7 +18,8 @@ import torch
 
 from ddinfer.distributed.process import exit_now
 from ddinfer.models.loading import load_pipeline
-from ddinfer.models.placement import Placement, plan_placement
+from ddinfer.models.placement import Placement
+from ddinfer.models.planner import plan_placement
 from tests.pretended_gpu import FIRST, SECOND, register
 from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
 

@@ -22,7 +22,7 @@ import ddinfer
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.job.run import run_job
-from ddinfer.models.placement import plan_placement
+from ddinfer.models.planner import plan_placement
 from tests.pretended_gpu import FIRST, SECOND, register
 from tests.tiny_pipelines import call_arguments, tiny_pipeline
 

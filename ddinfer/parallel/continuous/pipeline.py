@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ddinfer.errors import ErrorRecord, RankError, UsageError
-from ddinfer.models.source import DENOISER_NAMES
+from ddinfer.models.component_roles import DENOISER_NAMES
 from ddinfer.parallel.blocks import denoiser_blocks, drop_weights
 from ddinfer.parallel.communicator import Communicator
 from ddinfer.parallel.continuous.admission import Queue

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ddinfer.errors import UsageError
-from ddinfer.models.building import match_checkpoint, tied_names
 from ddinfer.models.checkpoint import StoredTensor, read_checkpoint, read_header, read_tensors
+from ddinfer.models.meta_model import match_checkpoint, tied_names
 
 
 class Weights:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from ddinfer.errors import UsageError
-from ddinfer.models.repository import MODEL_INDEX, local_folder, read_model_index
+from ddinfer.models.hub import MODEL_INDEX
+from ddinfer.models.index import local_folder, read_model_index
 
 #: Whose classes a model_index.json may have imported by its mere name.
 TRUSTED = ("diffusers", "transformers")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ddinfer.models.memory import free_host_bytes
+from ddinfer.models.devices import free_host_bytes
 
 CHUNK_BYTES = 8_000_000
 
@@ -19,13 +19,13 @@ class ReadAhead:
     pages would be gone again before they are used.
 
     Args:
-        heard: called with every few megabytes.
+        on_progress: called with every few megabytes.
     """
 
-    def __init__(self, files: Sequence[Path], heard: Callable[[], None] | None = None):
+    def __init__(self, files: Sequence[Path], on_progress: Callable[[], None] | None = None):
         self.num_bytes = sum(file.stat().st_size for file in files)
         self.num_read = 0
-        self._files, self._heard = list(files), heard
+        self._files, self._on_progress = list(files), on_progress
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="ddinfer-readahead", daemon=True)
         if self.num_bytes <= free_host_bytes() // 2:
@@ -39,8 +39,8 @@ class ReadAhead:
                 with path.open("rb", buffering=0) as file:
                     while count := file.readinto(chunk):
                         self.num_read += count
-                        if self._heard is not None:
-                            self._heard()
+                        if self._on_progress is not None:
+                            self._on_progress()
                         if self._stopped.is_set():
                             return
 

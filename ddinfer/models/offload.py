@@ -1,8 +1,8 @@
-"""Carries out a `Placement` inside one process.
+"""Applies a `Placement` inside one process.
 
 Parts on a GPU stay there; tensors follow them from GPU to GPU. Blocks on host or disk are brought
 to the main device just before their ``forward`` and let go of after it, the next one being fetched
-meanwhile. Between times a stand-in (`ddinfer.models.parked`) takes each weight's place.
+meanwhile. Between times a stand-in (`ddinfer.models.stand_ins`) takes each weight's place.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from ddinfer.models.activations import OneDevice, spoken, tensors_in, to_device
 from ddinfer.models.checkpoint import StoredTensor
-from ddinfer.models.fetching import DiskSource, Fetcher, HostSource, Source, Unit, read
-from ddinfer.models.opening import OpenModel, finish_weight_norm
-from ddinfer.models.parked import as_cast, is_parked, park
-from ddinfer.models.placement import CPU, DISK, Placement, check_covers
-from ddinfer.models.sizes import tree_of_model
-from ddinfer.models.tree import Node, Tensor
+from ddinfer.models.devices import CPU, DISK
+from ddinfer.models.fetch import DiskSource, Fetcher, FetchGroup, HostSource, Source, read
+from ddinfer.models.meta_model import OpenModel, finish_weight_norm
+from ddinfer.models.placement import Placement, check_covers
+from ddinfer.models.stand_ins import as_cast, is_stand_in, make_stand_in
+from ddinfer.models.tree import Node, Tensor, tree_of_model
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 #: Methods through which pipelines enter a component beside ``forward``.
-ENTRANCES = ("encode", "decode", "get_text_features", "get_image_features", "generate")
+ENTRY_METHODS = ("encode", "decode", "get_text_features", "get_image_features", "generate")
 
 
 @dataclass
-class Dispatched:
+class OffloadHandle:
     """A model or pipeline that lies where its placement says; `undo` puts it back."""
 
     fetcher: Fetcher
-    units: list[Unit] = field(default_factory=list)
+    units: list[FetchGroup] = field(default_factory=list)
     folders: list[tempfile.TemporaryDirectory[str]] = field(default_factory=list)
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -52,7 +52,7 @@ class Dispatched:
             self._undo.pop()()
         self._close()
 
-    def abandon(self) -> None:
+    def discard(self) -> None:
         """Lets go of all weights instead of putting them back: nothing here can be used again."""
         self.fetcher.forget()
         self.units.clear()
@@ -64,7 +64,7 @@ class Dispatched:
             self.folders.pop().cleanup()
         self.fetcher.close()
 
-    def __enter__(self) -> Dispatched:
+    def __enter__(self) -> OffloadHandle:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,9 +76,9 @@ def dispatch_model(
     placement: Placement,
     *,
     opened: OpenModel | None = None,
-    dispatched: Dispatched | None = None,
+    dispatched: OffloadHandle | None = None,
     offload_folder: Path | None = None,
-) -> Dispatched:
+) -> OffloadHandle:
     """Puts a model where ``placement`` says.
 
     Args:
@@ -94,8 +94,10 @@ def dispatch_model(
     root = tree_of_model(model, dtypes=opened.dtypes if opened else None)
     check_covers(placement, root)
     if dispatched is None:
-        dispatched = Dispatched(Fetcher(torch.device(placement.main), prefetch=placement.prefetch))
-    _Carrier(model, placement, opened, dispatched, offload_folder).carry_out(root)
+        dispatched = OffloadHandle(
+            Fetcher(torch.device(placement.main), prefetch=placement.prefetch)
+        )
+    _ModelDispatcher(model, placement, opened, dispatched, offload_folder).apply(root)
     return dispatched
 
 
@@ -105,7 +107,7 @@ def dispatch_pipeline(
     *,
     opened: Mapping[str, OpenModel] | None = None,
     offload_folder: Path | None = None,
-) -> Dispatched:
+) -> OffloadHandle:
     """Puts a pipeline's components where ``placement`` says; they share one fetcher.
 
     Args:
@@ -116,7 +118,7 @@ def dispatch_pipeline(
     """
     models = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     main = torch.device(placement.main)
-    dispatched = Dispatched(Fetcher(main, prefetch=placement.prefetch))
+    dispatched = OffloadHandle(Fetcher(main, prefetch=placement.prefetch))
     parts = {name: placement.below(name) for name in models}
     for name, model in models.items():  # all are checked before the first is moved
         known = (opened or {}).get(name)
@@ -141,9 +143,9 @@ def dispatch_pipeline(
     return dispatched
 
 
-def _compute_on(pipe: Any, main: torch.device, dispatched: Dispatched) -> None:
+def _compute_on(pipe: Any, main: torch.device, dispatched: OffloadHandle) -> None:
     """Latents and the like are made on the main device, wherever the first component lies."""
-    if pipe._execution_device == spoken(main):
+    if pipe._execution_device == canonical_device(main):
         return
     kind = type(pipe)
     there = property(lambda self: main)
@@ -153,15 +155,15 @@ def _compute_on(pipe: Any, main: torch.device, dispatched: Dispatched) -> None:
     dispatched.on_undo(lambda: setattr(pipe, "__class__", kind))
 
 
-class _Carrier:
-    """Carries out one model's placement."""
+class _ModelDispatcher:
+    """Applies one model's placement."""
 
     def __init__(
         self,
         model: torch.nn.Module,
         placement: Placement,
         opened: OpenModel | None,
-        dispatched: Dispatched,
+        dispatched: OffloadHandle,
         offload_folder: Path | None,
     ):
         self.model, self.placement, self.opened = model, placement, opened
@@ -176,8 +178,8 @@ class _Carrier:
         self.kept: list[torch.Tensor] = []  # originals, so that their ids stay theirs
         self.here: list[Callable[[], None]] = []  # put back what is fetched at the moment
 
-    def carry_out(self, root: Node) -> None:
-        items = list(self._uniform(root))
+    def apply(self, root: Node) -> None:
+        items = list(self._largest_single_device_parts(root))
         away = [(item, d) for item, d in items if d in (CPU, DISK) and d != self.placement.main]
         here = [(item, d) for item, d in items if (item, d) not in away]
         self._load_resident({t.name: d for item, d in here for t in _tensors_of(item)})
@@ -190,10 +192,10 @@ class _Carrier:
                 if isinstance(item, Node):
                     self._follow(item, torch.device(device))
         if away or self.several:
-            self._entrances()
+            self._wrap_entry_methods()
         finish_weight_norm(self.model)
 
-    def _uniform(self, node: Node) -> Iterator[tuple[Node | Tensor, str]]:
+    def _largest_single_device_parts(self, node: Node) -> Iterator[tuple[Node | Tensor, str]]:
         """Units as large as possible that lie on one device, in order."""
         devices = {self.placement.device_of(t.name) for t in node.every_tensor()}
         if not devices:
@@ -204,7 +206,7 @@ class _Carrier:
         for tensor in node.tensors:
             yield tensor, self.placement.device_of(tensor.name)
         for child in node.children:
-            yield from self._uniform(child)
+            yield from self._largest_single_device_parts(child)
 
     # ---------------------------------------------------------------- what stays
 
@@ -218,7 +220,7 @@ class _Carrier:
             self._move(self._get(name), torch.device(device), before[name])
 
     def _move(self, tensor: torch.Tensor, device: torch.device, before: torch.device) -> None:
-        if before == spoken(device):
+        if before == canonical_device(device):
             return
         # The object stays the same, so that whoever holds it keeps holding the weight.
         tensor.data = tensor.data.to(device)
@@ -268,7 +270,7 @@ class _Carrier:
     def _park(self, item: Node | Tensor, device: str) -> None:
         names = [tensor.name for tensor in _tensors_of(item)]
         sources = {name: self._source(name, device) for name in names}
-        unit = Unit(item.name, sources)
+        unit = FetchGroup(item.name, sources)
         self.dispatched.units.append(unit)
         stand_ins = {name: self._stand_in(name, source) for name, source in sources.items()}
         for name, stand_in in stand_ins.items():
@@ -307,7 +309,7 @@ class _Carrier:
         made = self.parked.get(id(original))
         if made is None:
             dtype = source.tensor.dtype if isinstance(source, HostSource) else source.dtype
-            made = park(original, dtype, self.main, lambda: read([source], self.main)[0])
+            made = make_stand_in(original, dtype, self.main, lambda: read([source], self.main)[0])
             self.parked[id(original)] = made
         return made
 
@@ -344,7 +346,7 @@ class _Carrier:
     # ---------------------------------------------------------------- hooks
 
     def _fetch_around(
-        self, module: torch.nn.Module, unit: Unit, stand_ins: Mapping[str, torch.Tensor]
+        self, module: torch.nn.Module, unit: FetchGroup, stand_ins: Mapping[str, torch.Tensor]
     ) -> None:
         fetcher, main = self.dispatched.fetcher, self.main
         places = [self._place(name) for name in unit.sources]
@@ -359,7 +361,7 @@ class _Carrier:
                 self.here.append(put_back)
                 # A cast makes other stand-ins of buffers.
                 away[:] = [
-                    held[leaf] if is_parked(held[leaf]) else stand_ins[name]
+                    held[leaf] if is_stand_in(held[leaf]) else stand_ins[name]
                     for (held, leaf), name in zip(places, unit.sources, strict=True)
                 ]
                 for (held, leaf), stand_in, tensor in zip(
@@ -369,7 +371,9 @@ class _Carrier:
                         seen[id(stand_in)] = _like(stand_in, as_cast(tensor, stand_in))
                     held[leaf] = seen[id(stand_in)]
 
-            return to_device(args, spoken(main)), to_device(kwargs, spoken(main))
+            return to_device(args, canonical_device(main)), to_device(
+                kwargs, canonical_device(main)
+            )
 
         def after(*_: Any) -> None:
             nonlocal depth
@@ -397,7 +401,7 @@ class _Carrier:
 
     def _follow(self, item: Node, device: torch.device) -> None:
         """Inputs of a part come to its device."""
-        there = spoken(device)
+        there = canonical_device(device)
         self._hook(
             self.model.get_submodule(item.name),
             lambda _, args, kwargs: (to_device(args, there), to_device(kwargs, there)),
@@ -411,9 +415,9 @@ class _Carrier:
         for handle in handles:
             self.dispatched.on_undo(handle.remove)
 
-    def _entrances(self) -> None:
+    def _wrap_entry_methods(self) -> None:
         """Whatever enters the model: its results return to where its inputs came from."""
-        for name in ("forward", *ENTRANCES):
+        for name in ("forward", *ENTRY_METHODS):
             method = getattr(self.model, name, None)
             if callable(method) and name not in vars(self.model):
                 vars(self.model)[name] = self._returning(method)
@@ -464,3 +468,64 @@ def _keep_changes(source: Source, tensor: torch.Tensor, training: bool) -> None:
 
 def _tensors_of(item: Node | Tensor) -> list[Tensor]:
     return [item] if isinstance(item, Tensor) else list(item.every_tensor())
+
+
+class OneDevice(TorchFunctionMode):
+    """Where an operation's tensors lie on several GPUs, they follow its first one.
+
+    Code between blocks (a sum of a block's output and an embedding) then needs to know nothing.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in tensors_in((args, kwargs)) if t.dim()]
+        if len({t.device for t in tensors}) > 1 and getattr(func, "__name__", "") not in (
+            "__get__", "__set__", "to", "copy_",
+        ):  # fmt: skip
+            first = tensors[0].device
+            args, kwargs = to_device((args, kwargs), first)
+        return func(*args, **kwargs)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The same structure with its tensors on ``device``.
+
+    Lists and dicts are changed in place: some models pass a cache through their blocks.
+    """
+    if isinstance(value, torch.Tensor):
+        return value if value.device == device else value.to(device)
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        changed = {key: to_device(item, device) for key, item in list(items)}
+        for key, item in changed.items():
+            if item is not value[key]:
+                value[key] = item  # a ModelOutput keeps its attribute in step
+        return value
+    if isinstance(value, tuple):
+        moved = [to_device(item, device) for item in value]
+        if all(one is other for one, other in zip(moved, value, strict=True)):
+            return value
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value
+
+
+def canonical_device(device: torch.device) -> torch.device:
+    """As tensors on it name it: ``cpu:0`` makes tensors that say ``cpu``."""
+    return torch.empty(0, device=device).device

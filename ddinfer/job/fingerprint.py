@@ -9,8 +9,9 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddinfer.models.checkpoint import CheckpointError, weight_files
-from ddinfer.models.repository import MODEL_INDEX, PICKLE_SUFFIXES, read_model_index
+from ddinfer.models.checkpoint import PICKLE_SUFFIXES, CheckpointError, weight_files
+from ddinfer.models.hub import MODEL_INDEX
+from ddinfer.models.index import read_model_index
 
 #: Files larger than this are told apart by their headers and sizes alone.
 WHOLE_FILE_BYTES = 16 * 10**6

@@ -39,11 +39,11 @@ Source = HostSource | DiskSource
 
 
 @dataclass(eq=False)
-class Unit:
+class FetchGroup:
     """What is fetched together: a block (or a lone tensor) and where its tensors are.
 
     Attributes:
-        sources: (module path, leaf) of each name → its bytes. Tied names share one source.
+        sources: name → its bytes. Tied names share one source.
     """
 
     name: str
@@ -110,14 +110,14 @@ class Fetcher:
     def __init__(self, device: torch.device, *, prefetch: bool = True):
         self.device, self.prefetch = device, prefetch
         self.hits = self.misses = 0
-        self._after: dict[int, Unit] = {}
-        self._last: Unit | None = None
-        self._guess: tuple[Unit, Future[Any]] | None = None
+        self._after: dict[int, FetchGroup] = {}
+        self._last: FetchGroup | None = None
+        self._guess: tuple[FetchGroup, Future[Any]] | None = None
         self._done: Any = None  # CUDA: the last unit's end on the computing stream
         self._pool = ThreadPoolExecutor(1, "ddinfer-fetch") if prefetch else None
         self._stream: Any = None
 
-    def take(self, unit: Unit) -> list[torch.Tensor]:
+    def take(self, unit: FetchGroup) -> list[torch.Tensor]:
         """The unit's tensors on the device, waiting for them where they are under way."""
         guess, self._guess = self._guess, None
         if guess is not None and guess[1].exception() is not None:
@@ -158,7 +158,7 @@ class Fetcher:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _load(self, unit: Unit, after: Any = None) -> tuple[list[torch.Tensor], Any]:
+    def _load(self, unit: FetchGroup, after: Any = None) -> tuple[list[torch.Tensor], Any]:
         import torch
 
         if self.device.type != "cuda":

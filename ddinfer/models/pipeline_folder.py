@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
-from ddinfer.models.building import class_in
 from ddinfer.models.checkpoint import (
     DTYPES,
     STEMS,
@@ -24,26 +23,26 @@ from ddinfer.models.checkpoint import (
     read_checkpoint,
     weight_files,
 )
-from ddinfer.models.opening import OpenModel, open_model, parse_dtype
-from ddinfer.models.repository import (
+from ddinfer.models.component_roles import DENOISER_NAMES
+from ddinfer.models.hub import fetch_pipeline, remote_dtypes
+from ddinfer.models.index import (
     Entry,
     ModelIndex,
     configs_folder,
     custom_code_message,
+    dynamic_class,
+    index_folder,
     local_folder,
+    pipeline_class,
     read_model_index,
-    remote_dtypes,
 )
-from ddinfer.models.signature import dynamic_class, pipeline_class
+from ddinfer.models.meta_model import OpenModel, import_class, open_model, parse_dtype, read_config
 
 if TYPE_CHECKING:
     import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 log = logging.getLogger(__name__)
-
-#: Component names under which pipelines keep the network that runs once a step, most usual first.
-DENOISER_NAMES = ("transformer", "unet", "prior", "decoder", "dit", "transformer_2", "unet_2")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class PipelineSource:
     token: str | None = None
 
     @classmethod
-    def to_plan_by(
+    def for_planning(
         cls,
         path: str | os.PathLike[str],
         *,
@@ -79,7 +78,7 @@ class PipelineSource:
         """A source for `plan_placement`: of a Hub repository only the configs are fetched.
 
         Raises:
-            UsageError, HubError: see `ddinfer.models.repository.pipeline_folder`.
+            UsageError, HubError: see `pipeline_folder`.
         """
         folder = configs_folder(path, revision=revision, token=token)
         is_here = local_folder(path) is not None or _holds_weights(folder, variant)
@@ -226,7 +225,7 @@ class PipelineSource:
         if not counts:
             raise UsageError(
                 f"{repo} has no safetensors weights under {name} to take the dtype from; "
-                "say --dtype"
+                "pass --dtype"
             )
         return getattr(torch, DTYPES[max(counts, key=lambda kind: counts[kind])][0])
 
@@ -265,6 +264,50 @@ class PipelineSource:
         raise UsageError(f"{self.folder} has no component {name}")
 
 
+def pipeline_folder(
+    path: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Path:
+    """The folder with the whole pipeline, downloaded when ``path`` is a Hub id.
+
+    Raises:
+        UsageError: nothing there, access refused, no safetensors, or offline and not cached.
+        HubError: the Hub could not be reached.
+    """
+    folder = local_folder(path)
+    if folder is not None:
+        read_model_index(folder)
+        return folder
+    index = read_model_index(index_folder(path, revision=revision, token=token))
+    if index.custom_module is not None and not trust_remote_code:
+        raise UsageError(custom_code_message(path, f"{index.custom_module}.py"))
+    _check_configs(configs_folder(path, revision=revision, token=token), index)
+    return fetch_pipeline(
+        os.fspath(path),
+        variant=variant,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+
+
+def _check_configs(folder: Path, index: ModelIndex) -> None:
+    """What the configs alone can refuse, before gigabytes of weights are downloaded.
+
+    Raises:
+        UsageError: a model is quantised, or its config is broken.
+    """
+    for entry in index.entries:
+        if (folder / entry.name / "config.json").is_file():
+            read_config(folder / entry.name)
+
+
 def check_connected(kind: Any) -> None:
     """
     Raises:
@@ -298,9 +341,9 @@ def installed_class(folder: Path, entry: Entry) -> Any:
         # Classes move from a pipeline's own module to a common one in newer versions.
         module = getattr(diffusers.pipelines, entry.library)
         found = getattr(module, entry.class_name, None)
-        return class_in("diffusers", entry.class_name, where) if found is None else found
+        return import_class("diffusers", entry.class_name, where) if found is None else found
     if entry.library in ("diffusers", "transformers"):
-        return class_in(entry.library, _newer_name(entry), where)
+        return import_class(entry.library, _current_class_name(entry), where)
     # Importing what a file names would run it; what the program imported itself is fine.
     found = getattr(sys.modules.get(entry.library), entry.class_name, None)
     if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
@@ -324,7 +367,7 @@ def _holds_weights(folder: Path, variant: str | None) -> bool:
     return True
 
 
-def _newer_name(entry: Entry) -> str:
+def _current_class_name(entry: Entry) -> str:
     """transformers' present name of a class that older pipelines call differently."""
     if entry.library != "transformers":
         return entry.class_name

@@ -37,7 +37,7 @@ _KNOWN |= {
 }  # fmt: skip
 
 
-class _Parked:
+class _StandIn:
     """What parked parameters and buffers have in common."""
 
     _fetch: Callable[[], torch.Tensor]
@@ -52,7 +52,7 @@ class _Parked:
         if func in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is torch.Tensor.to and isinstance(args[0], _Parked):
+        if func is torch.Tensor.to and isinstance(args[0], _StandIn):
             dtype = _cast_alone(args[0], args[1:], kwargs)
             if dtype is not None:
                 return _cast(args[0], dtype)
@@ -64,7 +64,7 @@ class _Parked:
         answer = _answer(func, name, args)
         if answer is not _UNANSWERED:
             return answer
-        if args and isinstance(args[0], _Parked) and _writes(name):
+        if args and isinstance(args[0], _StandIn) and _writes(name):
             raise UsageError(
                 f"{name} would change a weight that is not in memory (it lies on the host or disk "
                 "by a placement); undo the placement first"
@@ -78,7 +78,7 @@ _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _cast_alone(
-    tensor: _Parked, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tensor: _StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.dtype | None:
     """The type that ``tensor.to(*args, **kwargs)`` casts to, where it does nothing else."""
     given = [*args, *kwargs.values()]
@@ -97,11 +97,11 @@ def _cast(tensor: Any, dtype: torch.dtype) -> Any:
     dtypes = (*tensor._dtypes, dtype)
     if dtypes[-3:-2] == (dtype,) and torch.promote_types(dtype, dtypes[-2]) == dtypes[-2]:
         dtypes = dtypes[:-2]  # to a wider type and back changes no bit
-    return park(tensor, dtype, tensor._at, tensor._fetch, dtypes)
+    return make_stand_in(tensor, dtype, tensor._at, tensor._fetch, dtypes)
 
 
 def _is_cast_of(value: Any, tensor: Any) -> bool:
-    return isinstance(value, _Parked) and value._fetch is tensor._fetch
+    return isinstance(value, _StandIn) and value._fetch is tensor._fetch
 
 
 def as_cast(tensor: torch.Tensor, stand_in: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ def _writes(name: str) -> bool:
 
 
 def _fetched(value: Any) -> Any:
-    if isinstance(value, _Parked):
+    if isinstance(value, _StandIn):
         return as_cast(value._fetch(), value)  # type: ignore[arg-type]
     if isinstance(value, (list, tuple)):
         items = [_fetched(item) for item in value]
@@ -143,20 +143,20 @@ def _fetched(value: Any) -> Any:
     return value
 
 
-class ParkedParameter(_Parked, torch.nn.Parameter):
+class StandInParameter(_StandIn, torch.nn.Parameter):
     """A parameter that is fetched when it is used."""
 
 
-class ParkedBuffer(_Parked, torch.Tensor):
+class StandInBuffer(_StandIn, torch.Tensor):
     """A buffer that is fetched when it is used."""
 
 
-def is_parked(tensor: torch.Tensor) -> bool:
+def is_stand_in(tensor: torch.Tensor) -> bool:
     """Whether it is a stand-in, whose bytes are elsewhere."""
-    return isinstance(tensor, _Parked)
+    return isinstance(tensor, _StandIn)
 
 
-def park(
+def make_stand_in(
     like: torch.Tensor,
     dtype: torch.dtype,
     at: torch.device,
@@ -172,8 +172,8 @@ def park(
         empty = torch.empty_like(like.detach(), device="meta", dtype=dtype)
     made: Any
     if isinstance(like, torch.nn.Parameter):
-        made = torch.Tensor._make_subclass(ParkedParameter, empty, like.requires_grad)
+        made = torch.Tensor._make_subclass(StandInParameter, empty, like.requires_grad)
     else:
-        made = torch.Tensor._make_subclass(ParkedBuffer, empty, False)
+        made = torch.Tensor._make_subclass(StandInBuffer, empty, False)
     made._fetch, made._at, made._dtypes = fetch, at, dtypes or (dtype,)
     return made
