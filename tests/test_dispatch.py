@@ -26,7 +26,7 @@ from ddinfer.models.offload import OneDevice, dispatch_model, dispatch_pipeline
 from ddinfer.models.placement import Placement
 from ddinfer.models.planner import plan, plan_placement
 from ddinfer.models.stand_ins import StandInParameter, is_stand_in
-from ddinfer.models.tree import Unit, tree_of, tree_of_model
+from ddinfer.models.tree import tree_of, tree_of_model
 from tests.tiny_pipelines import KINDS, call_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -271,7 +271,7 @@ def test_blocks_are_fetched_one_after_the_other_and_no_more_than_two_are_held(ti
     lock = threading.Lock()
     load = Fetcher._load
 
-    def counted(self: Fetcher, unit: Unit, after: Any = None) -> Any:
+    def counted(self: Fetcher, unit: FetchGroup, after: Any = None) -> Any:
         tensors, event = load(self, unit, after)
         storages = {t.untyped_storage()._cdata for t in tensors}
 

@@ -423,7 +423,7 @@ UNET = ["diffusers", "UNet2DConditionModel"]
         ("AmusedPipeline", {"vqvae": ["diffusers", "VQModel"]}, "when it needs its vqvae"),
         ("LDMTextToImagePipeline", {"unet": UNET}, "it has no encode_prompt method"),
         ("StableDiffusionPipeline", {"unet": UNET, "vae": KL}, "it has no text encoder"),
-        ("StableDiffusionPipeline", {"text_encoder": CLIP, "vae": KL}, r"not a denoiser \(trans"),
+        ("StableDiffusionPipeline", {"text_encoder": CLIP, "vae": KL}, r"no denoiser \(trans"),
         ("StableDiffusionPipeline", {"text_encoder": CLIP, "unet": UNET}, "it has no vae"),
         (
             "AnimateDiffPipeline",
