@@ -20,7 +20,7 @@ from torch.utils import backend_registration
 
 from ddinfer.errors import UsageError
 from ddinfer.models.devices import PlacementError
-from ddinfer.models.fetch import DiskSource, Fetcher, HostSource
+from ddinfer.models.fetch import DiskSource, Fetcher, FetchGroup, HostSource
 from ddinfer.models.loading import load_model, load_pipeline
 from ddinfer.models.offload import OneDevice, dispatch_model, dispatch_pipeline
 from ddinfer.models.placement import Placement
