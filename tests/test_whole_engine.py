@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddinfer.engines.whole import WholeEngine, check_call
+from ddinfer.engines.pipeline_call import check_call
+from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
 from ddinfer.models.loading import load_pipeline
 from ddinfer.request import Prompt, resolve_requests

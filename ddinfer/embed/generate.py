@@ -26,7 +26,8 @@ from ddinfer.engines.lockstep import (
     needs_equal_inputs,
     sharded_models,
 )
-from ddinfer.engines.whole import WholeEngine, check_call
+from ddinfer.engines.pipeline_call import check_call
+from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import PromptsFailed, UsageError
 from ddinfer.prompts.files import prompt_from_fields
 from ddinfer.request import Prompt, Request, Result, canonical_json, resolve_requests
@@ -273,7 +274,7 @@ def _plan_on_all_ranks(ranks: Group, check: Callable[[], _Plan]) -> _Plan:
 
 def _run_slice(ranks: Group, pipe: Any, plan: _Plan, call: Mapping[str, Any]) -> Iterator[Result]:
     share = contiguous_slice(len(plan.batches), ranks.group_size, ranks.group_rank)
-    engine = WholeEngine(pipe, rank=ranks.world.rank, call=call)
+    engine: WholeEngine | LockstepEngine = WholeEngine(pipe, rank=ranks.world.rank, call=call)
     turns = [(k, True) for k in share]  # batch, and whether this rank keeps its Results
     if plan.is_sharded:
         engine = LockstepEngine(pipe, ranks, call=call)
@@ -290,7 +291,7 @@ def _run_slice(ranks: Group, pipe: Any, plan: _Plan, call: Mapping[str, Any]) ->
             yield from results
 
 
-def _run_batch(ranks: Group, engine: WholeEngine, batch: Batch) -> list[Result]:
+def _run_batch(ranks: Group, engine: WholeEngine | LockstepEngine, batch: Batch) -> list[Result]:
     """Run a whole batch, so that the pipeline is restored before a Result is yielded."""
     try:
         with inference_state(engine.pipe, ranks.device):

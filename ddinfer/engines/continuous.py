@@ -17,7 +17,7 @@ from ddinfer.distributed.partition import Replica
 from ddinfer.engines.base import Batch, ProgressListener
 from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
-from ddinfer.engines.whole import WholeEngine
+from ddinfer.engines.pipeline_call import run_batch
 from ddinfer.errors import UsageError
 from ddinfer.models.component_roles import DENOISER_NAMES
 from ddinfer.models.meta_model import OpenModel, build_on_meta
@@ -104,14 +104,15 @@ class ContinuousEngine:
 
     def _job(self, batch: Batch) -> Callable[[Any], list[Result]]:
         def make(pipe: Any) -> list[Result]:
-            engine = WholeEngine(
+            results = run_batch(
                 pipe,
+                batch,
+                arguments=self.call,
                 rank=self.rank,
-                call=self.call,
                 max_batch=self._max_batch,
                 encodings=self.encodings,
             )
-            return list(engine.run([batch]))
+            return list(results)
 
         return make
 

@@ -8,6 +8,7 @@ noticed there, and is an error on all of them instead of a wait without end.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,39 +16,43 @@ import torch
 
 from ddinfer.distributed.process_group import Group
 from ddinfer.engines.base import Batch
-from ddinfer.engines.whole import WholeEngine, _Failure, _Pictures
+from ddinfer.engines.pipeline_call import CallFailure, Pictures, call_pipeline, results_of
 from ddinfer.errors import PromptsFailed, UsageError
 from ddinfer.request import Request, Result
 
 
-class LockstepEngine(WholeEngine):
+class LockstepEngine:
     """Runs batches at the same pace as the other ranks. Every rank runs equally many.
 
     A prompt that fails ends the run, since the others cannot go on without this rank.
 
     Args:
         ranks: those that the models are sharded over, or more.
+        call: arguments of the pipeline's ``__call__`` that hold for every Request, of any type.
     """
 
     def __init__(self, pipe: Any, ranks: Group, *, call: Mapping[str, Any] | None = None):
-        super().__init__(pipe, rank=ranks.world.rank, call=call)
-        self.ranks, self.models = ranks, sharded_models(pipe)
+        self.pipe, self.ranks, self.call = pipe, ranks, dict(call or {})
+        self.models = sharded_models(pipe)
         self._num_steps: dict[str, int] = {}
         self._stopped: BaseException | None = None
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Result]:
         for batch in batches:
             with self._meeting_before_forwards():
-                results = list(super().run([batch]))
+                started = time.perf_counter()
+                made = self._call(batch)
+                seconds = (time.perf_counter() - started) / len(batch)
                 self._meet("the end of a batch")
-            yield from results
+            rank = self.ranks.world.rank
+            yield from results_of(batch, made, rank=rank, seconds=seconds, is_exact=True)
 
-    def _call(self, part: list[Request]) -> _Pictures | _Failure:
-        made = super()._call(part)
+    def _call(self, batch: Batch) -> Pictures:
+        made = call_pipeline(self.pipe, batch, self.call)
         if self._stopped is not None:  # it ended a forward; the pipeline's call wrapped it
             raise self._stopped
-        if isinstance(made, _Failure):
-            names = ", ".join(f"{r.index} ({r.prompt[:60]!r})" for r in part)
+        if isinstance(made, CallFailure):
+            names = ", ".join(f"{r.index} ({r.prompt[:60]!r})" for r in batch)
             raise PromptsFailed(
                 f"prompt {names}: {made.record}\n{made.record.traceback}\nThe denoiser is sharded "
                 "over ranks, which cannot go on without one another"

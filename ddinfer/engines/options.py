@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ddinfer.config import JobConfig
+from ddinfer.distributed.world import World
 from ddinfer.errors import UsageError
 from ddinfer.models.pipeline_folder import PipelineSource, pipeline_folder
 
@@ -24,6 +25,11 @@ def open_source(model: str, config: JobConfig) -> PipelineSource:
         allow_pickle=config.allow_pickle,
     )
     return PipelineSource(folder, config.variant, config.trust_remote_code, config.allow_pickle)
+
+
+def gpu_numbers(world: World) -> list[int]:
+    """The GPUs that a rank drives; none on the CPU."""
+    return [int(device.partition(":")[2]) for device in world.devices if device != "cpu"]
 
 
 def apply_to_pipeline(pipe: Any, config: JobConfig) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.engines.base import Batch, ProgressListener
-from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
+from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, gpu_numbers, open_source
+from ddinfer.engines.pipeline_call import CallFailure, call_pipeline, free_memory, results_of
 from ddinfer.engines.readahead import ReadAhead
 from ddinfer.engines.records import Records, RecordsLost
 from ddinfer.engines.stage_calls import CannotStage, Decoding, Denoising, Encoding, Part
-from ddinfer.engines.whole import WholeEngine, _Failure, _free_memory, gpu_numbers
 from ddinfer.errors import StorageError, UsageError
 from ddinfer.models.component_roles import DENOISER_NAMES
 from ddinfer.models.devices import free_host_bytes, memory_budgets
@@ -136,7 +136,7 @@ class StagedEngine:
                     done.append(part)
                 else:
                     stage.encodings.clear()  # memory may have been short
-                    yield from self._settle(pipe, part, made)
+                    yield from self._results_of(part, made)
                 is_full = (
                     num_pulled >= self.limits.batches
                     or records.num_bytes >= self.limits.total_bytes
@@ -157,7 +157,7 @@ class StagedEngine:
                 if made is None:
                     done.append(part)
                 else:
-                    yield from self._settle(pipe, part, made)
+                    yield from self._results_of(part, made)
         return done
 
     def _decode(self, parts: list[Part], records: Records) -> Iterator[Result]:
@@ -168,7 +168,7 @@ class StagedEngine:
             stage = Decoding(pipe, self.pipeline.components["denoise"], records)
             for part in self._told("decoding", parts):
                 made = self._attempt(pipe, part, stage.run)
-                yield from self._settle(pipe, part, made)
+                yield from self._results_of(part, made)
                 if part.latents is not None:
                     records.drop(part.latents)
 
@@ -210,10 +210,9 @@ class StagedEngine:
 
     def _attempt(self, pipe: Any, part: Part, run: Callable[..., Any]) -> Any:
         """``None`` where the stage is done, else pictures or a failure."""
-        call = WholeEngine(pipe, rank=self.rank)
         started = time.perf_counter()
         try:
-            return run(part, lambda: call._call(list(part.requests)))
+            return run(part, lambda: call_pipeline(pipe, part.requests, {}))
         except CannotStage as error:
             raise UsageError(str(error)) from error
         except RecordsLost as error:
@@ -222,20 +221,19 @@ class StagedEngine:
             part.seconds += time.perf_counter() - started
             self._moved()
 
-    def _settle(self, pipe: Any, part: Part, made: Any) -> Iterator[Result]:
+    def _results_of(self, part: Part, made: Any) -> Iterator[Result]:
         """Results of a part; where several failed together, they are tried again in less."""
         requests = list(part.requests)
-        if isinstance(made, _Failure) and len(requests) > 1:
-            if made.out_of_memory:
+        if isinstance(made, CallFailure) and len(requests) > 1:
+            if made.is_out_of_memory:
                 self._max_batch[requests[0].batch_key()] = len(requests) // 2
-                _free_memory()
+                free_memory()
                 self._split(part, len(requests) // 2)
             else:  # find the prompt at fault; its neighbours are not
                 self._split(part, 1)
             return
-        exact = len(requests) == part.num_planned
-        seconds = part.seconds / len(requests)
-        yield from WholeEngine(pipe, rank=self.rank)._results(requests, made, seconds, exact=exact)
+        is_exact, seconds = len(requests) == part.num_planned, part.seconds / len(requests)
+        yield from results_of(requests, made, rank=self.rank, seconds=seconds, is_exact=is_exact)
 
     def _split(self, part: Part, size: int) -> None:
         """In the next round, since they must be encoded as they will be denoised."""

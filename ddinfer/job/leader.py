@@ -17,8 +17,7 @@ from ddinfer.distributed.devices import resolve_num_threads
 from ddinfer.distributed.partition import slice_of_batches
 from ddinfer.distributed.progress import RankTimes, load_balance
 from ddinfer.distributed.world import World
-from ddinfer.engines.options import open_source
-from ddinfer.engines.whole import gpu_numbers
+from ddinfer.engines.options import gpu_numbers, open_source
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, StorageError, exit_code_of
 from ddinfer.job.assignment import Assignment, IndexBatches, ResultSummary
 from ddinfer.job.fingerprint import model_fingerprint

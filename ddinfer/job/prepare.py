@@ -121,8 +121,8 @@ def prepare(
         UsageError: an option that does not fit the pipeline or this machine.
     """
     # They import torch; names and prompt files are checked before that.
+    from ddinfer.engines.pipeline_call import check_call
     from ddinfer.engines.select import check_placement, check_stages
-    from ddinfer.engines.whole import check_call
     from ddinfer.models.check import check_pipeline
     from ddinfer.models.index import call_parameters, pipeline_class
 

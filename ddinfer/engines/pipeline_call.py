@@ -1,0 +1,285 @@
+"""One call of a diffusers pipeline: the arguments of a batch, its pictures, or why it failed."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ddinfer.engines.base import Batch
+from ddinfer.engines.encoding import EncodingCache
+from ddinfer.errors import (
+    ErrorRecord,
+    InputError,
+    RankError,
+    StorageError,
+    UsageError,
+    describe_os_error,
+    is_environment_error,
+)
+from ddinfer.inputs import load_input
+from ddinfer.request import Request, Result
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a pipeline call returned: per Request its frames (one for an image) and its flags."""
+
+    frames: list[list[Image.Image]]
+    flags: list[tuple[str, ...]]
+    is_video: bool
+
+
+@dataclass(frozen=True)
+class CallFailure:
+    """Why a call returned nothing. A value, so that the traceback's tensors are freed."""
+
+    record: ErrorRecord
+    is_out_of_memory: bool
+
+
+def run_batch(
+    pipe: Any,
+    batch: Batch,
+    *,
+    arguments: Mapping[str, Any],
+    rank: int,
+    max_batch: dict[str, int],
+    encodings: EncodingCache | None = None,
+) -> Iterator[Result]:
+    """Runs a batch as planned; in smaller parts where it fails or does not fit in memory.
+
+    Args:
+        arguments: further arguments of the pipeline's ``__call__``.
+        rank: global rank, for the Results.
+        max_batch: batch key → most images that fitted in memory; updated here.
+        encodings: of this pipeline's text encoders; cleared where memory is short.
+    """
+    key = batch[0].batch_key()
+    parts = [list(batch)]
+    while parts:
+        part = parts.pop(0)
+        fits = max_batch.get(key, len(part))
+        if len(part) > fits:
+            parts = [part[k : k + fits] for k in range(0, len(part), fits)] + parts
+            continue
+        started = time.perf_counter()
+        made = call_pipeline(pipe, part, arguments)
+        seconds = (time.perf_counter() - started) / len(part)
+        if isinstance(made, CallFailure) and len(part) > 1:
+            if made.is_out_of_memory:
+                max_batch[key] = len(part) // 2
+                if encodings is not None:
+                    encodings.clear()
+                free_memory()
+                parts.insert(0, part)
+            else:  # find the prompt at fault; its neighbours are not
+                parts = [[request] for request in part] + parts
+            continue
+        is_exact = len(part) == len(batch)
+        yield from results_of(part, made, rank=rank, seconds=seconds, is_exact=is_exact)
+
+
+def call_pipeline(
+    pipe: Any, requests: Sequence[Request], arguments: Mapping[str, Any]
+) -> Pictures | CallFailure:
+    """Runs one call for all of ``requests``, with one CPU generator per Request.
+
+    Args:
+        requests: of one batch key.
+        arguments: further arguments of ``__call__``; those of the Requests replace them.
+
+    Raises:
+        torch.AcceleratorError: the device is lost.
+        StorageError: the disk is full or a file cannot be read, whatever the prompt.
+    """
+    try:
+        arguments = {**arguments, **_arguments(pipe, requests)}
+        with _vae_types_restored(pipe):
+            return _pictures(pipe, pipe(**arguments), len(requests))
+    except torch.AcceleratorError:
+        raise  # sticky: no later call on this device can succeed
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return CallFailure(ErrorRecord.of(error), is_out_of_memory=True)
+    except Exception as error:  # recorded with its traceback and counted
+        if isinstance(error, OSError) and is_environment_error(error):
+            # No prompt is to blame, and the next would meet it, too.
+            path = "" if error.filename is None else f"{error.filename}: "
+            raise StorageError(f"the pipeline met {path}{describe_os_error(error)}") from error
+        return CallFailure(ErrorRecord.of(error), _is_out_of_memory(error))
+
+
+def results_of(
+    requests: Sequence[Request],
+    made: Pictures | CallFailure,
+    *,
+    rank: int,
+    seconds: float,
+    is_exact: bool,
+) -> Iterator[Result]:
+    """One Result per Request of a call.
+
+    Args:
+        rank: global rank that ran the call.
+        seconds: per Request.
+        is_exact: the batch was run as planned, not in parts.
+    """
+    indices = tuple(request.index for request in requests)
+    for k, request in enumerate(requests):
+        result = Result(request, seconds=seconds, rank=rank, exact=is_exact, batch=indices)
+        if isinstance(made, CallFailure):
+            yield replace(result, error=made.record)
+        elif made.is_video:
+            yield replace(result, frames=made.frames[k], flags=made.flags[k])
+        else:
+            yield replace(result, image=made.frames[k][0], flags=made.flags[k])
+
+
+def _arguments(pipe: Any, requests: Sequence[Request]) -> dict[str, Any]:
+    first, alone = requests[0], len(requests) == 1
+    arguments: dict[str, Any] = dict(first.parameters())
+    for name, expected in first.input_hashes.items():  # which is alone then
+        arguments[name], digest = load_input(name, first.kwargs[name])
+        if digest != expected:
+            raise InputError(f"{name} has changed since the prompts were read")
+    for name in first.texts():
+        texts = [request.kwargs[name] for request in requests]
+        arguments[name] = texts[0] if alone else texts
+    if first.negative_prompt is not None:
+        negatives = [request.negative_prompt for request in requests]
+        arguments["negative_prompt"] = negatives[0] if alone else negatives
+    prompts = [request.prompt for request in requests]
+    generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
+    arguments["prompt"] = prompts[0] if alone else prompts
+    arguments["generator"] = generators[0] if alone else generators
+    if (
+        _processor(pipe) is not None
+        and "output_type" in inspect.signature(pipe.__call__).parameters
+    ):
+        arguments["output_type"] = "np"  # NaN is still visible there, in "pil" no longer
+    return arguments
+
+
+def check_call(
+    name: str, parameters: Mapping[str, inspect.Parameter], given: Iterable[str], batch_size: int
+) -> None:
+    """Check, before weights are loaded, that a pipeline can be called as the job means to.
+
+    Args:
+        name: of the pipeline class, for messages.
+        parameters: of its ``__call__``.
+        given: names of all arguments that the job or any of its prompts sets.
+
+    Raises:
+        UsageError: the pipeline takes no prompt, no such argument, or no batches.
+    """
+    # Stable Diffusion's **kwargs is for two deprecated names; anything else it would ignore. Only
+    # a wrapper that does not even name its prompt is believed to hand everything on.
+    has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes_anything = has_kwargs and "prompt" not in parameters
+    for needed in ("prompt", "generator"):
+        if needed not in parameters and not takes_anything:
+            raise UsageError(
+                f"{name} takes no {needed!r}; ddinfer runs pipelines whose __call__ takes a "
+                "prompt and a generator"
+            )
+    unknown = sorted(n for n in given if n not in parameters and not takes_anything)
+    if unknown:
+        named = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and n != "self"]
+        raise UsageError(f"{name} takes no argument {unknown[0]!r}; it takes: {', '.join(named)}")
+    annotation = str(parameters["generator"].annotation) if "generator" in parameters else ""
+    typed = annotation not in ("", str(inspect.Parameter.empty))
+    if batch_size > 1 and typed and "list" not in annotation.lower():
+        raise UsageError(
+            f"{name} takes one generator for a whole batch, so the images of a batch would "
+            f"depend on their neighbours: use --batch_size 1 (found {batch_size})"
+        )
+
+
+@contextlib.contextmanager
+def _vae_types_restored(pipe: Any) -> Iterator[None]:
+    """Casts the VAE back where a call ends early.
+
+    Pipelines cast it to float32, decode, and cast it back; a failure in between, or the end of a
+    stage, would leave it in a type in which every later call fails or makes another image.
+    """
+    vae = getattr(pipe, "vae", None)
+    modules = list(vae.modules()) if isinstance(vae, torch.nn.Module) else []
+    tables: list[dict[str, Any]] = [
+        table for module in modules for table in (module._parameters, module._buffers)
+    ]
+    before = [
+        (t, name, tensor.dtype) for t in tables for name, tensor in t.items() if tensor is not None
+    ]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for table, name, dtype in before:
+                tensor = table[name]
+                if tensor.dtype == dtype:
+                    continue
+                if isinstance(tensor, torch.nn.Parameter):
+                    tensor.data = tensor.to(dtype)
+                else:
+                    table[name] = tensor.to(dtype)
+        raise
+
+
+def _processor(pipe: Any) -> Any:
+    """What turns the VAE's output into pictures, in image or in video pipelines."""
+    for name in ("image_processor", "video_processor"):
+        if hasattr(getattr(pipe, name, None), "numpy_to_pil"):
+            return getattr(pipe, name)
+    return None
+
+
+def _pictures(pipe: Any, output: Any, num_requests: int) -> Pictures:
+    is_video = hasattr(output, "frames")
+    made = output.frames if is_video else output.images
+    if len(made) != num_requests:
+        raise RuntimeError(
+            f"{type(pipe).__name__} returned {len(made)} "
+            f"{'videos' if is_video else 'images'} for {num_requests} prompts"
+        )
+    unsafe = getattr(output, "nsfw_content_detected", None) or [False] * num_requests
+    frames, flags = [], []
+    for item, nsfw in zip(made, unsafe, strict=True):
+        found = ["nsfw"] if nsfw else []
+        pictures = item if is_video else [item]
+        if isinstance(item, np.ndarray):
+            if np.isnan(item).any():
+                found.append("nan")
+            with np.errstate(invalid="ignore"):  # NaN becomes black, and is flagged
+                pictures = _processor(pipe).numpy_to_pil(item)
+        if all(_is_black(picture) for picture in pictures):
+            found.append("black")
+        frames.append(list(pictures))
+        flags.append(tuple(found))
+    return Pictures(frames, flags, is_video)
+
+
+def _is_black(picture: Image.Image) -> bool:
+    return picture.convert("RGB").getbbox() is None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the host's memory, or of the rank that holds another stage of the denoiser."""
+    if isinstance(error, RankError):
+        kinds = (torch.OutOfMemoryError.__name__, MemoryError.__name__)
+        return error.record is not None and error.record.type in kinds
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
