@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from ddinfer.errors import UsageError
-from ddinfer.parallel.cut import balance, merge_weightless
+from ddinfer.parallel.cut import balance
 
 
 def largest(sizes, stages, first=0, last=0):
@@ -48,9 +48,3 @@ def test_too_few_blocks_and_no_stage_are_refused_with_the_numbers():
         balance([1, 1], 3)
     with pytest.raises(UsageError, match="found 0"):
         balance([1], 0)
-
-
-def test_blocks_without_weight_join_the_one_before():
-    assert merge_weightless([4, 0, 4, 0, 0, 4]) == [range(0, 2), range(2, 5), range(5, 6)]
-    assert merge_weightless([0, 0, 4, 4]) == [range(0, 3), range(3, 4)]
-    assert merge_weightless([]) == []

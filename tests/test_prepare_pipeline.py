@@ -50,7 +50,7 @@ class Outputs(nn.Module):
 
 
 class Undecided(nn.Module):
-    """Control flow that reads an argument's contents: cannot be traced."""
+    """Control flow that reads an argument's contents."""
 
     def __init__(self):
         super().__init__()
@@ -107,6 +107,15 @@ def make_model(kind):
             attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
             pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
         )  # fmt: skip
+    elif kind == "unet":
+        from diffusers import UNet2DConditionModel
+
+        made = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+            cross_attention_dim=16, attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )  # fmt: skip
     return made.eval()
 
 
@@ -121,6 +130,12 @@ def example_for(kind, batch):
             "timestep": torch.rand(batch, generator=generator),
             "img_ids": torch.zeros(12, 3),
             "txt_ids": torch.zeros(6, 3),
+        }
+    if kind == "unet":
+        return {
+            "sample": torch.randn(batch, 4, 8, 8, generator=generator),
+            "timestep": torch.rand(batch, generator=generator),
+            "encoder_hidden_states": torch.randn(batch, 6, 16, generator=generator),
         }
     ids = torch.randint(3, 64, (batch, 8), generator=generator)
     ids[0, 5:] = 0  # padding, which the classifier must find again on the last rank
@@ -183,8 +198,7 @@ def points_on_ranks(group, kind, example_batch, num_chunks, batches):
     model, uncut = make_model(kind), make_model(kind)
     kwargs = example_for(kind, example_batch)
     pipe = prepare_pipeline(model, (), kwargs, num_chunks=num_chunks)
-    assert pipe.how == ("whole" if group.group_size == 1 else "trace")
-    differences = []
+    differences, exact = [], []
     for batch in batches:
         kwargs = example_for(kind, batch)
         made = pipe(**kwargs)
@@ -196,11 +210,33 @@ def points_on_ranks(group, kind, example_batch, num_chunks, batches):
         assert type(made) is type(expected)
         assert first_tensor(made).shape == first_tensor(expected).shape
         differences.append((first_tensor(made) - first_tensor(expected)).abs().max().item())
-    held = sum(p.numel() for p in model.parameters() if not p.is_meta)
-    return differences, held / sum(p.numel() for p in model.parameters())
+        rows = in_microbatches_of(uncut, kwargs, batch, -(-example_batch // num_chunks))
+        exact.append(torch.equal(first_tensor(made), rows))
+    assert all(exact), exact
+    sizes = {name: p.nbytes for name, p in uncut.named_parameters()}
+    return differences, sum(sizes[name] for name in held_names(model)) / sum(sizes.values())
 
 
-KINDS = ["classification", "lm", "t5", "flux"]
+def in_microbatches_of(uncut, kwargs, batch, rows):
+    """The uncut model's rows from equal microbatches, the last one filled with its last row."""
+    made = []
+    for begin in range(0, batch, rows):
+        index = torch.arange(begin, begin + rows).clamp(max=batch - 1)
+        part = {k: v if k in ("img_ids", "txt_ids") else v[index] for k, v in kwargs.items()}
+        with torch.no_grad():
+            made.append(first_tensor(uncut(**part)))
+    return torch.cat(made)[:batch]
+
+
+def held_names(model):
+    """Names of the parameters that a rank holds; one of another rank is on meta, or one element."""
+    kept = dict(model.named_parameters())
+    return {
+        n for n, p in kept.items() if not p.is_meta and p.untyped_storage().nbytes() >= p.nbytes
+    }
+
+
+KINDS = ["classification", "lm", "t5", "flux", "unet"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -239,6 +275,69 @@ def test_the_example_on_the_page_is_right():
     page = (ROOT / "docs/pipeline-parallel.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert run_ranks(page_on_ranks, 2, code, join=False) == [None, True]
+
+
+# --- where models can be cut --------------------------------------------------------------------
+
+
+class Unusual(nn.Module):
+    """A head that uses a table's weight, a layer that runs twice, the first weight's device."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(16, 8)
+        self.twice = nn.Linear(8, 8)
+        self.body = nn.ModuleDict(
+            {"front": nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)),
+             "tail": nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))}
+        )  # fmt: skip
+
+    def forward(self, ids):
+        device = next(self.parameters()).device
+        x = self.twice(self.table(ids)) + torch.ones(8, device=device)
+        for layer in (*self.body["front"], *self.body["tail"]):
+            x = layer(x)
+        return self.twice(x) @ self.table.weight.T
+
+
+def unusual_on_ranks(group, points):
+    ids = torch.arange(12).reshape(4, 3)
+    model = Unusual().eval()
+    pipe = prepare_pipeline(model, (ids,), num_chunks=2, split_points=points, gather_output=True)
+    expected = torch.cat([Unusual().eval()(ids[k : k + 2]) for k in (0, 2)])
+    return torch.equal(pipe(ids), expected), pipe.cuts, sorted(held_names(model))
+
+
+def test_modules_that_run_twice_or_lend_their_weights_are_on_every_rank():
+    (equal, cuts, first), (equal_there, _, second) = run_ranks(unusual_on_ranks, 2, "auto")
+    assert equal
+    assert equal_there
+    assert cuts == ("body.tail.0",)
+    shared = {"table.weight", "twice.weight", "twice.bias"}
+    assert set(first) & set(second) == shared
+    assert set(first) | set(second) == {name for name, _ in Unusual().named_parameters()}
+
+
+def test_stages_begin_at_any_module_that_runs_once():
+    for points, cuts in (
+        (["body.tail"], ("body.tail.0",)),  # a list: its first
+        (["body.front.1.0"], ("body.front.1.0",)),  # inside a block
+        (["body.front.0.1"], ("body.front.0.1",)),  # without weights
+    ):
+        made = run_ranks(unusual_on_ranks, 2, points)
+        assert [(equal, found) for equal, found, _ in made] == [(True, cuts)] * 2
+
+
+class Repeated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x):
+        for layer in (*self.layers, *self.layers):
+            x = layer(x)
+        return x
 
 
 # --- outputs, arguments, groups -----------------------------------------------------------------
@@ -291,11 +390,11 @@ def positions_on_ranks(group):
     x, table = rows_of(36).reshape(6, 6, 8), rows_of(6, seed=1)
     pipe = prepare_pipeline(model, (x, table), num_chunks=3, gather_output=True)
     made = [torch.allclose(pipe(x[:n], table), uncut(x[:n], table), atol=1e-6) for n in (6, 5, 1)]
-    return pipe.how, made
+    return made
 
 
 def test_a_table_with_as_many_rows_as_the_batch_is_not_cut():
-    assert run_ranks(positions_on_ranks, 2) == [("trace", [True] * 3)] * 2
+    assert run_ranks(positions_on_ranks, 2) == [[True] * 3] * 2
 
 
 def subgroup_on_ranks(group):
@@ -322,7 +421,6 @@ def blocks_on_ranks(group):
     uncut = Undecided().eval()
     flags = torch.tensor([1, 0, 1])
     pipe = prepare_pipeline(model, (rows_of(5), flags), num_chunks=2, batched=["x"])
-    assert pipe.how == "blocks"
     close = []
     for batch, chosen in ((5, flags), (2, flags), (4, 1 - flags), (7, flags)):
         made = pipe(rows_of(batch), chosen)
@@ -331,7 +429,7 @@ def blocks_on_ranks(group):
     return close
 
 
-def test_control_flow_that_cannot_be_traced_is_cut_at_its_blocks():
+def test_control_flow_that_reads_an_argument_is_followed():
     assert run_ranks(blocks_on_ranks, 3) == [[], [], [True] * 4]
 
 
@@ -345,8 +443,7 @@ def checkpoint_on_ranks(group, path):
         model = make_mlp()
     x = rows_of(4)
     pipe = prepare_pipeline(model, (x,), checkpoint=path, gather_output=True)
-    held = {name for name, p in model.named_parameters() if not p.is_meta}
-    return torch.allclose(pipe(x), make_mlp()(x), atol=1e-6), sorted(held)
+    return torch.allclose(pipe(x), make_mlp()(x), atol=1e-6), sorted(held_names(model))
 
 
 def test_each_rank_reads_its_own_weights_from_a_checkpoint(tmp_path):
@@ -401,6 +498,9 @@ def refusals(group):
     refused("2 split_points make 3 stages for 2 ranks", make_mlp(), split_points=["2", "4"])
     refused("first stage would be empty", make_mlp(), split_points=["0"])
     refused("too few for 2 ranks", nn.Sequential(nn.Linear(8, 8)).eval())
+    refused(r"0 modules that run once.*layers\.0 runs 2 times", Repeated().eval())
+    ids = torch.ones(4, 3, dtype=torch.long)
+    refused("expected a module that runs exactly", Unusual().eval(), (ids,), split_points=["twice"])
     refused("cannot be run on fake tensors", Hopeless().eval())
     refused("cannot be cut", Hopeless().eval(), batched=["x"])
     refused("say with checkpoint=", make_mlp().to("meta"))
@@ -424,7 +524,7 @@ class Mean(nn.Module):
 
 
 def test_what_cannot_be_right_is_refused_on_every_rank_before_anything_runs():
-    assert run_ranks(refusals, 2) == [15, 15]
+    assert run_ranks(refusals, 2) == [17, 17]
 
 
 # --- failures -----------------------------------------------------------------------------------
@@ -433,7 +533,7 @@ def test_what_cannot_be_right_is_refused_on_every_rank_before_anything_runs():
 def failing_stage_on_ranks(group):
     pipe = prepare_pipeline(make_mlp(), (rows_of(6),), num_chunks=3)
     if group.group_rank == 1:
-        pipe.stage.forward = raise_boom
+        hook = pipe.stage.get_submodule(pipe.cuts[0]).register_forward_pre_hook(raise_boom)
     started = time.monotonic()
     try:
         pipe(rows_of(6))
@@ -442,7 +542,7 @@ def failing_stage_on_ranks(group):
         told = (type(error).__name__, getattr(error, "rank", None), str(error).splitlines()[0])
     seconds = time.monotonic() - started
     if group.group_rank == 1:
-        del pipe.stage.forward
+        hook.remove()
     again = pipe(rows_of(6))
     return told, seconds, None if again is None else len(again)
 

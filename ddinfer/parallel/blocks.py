@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -95,33 +95,68 @@ def drop_weights(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def faked(model: nn.Module, mode: Any, device: torch.device) -> Iterator[None]:
-    """``model`` with fake parameters and buffers on ``device`` in place of its own."""
+def substituted(model: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """``model`` with ``make(tensor)`` in place of each of its parameters and buffers."""
     kept: list[tuple[dict[str, Any], str, Any]] = []
-    memo: dict[int, torch.Tensor] = {}
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in memo:
-            with mode:
-                empty = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-                )
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-        return memo[id(tensor)]
-
+    made: dict[int, torch.Tensor] = {}  # tied ones stay one object
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for name, tensor in table.items():
                 if tensor is not None:
                     kept.append((table, name, tensor))
-                    table[name] = fake(tensor)
+                    if id(tensor) not in made:
+                        new = make(tensor)
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        made[id(tensor)] = nn.Parameter(new, False) if is_parameter else new
     try:
+        for table, name, tensor in kept:
+            table[name] = made[id(tensor)]
         yield
     finally:
         for table, name, tensor in kept:
             table[name] = tensor
+
+
+def faked(model: nn.Module, mode: Any, device: torch.device) -> Any:
+    """`substituted` by fake tensors on ``device``."""
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+            )
+
+    return substituted(model, fake)
+
+
+def find_units(model: nn.Module, split_points: Collection[str] = ()) -> list[str]:
+    """Names of the modules that stages of any model are made of, in the order of registration.
+
+    The blocks, and every other module with parameters that holds no block; none inside another.
+
+    Args:
+        split_points: modules that shall begin a stage: a block around one is taken apart.
+    """
+    blocks = {b for b in find_blocks(model) if not any(p.startswith(f"{b}.") for p in split_points)}
+    found: list[str] = []
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}"
+            inner = f"{path}."
+            has_forward = type(child).forward is not nn.Module.forward
+            is_whole = not any(name.startswith(inner) for name in (*blocks, *split_points))
+            if (path in blocks or path in split_points or has_forward) and is_whole:
+                if id(child) not in seen and (module_bytes(child) or path in split_points):
+                    found.append(path)
+                seen.add(id(child))
+            else:
+                visit(child, inner)
+
+    visit(model, "")
+    return found
 
 
 def denoiser_blocks(model: nn.Module) -> list[str]:

@@ -67,21 +67,6 @@ def balance(
     return [range(a, b) for a, b in itertools.pairwise(begins)]
 
 
-def merge_weightless(sizes: Sequence[float]) -> list[range]:
-    """Neighbours joined so that each group but a lone first one has a weight of its own.
-
-    A block without parameters (an activation) goes to the block before it; those at the very
-    beginning go to the first block that weighs something.
-    """
-    groups: list[range] = []
-    for k, size in enumerate(sizes):
-        if groups and (size == 0 or sum(sizes[i] for i in groups[-1]) == 0):
-            groups[-1] = range(groups[-1].start, k + 1)
-        else:
-            groups.append(range(k, k + 1))
-    return groups
-
-
 def block_stages(
     model: nn.Module,
     blocks: Sequence[str],

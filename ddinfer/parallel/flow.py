@@ -170,6 +170,16 @@ class StagedModel:
         edges = self._edges(call, arguments, tracker.labels(output), inspected)
         return Plan(arguments, call.made, made, edges, back), inspected
 
+    def run_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+        """Numbers of the blocks in the order in which a call runs them, each as often as it runs.
+
+        As for `plan`, blocks return zeros and need no weights.
+        """
+        call = _Ordering(self)
+        with torch.no_grad():
+            self._run(call, args, kwargs)
+        return call.order
+
     def _edges(
         self, call: _Planning, arguments: Tensors, in_output: Any, inspected: frozenset[int]
     ) -> tuple[Layout, ...]:
@@ -250,6 +260,17 @@ class StagedModel:
                 inputs[k] = inputs[k].cpu()
         return inputs
 
+    def zeros(self, number: int, args: Any, kwargs: Any) -> tuple[Tensors, dict[int, torch.Tensor]]:
+        """What a block returns for such arguments, and zeros to put into it."""
+        with _paused():
+            made = self.shapes(number, args, kwargs)
+            return made, {
+                k: torch.empty_strided(
+                    t.shape, t.stride(), dtype=t.dtype, device=self.device
+                ).zero_()
+                for k, t in made.empty.items()
+            }
+
     def shapes(self, number: int, args: Any, kwargs: Any) -> Tensors:
         """What a block returns for such arguments, found without its weights."""
         from torch._subclasses.fake_tensor import (
@@ -315,17 +336,23 @@ class _Planning:
                 "in order"
             )
         self.used[number] = self.tracker.labels((args, kwargs))
-        with _paused():
-            made = self.owner.shapes(number, args, kwargs)
-            zeros = {
-                k: torch.empty_strided(
-                    t.shape, t.stride(), dtype=t.dtype, device=self.owner.device
-                ).zero_()
-                for k, t in made.empty.items()
-            }
+        made, zeros = self.owner.zeros(number, args, kwargs)
         for k, zero in zeros.items():
             self.tracker.mark(zero, ("block", number, k))
         self.made[number] = made
+        return made.fill(zeros)
+
+
+class _Ordering:
+    """Answers block calls with zeros and notes their order."""
+
+    def __init__(self, owner: StagedModel):
+        self.owner = owner
+        self.order: list[int] = []
+
+    def block(self, number: int, args: Any, kwargs: Any) -> Any:
+        self.order.append(number)
+        made, zeros = self.owner.zeros(number, args, kwargs)
         return made.fill(zeros)
 
 

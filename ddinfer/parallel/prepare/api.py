@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.parallel.blocks import check_names
 from ddinfer.parallel.communicator import Communicator, ConnectionLost, Sending
 from ddinfer.parallel.packing import Layout, layout_of
-from ddinfer.parallel.prepare.partition import Cut, cut_model
-from ddinfer.parallel.prepare.rows import Inputs
-from ddinfer.parallel.prepare.samples import settle_inputs
+from ddinfer.parallel.prepare.batching import infer_batch_dims
+from ddinfer.parallel.prepare.partition import Partition
+from ddinfer.parallel.prepare.rows import Inputs, Outputs
+from ddinfer.parallel.prepare.stages import Stages, plan_stages
+from ddinfer.parallel.prepare.weights import Weights
 
 
 def prepare_pipeline(
@@ -64,55 +68,76 @@ def prepare_pipeline(
         UsageError: something that cannot be right; on every rank, before anything runs.
         RankError: on the other ranks, when one of them failed.
     """
-    link = Communicator.of(group, device)
-    error: BaseException | None = None
-    prepared: PipelinedModel | None = None
-    try:
+    comm = Communicator.of(group, device)
+    with _agreed(comm):
         if not isinstance(model, nn.Module):
             raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
         kwargs = _without_cache(model, dict(example_kwargs or {}))
-        inputs = _checked_inputs(
-            model, example_args, kwargs, num_chunks or link.size, num_chunks, checkpoint
+        inputs, example = _checked_inputs(
+            model, example_args, kwargs, num_chunks or comm.size, num_chunks, checkpoint
         )
-        points = _checked_points(model, split_points, link.size)
-        example = pytree.tree_leaves(_bound(inputs, example_args, kwargs))
-        if batched is not None:
+        points = _checked_points(model, split_points, comm.size)
+        example = [_to(leaf, comm.device) for leaf in example]
+        outputs = None
+        if batched is None:
+            inputs, outputs = infer_batch_dims(model, inputs, comm.device)
+        else:
             inputs = inputs.cut_only(batched)
-        inputs, outputs = settle_inputs(model, inputs, link.device, is_given=batched is not None)
-        cut = cut_model(model, inputs, outputs, example, points, checkpoint, link)
-        prepared = PipelinedModel(model, cut, link, gather_output)
+        weights = Weights(model, checkpoint)
+        stages = Stages([], [range(0)])
+        if comm.is_first and comm.size > 1:
+            args, kwargs = inputs.rebuild(example)
+            stages = plan_stages(model, weights, args, kwargs, points, comm.size, comm.device)
+    with _agreed(comm):
+        stages = comm.broadcast_object(stages)
+        partition = Partition(model, inputs, weights, stages, comm.group_rank, comm.device)
+        outputs = outputs or partition.outputs(example)
+    return PipelinedModel(model, partition, outputs, comm, gather_output)
+
+
+@contextlib.contextmanager
+def _agreed(comm: Communicator) -> Iterator[None]:
+    """Raises on every rank what one of them raises inside."""
+    error = None
+    try:
+        yield
     except Exception as failure:  # noqa: BLE001 - raised again, on every rank
         error = failure
-    link.agree(error, "preparing a pipeline")
-    assert prepared is not None
-    return prepared
+    comm.agree(error, "preparing a pipeline")
 
 
 class PipelinedModel:
     """A model cut over ranks. Call it on every rank, with the arguments on the first.
 
     Attributes:
-        stage: this rank's part of the model.
+        stage: the model, with the weights of this rank's stage.
         stage_index: which one that is; stages are in rank order.
         num_stages: number of ranks.
         cuts: names of the modules that begin the stages after the first.
-        how: ``"trace"``, ``"blocks"`` or ``"whole"``: how the model was cut.
         rows: per microbatch.
         config: the model's, where it has one.
     """
 
-    def __init__(self, model: nn.Module, cut: Cut, link: Communicator, gather_output: bool):
-        self.inputs, self.gather_output = cut.inputs, gather_output
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: Partition,
+        outputs: Outputs,
+        comm: Communicator,
+        gather_output: bool,
+    ):
+        self.inputs, self.gather_output = partition.inputs, gather_output
         self.config = getattr(model, "config", None)
-        self.__signature__ = cut.inputs.signature
-        self.rows, self.how, self.cuts = cut.inputs.rows, cut.how, cut.cuts
-        self.stage, self.stage_index, self.num_stages = cut.module, link.group_rank, link.size
-        self._cut, self._link, self._name = cut, link, type(model).__name__
+        self.__signature__ = partition.inputs.signature
+        self.rows, self.cuts = partition.inputs.rows, partition.cuts
+        self.stage, self.stage_index, self.num_stages = model, comm.group_rank, comm.size
+        self._partition, self._outputs, self._comm = partition, outputs, comm
 
     def __repr__(self) -> str:
         return (
-            f"PipelinedModel({self._name}, stage {self.stage_index} of {self.num_stages}, cut by "
-            f"{self.how} at {', '.join(self.cuts) or 'nothing'}, {self.rows} rows a microbatch)"
+            f"PipelinedModel({type(self.stage).__name__}, stage {self.stage_index} of "
+            f"{self.num_stages}, cut at {', '.join(self.cuts) or 'nothing'}, "
+            f"{self.rows} rows per microbatch)"
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,130 +153,122 @@ class PipelinedModel:
     forward = __call__
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        link, run = self._link, _Run()
-        run.guard(lambda: self._open(run, args, kwargs))
-        opened = torch.tensor([run.rows])
-        run.guard(lambda: link.broadcast(opened, 0, control=True))
-        run.rows = int(opened)
-        if run.rows:  # 0: the first rank refused the arguments, or is gone
-            self._announce(run)
-            self._stream(run)
-        link.agree(run.error, "running a pipeline")
-        self._cut.confirm()
+        comm, call = self._comm, _CallState()
+        header = None
+        if comm.is_first:
+            header = call.run(lambda: self._plan(call, args, kwargs))
+        received = call.run(lambda: comm.broadcast_object(header))
+        header = header if comm.is_first else received
+        if header is not None:  # None: the first rank refused the arguments, or is gone
+            call.rows, call.plans, metadata = header
+            if not comm.is_first:
+                self._partition.update(metadata)
+            self._stream(call)
+        comm.agree(call.error, "running a pipeline")
+        self._partition.confirm(call.plans)
         if not self.gather_output:
-            return self._cut.outputs.build(run.joined) if link.is_last else None
-        return self._shared(run)
+            return self._outputs.build(call.joined) if comm.is_last else None
+        return self._gathered(call)
 
-    def _open(self, run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._link.is_first:
-            run.leaves, run.rows = self.inputs.flatten(args, kwargs)
-            run.leaves = [
-                leaf.to(self._link.device) if isinstance(leaf, torch.Tensor) else leaf
-                for leaf in run.leaves
-            ]
+    def _plan(
+        self, call: _CallState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[int, list[int], dict[int, bytes]]:
+        """On the first rank: rows, the plan of each microbatch, and what others must know of it."""
+        leaves, rows = self.inputs.flatten(args, kwargs)
+        leaves = [_to(leaf, self._comm.device) for leaf in leaves]
+        plans: list[int] = []
+        for number in range(self.inputs.num_chunks(rows)):
+            call.chunks.append(self.inputs.chunk(leaves, number, rows))
+            plans.append(self._partition.plan(call.chunks[-1], plans))
+        return rows, plans, self._partition.metadata(plans)
 
-    def _announce(self, run: _Run) -> None:
-        """Every rank learns which plan each microbatch follows, where that is not fixed."""
-        chunks = range(self.inputs.num_chunks(run.rows))
-        if self._link.is_first:
-            run.guard(
-                lambda: run.chunks.extend(
-                    self.inputs.chunk(run.leaves, n, run.rows) for n in chunks
-                )
-            )
-        run.guard(lambda: self._cut.plan(run.chunks))
-        run.guard(lambda: self._cut.exchange_plans(self._link))
-        run.kinds = self._cut.kinds(len(chunks))
-        if len(run.kinds) != len(chunks):  # the first rank has failed
-            run.kinds, run.upstream_failed = [], True
-
-    def _stream(self, run: _Run) -> None:
+    def _stream(self, call: _CallState) -> None:
         """All microbatches through this rank's stage.
 
         A rank that fails keeps the order of messages and sends flags without payload, so that
         nobody waits for what will not come.
         """
-        link, cut = self._link, self._cut
+        comm, partition = self._comm, self._partition
         made: list[dict[int, torch.Tensor]] = []
-        for number, kind in enumerate(run.kinds):
+        for number, plan in enumerate(call.plans):
             values: dict[Any, Any] = {}
-            if link.is_first:
-                values = cut.inputs_of(run.chunks[number]) if run.error is None else {}
-            else:
-                values = self._receive(run, cut.edge(kind, link.group_rank - 1))
+            if not comm.is_first:
+                values = self._receive(call, partition.edge(plan, comm.group_rank - 1))
+            elif call.error is None:
+                leaves = enumerate(call.chunks[number])
+                values = {("input", k): t for k, t in leaves if isinstance(t, torch.Tensor)}
             found: dict[Any, Any] = {}
-            if run.error is None and not run.upstream_failed:
-                found = run.guard(lambda v=values, k=kind: cut.run(k, v)) or {}
-            if link.is_last:
-                made.append(cut.output_leaves(found) if found else {})
-            else:
-                self._send(run, cut.edge(kind, link.group_rank), found)
-        for sending in run.sending:
-            run.guard(sending.wait)
-        if link.is_last and run.error is None and not run.upstream_failed:
-            run.joined = run.guard(lambda: cut.outputs.join(made, run.rows)) or {}
+            if call.error is None and not call.upstream_failed:
+                found = call.run(functools.partial(partition.run, plan, values)) or {}
+            if not comm.is_last:
+                self._send(call, partition.edge(plan, comm.group_rank), found)
+            elif found:
+                made.append({k: found["output", k] for k in self._outputs.dims})
+        for sending in call.sending:
+            call.run(sending.wait)
+        if comm.is_last and call.error is None and not call.upstream_failed:
+            call.joined = call.run(lambda: self._outputs.join(made, call.rows)) or {}
 
-    def _receive(self, run: _Run, layout: Layout) -> dict[Any, Any]:
-        link, source = self._link, self._link.group_rank - 1
-        if run.lost is not None and run.lost.group_rank == source:
+    def _receive(self, call: _CallState, layout: Layout) -> dict[Any, Any]:
+        comm, source = self._comm, self._comm.group_rank - 1
+        if call.lost is not None and call.lost.group_rank == source:
             return {}
         try:
             flag = torch.zeros(1, dtype=torch.int64)
-            link.receive(flag, source, control=True)
+            comm.receive(flag, source, control=True)
             if int(flag):
-                run.upstream_failed = True
+                call.upstream_failed = True
                 return {}
-            buffer = layout.empty(link.wire_device)
-            link.receive(buffer, source)
-            return layout.unpack(buffer.to(link.device))
+            buffer = layout.empty(comm.wire_device)
+            comm.receive(buffer, source)
+            return layout.unpack(buffer.to(comm.device))
         except ConnectionLost as lost:
-            run.lose(lost)
+            call.lose(lost)
             return {}
 
-    def _send(self, run: _Run, layout: Layout, values: dict[Any, Any]) -> None:
-        link, to = self._link, self._link.group_rank + 1
+    def _send(self, call: _CallState, layout: Layout, values: dict[Any, Any]) -> None:
+        comm, to = self._comm, self._comm.group_rank + 1
         buffer = None
-        if values and run.error is None:
-            buffer = run.guard(lambda: layout.pack(values, link.wire_device))
-        if run.lost is not None and run.lost.group_rank == to:
+        if values and call.error is None:
+            buffer = call.run(lambda: layout.pack(values, comm.wire_device))
+        if call.lost is not None and call.lost.group_rank == to:
             return
         try:
             flag = torch.tensor([0 if buffer is not None else 1])
-            run.sending.append(link.send(flag, to, control=True))
+            call.sending.append(comm.send(flag, to, control=True))
             if buffer is not None:
-                run.sending.append(link.send(buffer, to))
-            while len(run.sending) > 4:  # two microbatches under way are enough
-                run.sending.pop(0).wait()
+                call.sending.append(comm.send(buffer, to))
+            while len(call.sending) > 4:  # two microbatches under way are enough
+                call.sending.pop(0).wait()
         except ConnectionLost as lost:
-            run.lose(lost)
+            call.lose(lost)
 
-    def _shared(self, run: _Run) -> Any:
-        link, outputs = self._link, self._cut.outputs
-        layout = layout_of(outputs.shaped(run.rows))
-        tensors = run.joined
+    def _gathered(self, call: _CallState) -> Any:
+        comm, outputs = self._comm, self._outputs
+        layout = layout_of(outputs.shaped(call.rows))
+        tensors = call.joined
         try:
-            if link.is_last:
-                buffer = layout.pack(tensors, link.wire_device)
+            if comm.is_last:
+                buffer = layout.pack(tensors, comm.wire_device)
             else:
-                buffer = layout.empty(link.wire_device)
-            link.broadcast(buffer, link.size - 1)
-            if not link.is_last:
-                tensors = layout.unpack(buffer.to(link.device))
+                buffer = layout.empty(comm.wire_device)
+            comm.broadcast(buffer, comm.size - 1)
+            if not comm.is_last:
+                tensors = layout.unpack(buffer.to(comm.device))
         except ConnectionLost as lost:
             record = ErrorRecord("ConnectionLost", str(lost))
-            gone = link.ranks[lost.group_rank]
+            gone = comm.ranks[lost.group_rank]
             raise RankError(gone, "gathering a pipeline's output", record) from lost
         return outputs.build(tensors)
 
 
 @dataclass
-class _Run:
-    """One call under way on one rank."""
+class _CallState:
+    """One rank's state of one call."""
 
     rows: int = 0
-    leaves: list[Any] = field(default_factory=list)
     chunks: list[list[Any]] = field(default_factory=list)
-    kinds: list[int] = field(default_factory=list)
+    plans: list[int] = field(default_factory=list)
     joined: dict[int, torch.Tensor] = field(default_factory=dict)
     sending: list[Sending] = field(default_factory=list)
     error: BaseException | None = None
@@ -265,7 +282,7 @@ class _Run:
         self.error = self.error or lost
         self.upstream_failed = True
 
-    def guard(self, step: Any) -> Any:
+    def run(self, step: Callable[[], Any]) -> Any:
         """What ``step()`` returns; a failure is kept, the first one counts."""
         try:
             return step()
@@ -276,8 +293,6 @@ class _Run:
 
 def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A language model's cache would stay on the ranks that made it; it is turned off."""
-    import inspect
-
     parameters = inspect.signature(model.forward).parameters
     if "use_cache" in parameters and getattr(getattr(model, "config", None), "use_cache", False):
         kwargs.setdefault("use_cache", False)
@@ -296,7 +311,8 @@ def _checked_inputs(
     chunks: int,
     num_chunks: int | None,
     checkpoint: Any,
-) -> Inputs:
+) -> tuple[Inputs, list[Any]]:
+    """What calls look like, and the example's leaves."""
     if model.training:
         raise UsageError(
             f"{type(model).__name__} is in training mode; a pipeline is for inference: call "
@@ -334,6 +350,5 @@ def _checked_points(
     return points
 
 
-def _bound(inputs: Inputs, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    bound = inputs.signature.bind(*args, **kwargs)
-    return bound.args, bound.kwargs
+def _to(leaf: Any, device: torch.device) -> Any:
+    return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf

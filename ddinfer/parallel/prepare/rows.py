@@ -39,8 +39,8 @@ class Inputs:
     @classmethod
     def of(
         cls, forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any], num_chunks: int
-    ) -> Inputs:
-        """Learns from the example.
+    ) -> tuple[Inputs, list[Any]]:
+        """Learns from the example; returns its leaves, too.
 
         Raises:
             UsageError: they do not fit ``forward``, or hold no tensor with rows.
@@ -65,7 +65,7 @@ class Inputs:
             else t
             for t in leaves
         )
-        return cls(signature, spec, light, batched, sizes[0], -(-sizes[0] // num_chunks))
+        return cls(signature, spec, light, batched, sizes[0], -(-sizes[0] // num_chunks)), leaves
 
     def cut_only(self, names: Sequence[str]) -> Inputs:
         """These inputs where just the tensors in the named arguments are cut.
@@ -178,21 +178,33 @@ class Inputs:
         return cut
 
     def sample(
-        self, rows: int, make: Any, others: Mapping[int, int] | None = None
+        self, rows: int, device: torch.device, others: Mapping[int, int]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` like the example's with this many rows; ``make(shape, dtype)``.
+        """``(args, kwargs)`` of zeros like the example's, with this many rows.
 
         Args:
             others: leaf number → rows, for leaves that are not cut.
         """
         leaves = list(self.leaves)
-        sizes = {**dict.fromkeys(self.batched, rows), **(others or {})}
+        sizes = {**dict.fromkeys(self.batched, rows), **others}
         for k in self.tensors:
             shape = tuple(leaves[k].shape)
             if k in sizes:
                 shape = (sizes[k], *shape[1:])
-            leaves[k] = make(shape, leaves[k].dtype)
-        return pytree.tree_unflatten(leaves, self.spec)
+            leaves[k] = torch.zeros(shape, dtype=leaves[k].dtype, device=device)
+        return self.rebuild(leaves)
+
+    def with_rows(self, example: Sequence[Any], rows: int) -> list[Any]:
+        """The example's leaves with this many rows, each taken as often as needed."""
+        index = torch.arange(rows) % self.example_rows
+        return [
+            leaf.index_select(0, index.to(leaf.device)) if k in self.batched else leaf
+            for k, leaf in enumerate(example)
+        ]
+
+    def rebuild(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` of these leaves."""
+        return pytree.tree_unflatten(list(leaves), self.spec)
 
 
 @dataclass(frozen=True)
@@ -210,13 +222,8 @@ class Outputs:
     dims: dict[int, int]
 
     @classmethod
-    def of(
-        cls, fewer: Any, more: Any, rows: int, name: str, more_rows: int | None = None
-    ) -> Outputs:
+    def of(cls, fewer: Any, more: Any, rows: tuple[int, int], name: str) -> Outputs:
         """Learns from the outputs for two numbers of rows which dims are batches.
-
-        Args:
-            more_rows: default: ``rows + 1``.
 
         Raises:
             UsageError: something in the output does not fall into rows.
@@ -229,7 +236,7 @@ class Outputs:
         kept = []
         for k, (leaf, other) in enumerate(zip(leaves, others, strict=True)):
             if isinstance(leaf, torch.Tensor):
-                dims[k] = _batch_dim(k, leaf, other, (rows, more_rows or rows + 1), name)
+                dims[k] = _batch_dim(k, leaf, other, rows, name)
                 leaf = torch.empty_strided(
                     leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -62,8 +63,17 @@ class Weights:
             found[name] = torch.empty_like(tensor, dtype=held.dtype, device=device).copy_(tensor)
         return found
 
-    def keep_only(self, kept: dict[str, torch.Tensor]) -> None:
-        """The model holds these tensors from now on; its other parameters go to meta."""
+    def by_identity(self, found: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """These tensors by the `id` of the model's own."""
+        return {id(self._held[name]): tensor for name, tensor in found.items()}
+
+    def keep_only(self, kept: dict[str, torch.Tensor], device: torch.device) -> None:
+        """The model holds these tensors from now on; its other parameters go to meta.
+
+        Models ask the first parameter of a module for their device and dtype, so where that is one
+        of the others it becomes NaN on ``device``, one element large.
+        """
+        asked = {id(next(m.parameters(), None)) for m in self.model.modules() if [*m.children()]}
         by_name = {
             alias: tensor for name, tensor in kept.items() for alias in self._ties.get(name, ())
         }
@@ -77,6 +87,10 @@ class Weights:
                     tensor = by_name.get(prefix + leaf)
                     if tensor is None:
                         tensor = torch.empty_like(held, device="meta")
+                        if id(held) in asked:
+                            value = math.nan if held.is_floating_point() else 0
+                            tensor = torch.full((), value, dtype=held.dtype, device=device)
+                            tensor = tensor.expand(held.shape)
                     memo[id(held)] = nn.Parameter(tensor.detach(), requires_grad=False)
                 module._parameters[leaf] = memo[id(held)]
             for leaf in module._buffers:
