@@ -1,4 +1,4 @@
-"""the continuous pipeline as an engine: dp × pp replicas, each with its slice of the batches."""
+"""The continuous pipeline as an engine: dp × pp replicas, each with its slice of the batches."""
 
 import dataclasses
 import os
