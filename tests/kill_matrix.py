@@ -21,7 +21,6 @@ from pathlib import Path
 
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobFolder
-from ddinfer.storage.journal import read_journals
 from ddinfer.storage.verify import verify
 from tests.moody_pipeline import moody_pipeline
 from tests.test_cli import HANG_SECONDS, MAIN, images, options, run, start
@@ -89,9 +88,7 @@ def chain(model, folder, reference, num_kills, seed):
 
 
 def _attempts(output):
-    folder = JobFolder.look(Files(), str(output))
-    fingerprints, count = folder.record.fingerprints, len(folder.requests)
-    return read_journals(Files(), str(output), fingerprints, count).attempts
+    return JobFolder.look(Files(), str(output)).read_journals().attempts
 
 
 def _kill_one(rng, process, output, ranks):

@@ -1,11 +1,17 @@
 """Which prompts a killed process had in flight, by its journal, and which are given up."""
 
+from dataclasses import asdict
+
 import pytest
 
 from ddinfer.storage.crashes import prompts_to_give_up, quarantine, record_deaths
 from ddinfer.storage.files import Files
+from ddinfer.storage.job_record import record_of
 from ddinfer.storage.journal import JournalHeader, JournalWriter, read_journals
-from tests.storage_jobs import make_requests
+from ddinfer.storage.metadata import JOB_FILE, write_json
+from tests.storage_jobs import describe, make_requests
+
+RECORD = record_of(describe(make_requests(9)))
 
 
 def start(*indices, beside=()):
@@ -22,14 +28,16 @@ def image(index):
 
 def write(folder, rank, *lines):
     Files().make_folder(str(folder / "journal"))
-    journal = JournalWriter(Files(), str(folder), JournalHeader("f", rank=rank, run_id="run/0"))
+    write_json(Files(), str(folder / JOB_FILE), asdict(RECORD))
+    header = JournalHeader(RECORD.fingerprint, rank=rank, run_id="run/0")
+    journal = JournalWriter(Files(), str(folder), header)
     journal.append(list(lines))
     journal.close()
 
 
 def deaths(folder, signals, num_stages=1):
     record_deaths(Files(), str(folder), "run/0", signals, num_stages)
-    state = read_journals(Files(), str(folder), ["f"], 9)
+    state = read_journals(Files(), str(folder), [RECORD.fingerprint], 9)
     return state, [(d["indices"], d["signal"], d["alone"]) for d in state.deaths]
 
 
@@ -109,6 +117,6 @@ def test_journals_of_the_first_version_count_as_they_did(tmp_path):
     old = [{"kind": "start", "indices": [5], "size": 2}, {"kind": "end", "reason": "RankError"}]
     lines = [{"kind": "death", "indices": [5], "signal": 9, "alone": False}] * 2
     write(tmp_path, 0, *old, *lines, {**lines[0], "indices": [3], "alone": True})
-    state = read_journals(Files(), str(tmp_path), ["f"], 9)
+    state = read_journals(Files(), str(tmp_path), [RECORD.fingerprint], 9)
     assert quarantine([[3], [4, 5]], state) == ([[3]], [[4], [5]])
     assert prompts_to_give_up(make_requests(8), state) == []

@@ -153,7 +153,7 @@ def test_a_damaged_journal_is_said_and_the_rest_is_shown(tmp_path, capsys):
     Path(first).write_bytes(b"".join(lines))
     assert report(out) == 0
     (notice,) = data_of(out)["notices"]
-    start = f"journal/000000-00000.jsonl:{number + 1}: the journal is damaged (its checksum"
+    start = f"{first}:{number + 1}: the journal is damaged: its checksum"
     assert notice.startswith(start)
     assert notice in capsys.readouterr().err
     assert data_of(out)["columns"]["status"] == [0, 2] * 4

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ import tyro
 from ddinfer.errors import EXIT_OK
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobFolder
-from ddinfer.storage.journal import Attempt, JournalError, JournalState, read_journals
+from ddinfer.storage.journal import Attempt, JournalError, JournalState
 from ddinfer.storage.lease import is_held, read_holder
 from ddinfer.storage.metadata import job_state, read_status
 
@@ -48,7 +49,7 @@ def status_of(files: Files, path: str) -> dict[str, Any]:
         StorageError: a journal or ``job.json`` is corrupt.
     """
     folder = JobFolder.look(files, path)
-    state = _read_state(files, folder)
+    state = _read_journals(folder)
     written = read_status(files, path) or {}
     holder = read_holder(files, path)
     is_running = is_held(files, path)
@@ -72,15 +73,11 @@ def status_of(files: Files, path: str) -> dict[str, Any]:
     }
 
 
-def _read_state(files: Files, folder: JobFolder) -> JournalState:
-    capacity = 1 + max((request.index for request in folder.requests), default=-1)
-    for look in range(LOOKS):
-        try:
-            return read_journals(files, folder.path, folder.record.fingerprints, capacity)
-        except JournalError:
-            if look == LOOKS - 1:
-                raise
-    raise AssertionError("unreachable")
+def _read_journals(folder: JobFolder) -> JournalState:
+    for _ in range(LOOKS - 1):
+        with suppress(JournalError):
+            return folder.read_journals()
+    return folder.read_journals()
 
 
 def _rate(state: JournalState, attempts: Sequence[Attempt]) -> float | None:

@@ -1,23 +1,21 @@
 """A job's folder as the data of its page: read from requests, journals and files, without torch.
 
-`read_job_view` reads what is there, also while the job runs, and also where a journal is damaged:
-then it says so in a notice and shows the rest. `page_data` makes it JSON-ready, one list a column.
+`JobView` reads what is there, also while the job runs, and also where a journal is damaged: then
+a notice names it and the rest is shown. `page_data` makes it JSON-ready, one list a column.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from array import array
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ddinfer.distributed.partition import cut_batches
 from ddinfer.request import Request, canonical_json
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobFolder, list_images
-from ddinfer.storage.journal import JournalState, decode_line, journal_paths
+from ddinfer.storage.journal import JournalError, JournalState, journal_paths, read_journal
 from ddinfer.storage.lease import is_held
 from ddinfer.storage.metadata import DamagedFile, job_state, read_status
 
@@ -30,47 +28,71 @@ HASH_DIGITS = 12
 _NO_TIME = -1.0
 
 
-@dataclass
-class Run:
-    """One journal file: a rank in an attempt.
-
-    Attributes:
-        begin, end: when its header and its last line were written, in seconds since 1970.
-        reason: why it ended, as it said; ``None`` where it still works, or died.
-    """
-
-    rank: int
-    attempt: int
-    begin: float = _NO_TIME
-    end: float = _NO_TIME
-    reason: str | None = None
-
-
-@dataclass
 class JobView:
     """A job's folder, as far as it can be read.
 
     Attributes:
+        state: by the journals, up to the first damaged line of each.
         present: 1 at each index whose image file is there.
-        run_of: index → the number of its `Run`; -1 for none.
+        run_of: index → the number of its journal in ``state.attempts``; -1 for none.
         starts, ready, ends: when the batch of an image was started, the pipeline had returned,
             and the image was in the journal; seconds since 1970, -1 where it is not known.
         seconds: pipeline seconds of each image.
         notices: what is wrong with the folder, for people.
     """
 
-    folder: JobFolder
-    state: JournalState
-    present: bytearray
-    is_running: bool
-    status: Mapping[str, Any]
-    runs: list[Run] = field(default_factory=list)
-    run_of: array[int] = field(default_factory=lambda: array("l"))
-    starts: array[float] = field(default_factory=lambda: array("d"))
-    ready: array[float] = field(default_factory=lambda: array("d"))
-    ends: array[float] = field(default_factory=lambda: array("d"))
-    seconds: array[float] = field(default_factory=lambda: array("d"))
-    notices: list[str] = field(default_factory=list)
+    def __init__(self, files: Files, path: str):
+        """Read the folder; takes no lock and changes nothing.
+
+        Raises:
+            UsageError: no job there.
+            StorageError: ``job.json`` or ``requests.jsonl.gz`` is damaged.
+        """
+        self.folder = JobFolder.look(files, path)
+        self.is_running = is_held(files, path)
+        self.status: Mapping[str, Any] = {}
+        self.notices: list[str] = []
+        capacity = self.folder.record.images.stop
+        self.state = JournalState(capacity)
+        self.run_of = array("l", [-1]) * capacity
+        self.starts, self.ready, self.ends, self.seconds = (
+            array("d", [_NO_TIME]) * capacity for _ in range(4)
+        )
+        self._batch_sizes: dict[int, int] = {}
+        try:
+            self.status = read_status(files, path) or {}
+        except DamagedFile as error:
+            self.notices.append(f"{error}; the next run of the job writes it anew")
+        for name in journal_paths(files, path):
+            try:
+                read_journal(files, name, self.folder.record.fingerprints, self._add)
+            except JournalError as error:
+                self.notices.append(f"{error}. Nothing after this line of it is shown")
+        # After the journals: an image is in its place before its line is written.
+        self.present = list_images(files, path, capacity)
+        missing = sum(self.status_of(r.index) == MISSING for r in self.folder.requests)
+        if missing:
+            self.notices.append(
+                f"{missing} images are in the journal but their files are missing; the job's own "
+                "command makes them again"
+            )
+
+    def _add(self, record: dict[str, Any]) -> None:
+        """Take in one line of a journal."""
+        self.state.add(record)
+        kind, now = record["kind"], record.get("time", _NO_TIME)
+        if kind == "start":
+            for index in record["indices"]:
+                self._batch_sizes[index] = len(record["indices"])
+                self.starts[index] = now
+        elif kind in ("image", "failed"):
+            index = record["index"]
+            self.run_of[index] = len(self.state.attempts) - 1
+            self.ends[index] = self.ready[index] = now
+            self.seconds[index] = record.get("seconds", _NO_TIME)
+            if self.seconds[index] >= 0 and self.starts[index] >= 0:
+                in_pipeline = self.seconds[index] * self._batch_sizes[index]
+                self.ready[index] = min(now, self.starts[index] + in_pipeline)
 
     def status_of(self, index: int) -> int:
         if self.state.is_done(index):
@@ -83,103 +105,6 @@ class JobView:
     def made(self) -> list[int]:
         """Indices of the images that are there."""
         return [r.index for r in self.folder.requests if self.status_of(r.index) == MADE]
-
-
-def read_job_view(files: Files, path: str) -> JobView:
-    """Read a job's folder; takes no lock and changes nothing.
-
-    Raises:
-        UsageError: no job there.
-        StorageError: ``job.json`` or ``requests.jsonl.gz`` is damaged.
-    """
-    folder = JobFolder.look(files, path)
-    is_running = is_held(files, path)
-    capacity = 1 + max((request.index for request in folder.requests), default=-1)
-    nothing = array("d", [_NO_TIME]) * capacity
-    view = JobView(
-        folder,
-        JournalState(capacity),
-        present=bytearray(),
-        is_running=is_running,
-        status={},
-        run_of=array("l", [-1]) * capacity,
-        starts=nothing[:],
-        ready=nothing[:],
-        ends=nothing[:],
-        seconds=nothing[:],
-    )
-    try:
-        view.status = read_status(files, path) or {}
-    except DamagedFile as error:
-        view.notices.append(f"{error}; the next run of the job writes it anew")
-    for name in journal_paths(files, path):
-        _read_journal(files, name, view)
-    # After the journals: an image is in its place before its line is written.
-    view.present = list_images(files, path, capacity)
-    missing = sum(view.status_of(r.index) == MISSING for r in folder.requests)
-    if missing:
-        view.notices.append(
-            f"{missing} images are in the journal but their files are missing; the job's own "
-            "command makes them again"
-        )
-    return view
-
-
-def _read_journal(files: Files, path: str, view: JobView) -> None:
-    """Take in one journal file, up to its first line that cannot be believed."""
-    run: Run | None = None
-    sizes: dict[int, int] = {}  # index → images in the batch that was started last with it
-    with files.reading(path) as file:
-        lines = enumerate(file, 1)
-        for number, line in lines:
-            record = decode_line(line)
-            try:
-                if record is None:  # zeros: of a page that a power failure has lost
-                    if b"\0" not in line and next(lines, None) is not None:
-                        raise ValueError("its checksum is wrong, and it is not the last line")
-                elif run is None:
-                    run = _first_line(record, view)
-                else:
-                    run.end = max(run.end, record.get("time", _NO_TIME))
-                    _add_record(record, run, sizes, view)
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                name = os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path))
-                view.notices.append(
-                    f"{name}:{number}: the journal is damaged ({error}); nothing after line "
-                    f"{number - 1} of it is shown. ddinfer verify says what to do"
-                )
-                return
-
-
-def _first_line(record: Mapping[str, Any], view: JobView) -> Run:
-    if record["kind"] != "journal":
-        raise ValueError("the header is missing")
-    if record["fingerprint"] not in view.folder.record.fingerprints:
-        raise ValueError("it is the journal of another job")
-    begin = record.get("time", _NO_TIME)
-    run = Run(record["rank"], record["attempt"], begin, begin)
-    view.runs.append(run)
-    return run
-
-
-def _add_record(record: Mapping[str, Any], run: Run, sizes: dict[int, int], view: JobView) -> None:
-    kind, now = record["kind"], record.get("time", _NO_TIME)
-    if kind == "end":
-        run.reason = record["reason"]
-    elif kind == "start":
-        for index in record["indices"]:
-            sizes[index] = len(record["indices"])
-            view.starts[index] = now
-    else:
-        view.state.add(record)
-        if kind in ("image", "failed"):
-            index = record["index"]
-            view.run_of[index] = len(view.runs) - 1
-            view.ends[index] = view.ready[index] = now
-            view.seconds[index] = record.get("seconds", _NO_TIME)
-            if view.seconds[index] >= 0 and view.starts[index] >= 0:
-                computed = view.starts[index] + view.seconds[index] * sizes.get(index, 1)
-                view.ready[index] = min(now, computed)
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -223,7 +148,8 @@ def page_data(
             f"{len(unreadable)} images cannot be opened (image {first}: {why}); "
             "ddinfer verify --repair deletes those that are damaged"
         )
-    begin = min((run.begin for run in view.runs if run.begin >= 0), default=0.0)
+    runs = view.state.attempts
+    begin = min((run.began for run in runs if run.began is not None), default=0.0)
     data: dict[str, Any] = {
         "output": view.folder.path,
         "shard": None if record.shard is None else str(record.shard),
@@ -238,13 +164,13 @@ def page_data(
         "deaths": len(view.state.deaths),
         "runs": [
             {
-                "rank": run.rank,
-                "attempt": run.attempt,
-                "begin": _since(run.begin, begin),
-                "end": _since(run.end, begin),
-                "reason": run.reason,
+                "rank": run.header.rank,
+                "attempt": run.header.attempt,
+                "begin": _since(run.began, begin),
+                "end": _since(run.last, begin),
+                "reason": run.end,
             }
-            for run in view.runs
+            for run in runs
         ],
         "columns": _columns(requests, view, begin),
         "frames": {k: frames for k, frames in thumbnails.items() if frames > 1},
@@ -314,5 +240,5 @@ def _batch_numbers(requests: Sequence[Request], view: JobView) -> list[int]:
     return [numbers[request.index] for request in requests]
 
 
-def _since(moment: float, begin: float) -> float | None:
-    return round(moment - begin, 2) if moment >= 0 else None
+def _since(moment: float | None, begin: float) -> float | None:
+    return None if moment is None or moment < 0 else round(moment - begin, 2)

@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any
 
 from ddinfer.errors import UsageError
-from ddinfer.report.data import JobView, page_data, read_job_view
+from ddinfer.report.data import JobView, page_data
 from ddinfer.report.thumbnails import Thumbnails, list_thumbnails, make_thumbnails
 from ddinfer.storage.files import Files, atomic_stream
 from ddinfer.storage.report_files import REPORT_FILE, REPORT_START, is_own_report
@@ -47,7 +47,7 @@ def write_report(
         UsageError: no job there, or a ``report.html`` that ddinfer did not write.
         StorageError: what is needed of the folder cannot be read, or the page not be written.
     """
-    view = read_job_view(files, path)
+    view = JobView(files, path)
     target = os.path.join(path, REPORT_FILE)
     if files.exists(target) and not is_own_report(files, path):
         raise UsageError(f"{target} was not written by ddinfer report; move it away")

@@ -10,13 +10,8 @@ from typing import Any, TypeVar
 from ddinfer.errors import ErrorRecord, RankError
 from ddinfer.request import Request
 from ddinfer.storage.files import Files
-from ddinfer.storage.journal import (
-    JournalHeader,
-    JournalState,
-    JournalWriter,
-    decode_line,
-    journal_paths,
-)
+from ddinfer.storage.job_record import read_job
+from ddinfer.storage.journal import JournalState, JournalWriter, read_journals
 
 #: After so many deaths a prompt runs alone; after so many deaths alone it has failed.
 MAX_DEATHS = 2
@@ -41,16 +36,19 @@ def record_deaths(
             killed, by an unknown signal.
         num_stages: so many consecutive ranks run the batches of the first of them.
     """
-    for path in journal_paths(files, folder):
-        header, in_flight, reason = _read_unfinished(files, path, run_id)
-        if header is None or not in_flight:
+    job = read_job(files, folder)
+    if job is None:
+        return
+    for attempt in read_journals(files, folder, job.fingerprints, job.images.stop).attempts:
+        # A batch that had run and was only not written yet killed nobody.
+        indices = [k for batch in attempt.in_flight if batch[0] in attempt.running for k in batch]
+        if attempt.header.run_id != run_id or not indices:
             continue
-        number = _fatal_signal(header.rank, reason, signals, num_stages)
+        number = _fatal_signal(attempt.header.rank, attempt.end, signals, num_stages)
         if number is None:
             continue
-        alone = len(in_flight) == 1
-        line = {"kind": "death", "indices": in_flight, "signal": number, "alone": alone}
-        writer = JournalWriter(files, folder, header)
+        line = {"kind": "death", "indices": indices, "signal": number, "alone": len(indices) == 1}
+        writer = JournalWriter(files, folder, attempt.header)
         try:
             writer.append([line])
         finally:
@@ -74,37 +72,6 @@ def _fatal_signal(
     # It ended because a rank with a later stage of the same model was killed.
     stages = (signals.get(rank + stage) for stage in range(1, num_stages))
     return next((number for number in stages if number is not None), None)
-
-
-def _read_unfinished(
-    files: Files, path: str, run_id: str
-) -> tuple[JournalHeader | None, list[int], str | None]:
-    """Header, indices in flight at the end, and the reason of the end where there is one.
-
-    No header for a journal of another attempt, or one whose death is journaled already. A batch
-    that had run and was only not written yet is not in flight.
-    """
-    header: JournalHeader | None = None
-    reason: str | None = None
-    running: list[list[int]] = []
-    with files.reading(path) as file:
-        for record in filter(None, map(decode_line, file)):
-            kind = record["kind"]
-            if header is None:
-                if kind != "journal" or record["run_id"] != run_id:
-                    return None, [], None
-                names = JournalHeader.__dataclass_fields__
-                header = JournalHeader(**{name: record[name] for name in names})
-            elif kind == "start":
-                others = record.get("beside", ())
-                running = [*(b for b in running if b[0] in others), record["indices"]]
-            elif kind in ("image", "failed"):
-                running = [b for b in running if record["index"] not in b]
-            elif kind == "end":
-                reason = record["reason"]
-            elif kind == "death":
-                return None, [], None
-    return header, [index for batch in running for index in batch], reason
 
 
 def quarantine(batches: Sequence[B], state: JournalState) -> tuple[list[B], list[list[int]]]:

@@ -158,11 +158,15 @@ class JobFolder:
     def fingerprint(self) -> str:
         return self.record.fingerprint
 
+    def read_journals(self) -> JournalState:
+        """The state by the journals alone, whether or not the images' files are there."""
+        record = self.record
+        return read_journals(self.files, self.path, record.fingerprints, record.images.stop)
+
     def read_state(self) -> JournalState:
         """The state by the journals; images whose file is missing are pending again."""
-        capacity = 1 + max((request.index for request in self.requests), default=-1)
-        state = read_journals(self.files, self.path, self.record.fingerprints, capacity)
-        present = list_images(self.files, self.path, capacity)
+        state = self.read_journals()
+        present = list_images(self.files, self.path, self.record.images.stop)
         for request in self.requests:
             if state.is_done(request.index) and not present[request.index]:
                 state.forget(request.index)

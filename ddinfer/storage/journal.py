@@ -26,7 +26,7 @@ import re
 import time
 import zlib
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -142,14 +142,19 @@ class Attempt:
     """One journal file: the process that wrote it, and how that ended.
 
     Attributes:
-        in_flight: indices of the batches that were started and are not journaled yet.
+        in_flight: batches (of indices) that were started and are not journaled yet.
+        running: the first index of each batch that the pipeline was computing; the others in
+            flight were being written.
         end: the reason of its end, or ``None`` where it was killed.
+        began, last: when its first and its last line were written, in seconds since 1970.
     """
 
-    path: str
     header: JournalHeader
     in_flight: list[list[int]] = field(default_factory=list)
+    running: set[int] = field(default_factory=set)
     end: str | None = None
+    began: float | None = None
+    last: float | None = None
 
 
 class JournalState:
@@ -214,13 +219,16 @@ class JournalState:
         self.deaths = [d for d in self.deaths if not set(d["indices"]).intersection(indices)]
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Apply a record about images, rather than about the process that wrote it.
+        """Apply one record, in the order of the journals.
 
         Raises:
             ValueError: of a kind that is not known.
         """
-        kind = record["kind"]
-        if kind == "image":
+        kind, now = record["kind"], record.get("time")
+        if kind == "journal":
+            values = {name: record[name] for name in JournalHeader.__dataclass_fields__}
+            self.attempts.append(Attempt(JournalHeader(**values), began=now))
+        elif kind == "image":
             self.add_image(record)
         elif kind == "failed":
             self.add_failure(record)
@@ -228,8 +236,19 @@ class JournalState:
             self.deaths.append(dict(record))
         elif kind == "retry":
             self.retry(record["indices"])
-        else:
+        elif kind not in ("start", "end"):
             raise ValueError(f"unknown kind {kind!r}")
+        for attempt in self.attempts[-1:]:
+            attempt.last = now or attempt.last
+            if kind == "start":
+                batch = record["indices"]
+                attempt.in_flight.append(batch)
+                attempt.running = {batch[0], *record.get("beside", ())}
+            elif kind in ("image", "failed"):
+                index = record["index"]
+                attempt.in_flight = [batch for batch in attempt.in_flight if index not in batch]
+            elif kind == "end":
+                attempt.end = record["reason"]
 
     def add_image(self, record: Mapping[str, Any]) -> None:
         index, size = record["index"], record["bytes"]
@@ -270,14 +289,18 @@ def read_journals(
     """
     state = JournalState(num_requests)
     for path in journal_paths(files, folder):
-        _read_file(files, path, fingerprints, state)
+        read_journal(files, path, fingerprints, state.add)
     return state
 
 
-def _read_file(files: Files, path: str, fingerprints: Collection[str], state: JournalState) -> None:
-    attempt: Attempt | None = None
-    started: list[list[int]] = []
-    answered: set[int] = set()
+def read_journal(
+    files: Files,
+    path: str,
+    fingerprints: Collection[str],
+    take: Callable[[dict[str, Any]], object],
+) -> None:
+    """Call ``take`` with each record of one journal, its header first, up to a damaged line."""
+    expects_header = True  # its process may have died before it was written
     torn_at = 0
     with files.reading(path) as file:
         for number, line in enumerate(file, 1):
@@ -290,27 +313,15 @@ def _read_file(files: Files, path: str, fingerprints: Collection[str], state: Jo
                 torn_at = 0 if b"\0" in line else number
                 continue
             try:
-                kind = record["kind"]
-                if attempt is None:
-                    attempt = _header(record, path, fingerprints)
-                elif kind == "start":
-                    started = [b for b in started if answered.isdisjoint(b)]
-                    answered.clear()
-                    started.append(record["indices"])
-                elif kind == "end":
-                    attempt.end = record["reason"]
-                else:
-                    state.add(record)
-                    if kind in ("image", "failed"):
-                        answered.add(record["index"])
+                if expects_header:
+                    _check_header(record, path, fingerprints)
+                    expects_header = False
+                take(record)
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise _broken(path, number, f"{type(error).__name__}: {error}") from None
-    if attempt is not None:  # else its process died before the header was written
-        attempt.in_flight = [b for b in started if answered.isdisjoint(b)]
-        state.attempts.append(attempt)
 
 
-def _header(record: Mapping[str, Any], path: str, fingerprints: Collection[str]) -> Attempt:
+def _check_header(record: Mapping[str, Any], path: str, fingerprints: Collection[str]) -> None:
     if record["kind"] != "journal":
         raise _broken(path, 1, "the header is missing")
     if record["version"] != JOURNAL_VERSION:
@@ -323,8 +334,6 @@ def _header(record: Mapping[str, Any], path: str, fingerprints: Collection[str])
             f"{path}:1: the journal of another job ({record['fingerprint'][:12]}, this one is "
             f"{', '.join(f[:12] for f in fingerprints)}); move the file away"
         )
-    values = {name: record[name] for name in JournalHeader.__dataclass_fields__}
-    return Attempt(path, JournalHeader(**values))
 
 
 def _broken(path: str, line: int, why: str) -> JournalError:

@@ -15,7 +15,7 @@ from ddinfer.storage import metadata
 from ddinfer.storage.files import Files, is_temporary
 from ddinfer.storage.images import IMAGES_FOLDER, image_path
 from ddinfer.storage.job_folder import JobFolder
-from ddinfer.storage.journal import JournalState, read_journals
+from ddinfer.storage.journal import JournalState
 
 _BLOCK_BYTES = 1 << 20
 
@@ -66,8 +66,7 @@ def verify(
         StorageError: a journal, ``job.json`` or ``requests.jsonl.gz`` is damaged.
     """
     folder = JobFolder.look(files, path)
-    capacity = 1 + max((request.index for request in folder.requests), default=-1)
-    state = read_journals(files, path, folder.record.fingerprints, capacity)
+    state = folder.read_journals()
     report = VerifyReport(num_requests=len(folder.requests))
     for k, request in enumerate(folder.requests):
         index = request.index
@@ -79,7 +78,7 @@ def verify(
             _check_image(files, path, index, state, report)
         if k % 256 == 0:
             progress(k)
-    report.extra = list(_extra_files(files, path, state, capacity))
+    report.extra = list(_extra_files(files, path, state, folder.record.images.stop))
     report.stale = list(_stale_files(files, path, folder.requests, state))
     return report
 
