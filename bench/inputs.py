@@ -111,9 +111,11 @@ class InstantPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(scheduler=scheduler)
 
-    def __call__(self, prompt: str, generator: torch.Generator | None = None):
+    def __call__(
+        self, prompt: str, height=8, width=8, generator: torch.Generator | None = None
+    ):
         colour = (generator.initial_seed() % 255 + 1,) * 3
-        return ImagePipelineOutput([Image.new("RGB", (8, 8), colour)])
+        return ImagePipelineOutput([Image.new("RGB", (width, height), colour)])
 """
 
 
