@@ -15,8 +15,9 @@ from ddinfer.errors import ErrorRecord
 from ddinfer.request import Request, Result
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
-from ddinfer.storage.job_folder import JobFolder, start_writer
+from ddinfer.storage.job_folder import JobFolder
 from ddinfer.storage.journal import JournalHeader, JournalWriter
+from ddinfer.storage.writer import Writer
 from tests.storage_jobs import INFO, describe
 
 #: Texts that would be HTML, script, or the end of either, if anything took them for it.
@@ -72,7 +73,7 @@ def write_job(out, requests, results, *, ranks=2, batch_size=2, finish=True, **o
     with JobFolder.open(files, out, job, **options) as folder:
         for rank in range(ranks):
             header = JournalHeader(folder.fingerprint, rank, folder.attempt)
-            with start_writer(files, out, header, INFO) as writer:
+            with Writer(files, out, JournalWriter(files, out, header), INFO) as writer:
                 for start in range(0, len(requests), batch_size):
                     if start // batch_size % ranks != rank:
                         continue

@@ -7,9 +7,10 @@ from PIL import Image
 from ddinfer.errors import ErrorRecord
 from ddinfer.request import Request, Result
 from ddinfer.storage.files import Files
-from ddinfer.storage.job_folder import JobDescription, JobFolder, JobReport, start_writer
-from ddinfer.storage.journal import JournalHeader
+from ddinfer.storage.job_folder import JobDescription, JobFolder, JobReport
+from ddinfer.storage.journal import JournalHeader, JournalWriter
 from ddinfer.storage.saving import save_as_made
+from ddinfer.storage.writer import Writer
 
 INFO = {"model": "tiny", "version": "1"}
 IDENTITY = {"model": "tiny", "dtype": "float32", "batch_size": 2}
@@ -52,7 +53,9 @@ def run_job(out, requests, *, failing=(), stop_after=None, job=None, **options) 
         batches = [range(k, min(k + 2, len(requests))) for k in range(0, len(requests), 2)]
         pending = folder.pending_batches(batches, state)[:stop_after]
         header = JournalHeader(folder.fingerprint, 0, folder.attempt)
-        with start_writer(files, out, header, INFO, wanted=state.is_pending) as writer:
+        with Writer(
+            files, out, JournalWriter(files, out, header), INFO, wanted=state.is_pending
+        ) as writer:
             for _ in save_as_made(
                 engine(failing), ([requests[k] for k in batch] for batch in pending), writer
             ):

@@ -16,13 +16,14 @@ from ddinfer.job.prepare import Job
 from ddinfer.job.run import run_job
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
-from ddinfer.storage.job_folder import JobDescription, JobFolder, start_writer
+from ddinfer.storage.job_folder import JobDescription, JobFolder
 from ddinfer.storage.job_record import Shard
-from ddinfer.storage.journal import JournalHeader
+from ddinfer.storage.journal import JournalHeader, JournalWriter
 from ddinfer.storage.lease import Lease
 from ddinfer.storage.merge import merge
 from ddinfer.storage.saving import save_as_made
 from ddinfer.storage.verify import verify
+from ddinfer.storage.writer import Writer
 from tests.fake_disk import Crashed, FakeDisk, Fault, Platter
 from tests.moody_pipeline import moody_pipeline
 from tests.storage_jobs import IDENTITY, INFO, engine, make_requests
@@ -229,7 +230,9 @@ def make_part(
     with JobFolder.open(files, str(path), job) as folder:
         state = folder.read_state()
         header = JournalHeader(folder.fingerprint, 0, folder.attempt)
-        with start_writer(files, str(path), header, INFO, wanted=state.is_pending) as writer:
+        with Writer(
+            files, str(path), JournalWriter(files, str(path), header), INFO, wanted=state.is_pending
+        ) as writer:
             chosen = ([requests[k] for k in batch] for batch in mine[:stop_after])
             for _ in save_as_made(engine(failing), chosen, writer):
                 pass

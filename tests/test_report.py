@@ -11,12 +11,13 @@ from PIL import Image
 from ddinfer.request import Request
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
-from ddinfer.storage.job_folder import JobDescription, JobFolder, start_writer
+from ddinfer.storage.job_folder import JobDescription, JobFolder
 from ddinfer.storage.job_record import Shard
-from ddinfer.storage.journal import JournalHeader, journal_paths
+from ddinfer.storage.journal import JournalHeader, JournalWriter, journal_paths
 from ddinfer.storage.lease import Lease
 from ddinfer.storage.report_files import THUMBNAILS_FOLDER
 from ddinfer.storage.verify import verify
+from ddinfer.storage.writer import Writer
 from tests.report_jobs import (
     HOSTILE,
     data_of,
@@ -135,7 +136,7 @@ def test_a_part_of_a_job_shows_its_images(tmp_path):
     job = JobDescription(requests, IDENTITY, {"torch": "2"}, shard=Shard(2, 2, 4, 6))
     with JobFolder.open(files, str(tmp_path / "out"), job) as folder:
         header = JournalHeader(folder.fingerprint)
-        with start_writer(files, folder.path, header, INFO) as writer:
+        with Writer(files, folder.path, JournalWriter(files, folder.path, header), INFO) as writer:
             writer.put([made(requests[5])])
     assert report(tmp_path / "out") == 0
     data = data_of(tmp_path / "out")

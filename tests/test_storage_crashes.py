@@ -21,9 +21,9 @@ from ddinfer.errors import ErrorRecord, StorageError
 from ddinfer.request import Request, Result
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
-from ddinfer.storage.job_folder import JobDescription, JobFolder, start_writer
+from ddinfer.storage.job_folder import JobDescription, JobFolder
 from ddinfer.storage.job_record import read_job
-from ddinfer.storage.journal import JournalHeader, JournalState, read_journals
+from ddinfer.storage.journal import JournalHeader, JournalState, JournalWriter, read_journals
 from ddinfer.storage.lease import Lease
 from ddinfer.storage.saving import save_as_made
 from ddinfer.storage.verify import verify
@@ -84,8 +84,8 @@ def run_job(
         batches = cut(folder.record.segments)
         pending = folder.pending_batches(batches, state)
         header = JournalHeader(folder.fingerprint, 0, folder.attempt)
-        writer = start_writer(
-            files, OUT, header, INFO, wanted=state.is_pending, writer_class=writer_class
+        writer = writer_class(
+            files, OUT, JournalWriter(files, OUT, header), INFO, wanted=state.is_pending
         )
 
         def feed() -> Iterator[list[Request]]:
@@ -345,7 +345,13 @@ def run_two_ranks(first: FakeDisk, second: FakeDisk) -> bool:
             try:
                 with (
                     Lease.join(Files(disk), OUT),
-                    start_writer(Files(disk), OUT, header, INFO, wanted=state.is_pending) as writer,
+                    Writer(
+                        Files(disk),
+                        OUT,
+                        JournalWriter(Files(disk), OUT, header),
+                        INFO,
+                        wanted=state.is_pending,
+                    ) as writer,
                 ):
                     mine = ([requests[k] for k in batch] for batch in pending[rank::2])
                     list(save_as_made(engine, mine, writer))
@@ -384,9 +390,9 @@ class SkipsFsyncOfImages(Files):
 
 
 class SkipsFsyncOfImageFolders(Files):
-    def sync_folder(self, path: str) -> None:
+    def sync_folder(self, path: str, **options) -> None:
         if "/images/" not in path:
-            super().sync_folder(path)
+            super().sync_folder(path, **options)
 
 
 class SkipsFsyncOfJournals(Files):

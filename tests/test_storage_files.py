@@ -3,8 +3,13 @@ import os
 import pytest
 
 from ddinfer.errors import StorageError
-from ddinfer.storage.files import Files, atomic_stream, atomic_write
+from ddinfer.storage.files import Files, atomic_stream
 from tests.fake_disk import FakeDisk, Fault, Platter
+
+
+def atomic_write(files, path, data):
+    with atomic_stream(files, path) as write:
+        write(data)
 
 
 def test_the_operating_systems_errors_name_path_cause_and_way_out(tmp_path):

@@ -24,10 +24,12 @@ from ddinfer.job.shutdown import ShutdownRequest
 from ddinfer.job.watchdog import Heartbeat
 from ddinfer.request import Result
 from ddinfer.storage.files import Files
-from ddinfer.storage.job_folder import read_job, start_writer
+from ddinfer.storage.job_record import read_job
+from ddinfer.storage.journal import JournalWriter
 from ddinfer.storage.lease import Lease
 from ddinfer.storage.metadata import RequestRows, read_request_rows
 from ddinfer.storage.saving import save_as_made
+from ddinfer.storage.writer import Writer
 
 
 def run_job(
@@ -156,10 +158,11 @@ def _make_results(
 ) -> ResultSummary:
     """Run this rank's batches; each Result is on disk and journaled when this returns."""
     summary = ResultSummary()
-    writer = start_writer(
+    header = replace(assignment.header, rank=group.world.rank)
+    writer = Writer(
         Files(),
         config.output,
-        replace(assignment.header, rank=group.world.rank),
+        JournalWriter(Files(), config.output, header),
         assignment.info,
         fps=config.fps,
         wanted=lambda index: index not in assignment.skip,

@@ -90,9 +90,6 @@ class Files:
         """Open for writing, created where it does not exist; a link is not followed."""
         return self._open("open", path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
 
-    def open_to_write(self, path: str) -> int:
-        return self._open("open", path, os.O_WRONLY)
-
     def open_to_read(self, path: str) -> int:
         return self._open("open", path, os.O_RDONLY)
 
@@ -126,14 +123,9 @@ class Files:
         with _named("rename into place", target):
             self.disk.replace(source, target)
 
-    def sync_folder(self, path: str) -> None:
-        self._sync_folder(path, _CANNOT_SYNC)
-
-    def sync_folder_of_others(self, path: str) -> None:
-        """`sync_folder` of a directory that may belong to another user."""
-        self._sync_folder(path, (*_CANNOT_SYNC, errno.EACCES, errno.EPERM))
-
-    def _sync_folder(self, path: str, tolerated: tuple[int, ...]) -> None:
+    def sync_folder(self, path: str, *, may_be_foreign: bool = False) -> None:
+        """Make a directory's entries durable; with ``may_be_foreign`` where this user may."""
+        tolerated = (*_CANNOT_SYNC, errno.EACCES, errno.EPERM) if may_be_foreign else _CANNOT_SYNC
         with _named("fsync the directory", path):
             try:
                 self.disk.fsync_folder(path)
@@ -186,21 +178,18 @@ class Files:
         return self.size(path) is not None
 
     def read(self, path: str) -> bytes:
-        with self.open_read(path) as file, _named("read", path):
+        with self.reading(path) as file:
             return file.read()
 
     def read_or_none(self, path: str) -> bytes | None:
         return self.read(path) if self.exists(path) else None
 
-    def open_read(self, path: str) -> BinaryIO:
-        """Open for reading in pieces. Reads may raise `OSError`: see `reading`."""
-        with _named("open", path):
-            return self.disk.open_read(path)
-
     @contextmanager
     def reading(self, path: str) -> Iterator[BinaryIO]:
         """A file to read in pieces; errors meanwhile are `StorageError` as well."""
-        with self.open_read(path) as file, _named("read", path):
+        with _named("open", path):
+            file = self.disk.open_read(path)
+        with file, _named("read", path):
             yield file
 
     def lock(self, fd: int, *, exclusive: bool) -> bool | None:
@@ -251,15 +240,9 @@ def write_and_rename(files: Files, path: str, data: bytes) -> None:
         write(data)
 
 
-def atomic_write(files: Files, path: str, data: bytes) -> None:
-    """Write ``data`` to ``path``: after a crash it has the old content or all of the new."""
-    write_and_rename(files, path, data)
-    files.sync_folder(os.path.dirname(path) or ".")
-
-
 @contextmanager
 def atomic_stream(files: Files, path: str) -> Iterator[Callable[[bytes], None]]:
-    """`atomic_write` in pieces: yields the function that takes them."""
+    """Yields what takes the new content of ``path``; after a crash it has all of it or the old."""
     with _renamed_at_end(files, path) as write:
         yield write
     files.sync_folder(os.path.dirname(path) or ".")

@@ -5,7 +5,8 @@ The steps of a job::
     with JobFolder.open(files, path, job) as folder:          # rank 0: lock, job.json, requests
         state = folder.read_state()                           # journals, compared with the files
         batches = folder.pending_batches(all_batches, state)
-        with start_writer(files, path, header, info) as writer:       # every rank
+        journal = JournalWriter(files, path, header)                 # every rank
+        with Writer(files, path, journal, info) as writer:
             for result in save_as_made(engine.run, batches, writer): ...
         report = folder.finish()                              # rank 0: compared once more
 """
@@ -41,7 +42,6 @@ from ddinfer.storage.journal import (
 )
 from ddinfer.storage.lease import Lease
 from ddinfer.storage.report_files import THUMBNAILS_FOLDER, delete_report
-from ddinfer.storage.writer import Writer
 
 #: Files of a job beside job.json, images and journals.
 _JOB_FILES = (
@@ -227,33 +227,24 @@ class JobFolder:
             self.lease.__exit__(*error)
 
 
-def start_writer(
-    files: Files,
-    path: str,
-    header: JournalHeader,
-    info: Mapping[str, Any],
-    *,
-    fps: float = 8,
-    wanted: Callable[[int], bool] = lambda index: True,
-    writer_class: type[Writer] = Writer,
-) -> Writer:
-    """This process's writer and journal. Each rank calls this, after `JobFolder.open` on rank 0."""
-    journal = JournalWriter(files, path, header)
-    return writer_class(files, path, journal, info, fps=fps, wanted=wanted)
-
-
 def list_images(files: Files, path: str, capacity: int) -> bytearray:
     """1 at each index whose image file exists."""
     present = bytearray(capacity)
-    images = os.path.join(path, IMAGES_FOLDER)
-    for folder in files.list(images):
-        for name in files.list(os.path.join(images, folder)):
-            stem, ending = os.path.splitext(name)
-            if ending == ".png" and stem.isascii() and stem.isdigit():
-                index = int(stem)
-                if index < capacity and image_path(index) == f"{IMAGES_FOLDER}/{folder}/{name}":
-                    present[index] = 1
+    for _, index in image_files(files, path):
+        if index is not None and index < capacity:
+            present[index] = 1
     return present
+
+
+def image_files(files: Files, path: str) -> Iterator[tuple[str, int | None]]:
+    """The files in a job's image directories, each with the index of the image of this name."""
+    images = os.path.join(path, IMAGES_FOLDER)
+    for folder in filter(str.isdecimal, files.list(images)):
+        for name in files.list(os.path.join(images, folder)):
+            place = f"{IMAGES_FOLDER}/{folder}/{name}"
+            stem = os.path.splitext(name)[0]
+            index = int(stem) if stem.isdecimal() else -1
+            yield place, index if image_path(index) == place else None
 
 
 def _create_or_resume(
@@ -307,7 +298,7 @@ def _make_folders(files: Files, path: str) -> None:
     files.make_folder(path)
     # A process that was killed here may have left directories that are not durable yet.
     for folder in above:
-        files.sync_folder_of_others(folder)
+        files.sync_folder(folder, may_be_foreign=True)
 
 
 def _reject_foreign(files: Files, path: str) -> JobRecord | None:
@@ -384,7 +375,7 @@ def _make_journals_durable(files: Files, path: str) -> None:
     failure must not take them away afterwards.
     """
     for name in journal_paths(files, path):
-        fd = files.open_to_write(name)
+        fd = files.open_to_read(name)
         try:
             files.sync(fd)
         finally:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ddinfer.errors import StorageError
 from ddinfer.request import CALL_FIELDS, Request
-from ddinfer.storage.files import Files, atomic_stream, atomic_write
+from ddinfer.storage.files import Files, atomic_stream
 from ddinfer.storage.images import image_path
 from ddinfer.storage.journal import JournalState
 
@@ -38,7 +38,8 @@ class DamagedFile(StorageError):
 def write_json(files: Files, path: str, value: Any) -> None:
     """Replace a JSON file atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    atomic_write(files, path, text.encode("utf-8", "backslashreplace") + b"\n")
+    with atomic_stream(files, path) as write:
+        write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def read_json(files: Files, path: str) -> dict[str, Any] | None:

@@ -25,36 +25,27 @@ def save_as_made(
         StorageError: an image could not be written.
         DdinferError: the engine returned a Request's Result twice, or not at all.
     """
-    open_batches: dict[int, _OpenBatch] = {}
+    open_batches: dict[int, tuple[int, list[Result]]] = {}  # index → size and Results of its batch
 
     def announced() -> Iterator[Sequence[Request]]:
         for batch in batches:
-            waiting = _OpenBatch(len(batch))
-            open_batches.update((request.index, waiting) for request in batch)
+            open_batches.update(dict.fromkeys((r.index for r in batch), (len(batch), [])))
             writer.started([request.index for request in batch])
             yield batch
 
     for result in make(announced()):
-        batch = open_batches.pop(result.index, None)
-        if batch is None:
+        if result.index not in open_batches:
             raise DdinferError(
                 f"the engine returned an unexpected result for request {result.index}"
             )
-        batch.results.append(result)
-        if len(batch.results) == batch.size:
-            writer.put(batch.results)
-            for made in batch.results:
+        size, results = open_batches.pop(result.index)
+        results.append(result)
+        if len(results) == size:
+            writer.put(results)
+            for made in results:
                 yield made.without_pictures()
     if open_batches:
         raise DdinferError(
             f"the engine returned no result for {len(open_batches)} requests, the first is "
             f"{min(open_batches)}"
         )
-
-
-class _OpenBatch:
-    """A batch of which some Results are still to come."""
-
-    def __init__(self, size: int):
-        self.size = size
-        self.results: list[Result] = []

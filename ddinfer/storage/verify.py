@@ -14,7 +14,7 @@ from ddinfer.request import Request
 from ddinfer.storage import metadata
 from ddinfer.storage.files import Files, is_temporary
 from ddinfer.storage.images import IMAGES_FOLDER, image_path
-from ddinfer.storage.job_folder import JobFolder
+from ddinfer.storage.job_folder import JobFolder, image_files
 from ddinfer.storage.journal import JournalState
 
 _BLOCK_BYTES = 1 << 20
@@ -126,21 +126,13 @@ def _hash_of(files: Files, name: str) -> str:
 
 
 def _extra_files(files: Files, path: str, state: JournalState, capacity: int) -> Iterator[str]:
-    images = os.path.join(path, IMAGES_FOLDER)
-    for folder in files.list(images):
-        if not (folder.isascii() and folder.isdigit()):
+    for folder in files.list(os.path.join(path, IMAGES_FOLDER)):
+        if not folder.isdecimal():
             yield f"{IMAGES_FOLDER}/{folder}"
-            continue
-        for name in files.list(os.path.join(images, folder)):
-            place = f"{IMAGES_FOLDER}/{folder}/{name}"
-            stem = os.path.splitext(name)[0]
-            index = int(stem) if stem.isascii() and stem.isdigit() else capacity
-            known = index < capacity and state.is_done(index) and place == image_path(index)
-            if not known:
-                yield place
-    for name in files.list(path):
-        if is_temporary(name):
-            yield name
+    for place, index in image_files(files, path):
+        if index is None or index >= capacity or not state.is_done(index):
+            yield place
+    yield from filter(is_temporary, files.list(path))
 
 
 def _stale_files(
