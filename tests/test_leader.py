@@ -105,7 +105,7 @@ def test_a_leader_that_lost_its_lease_leaves_the_files_to_the_other_job(tmp_path
     assert ((tmp_path / "status.json").read_bytes(), (tmp_path / "lock").read_bytes()) == theirs
 
     with pytest.raises(StorageError, match="process 7 on far has taken"):
-        leader.finish([], [])
+        leader.finish([])
     assert not (tmp_path / "metadata.jsonl").exists()
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, overload
 
-from ddinfer.request import Result
 from ddinfer.storage.journal import JournalHeader
 
 
@@ -77,28 +75,3 @@ class Assignment:
             for batch in some:
                 mask[batch.start : batch.stop] = b"\1" * len(batch)
         return mask
-
-
-@dataclass
-class ResultSummary:
-    """What a rank reports to rank 0 about its new Results.
-
-    Attributes:
-        indices: of all of them, in the order in which they were made.
-        num_inexact: images made in another batch than planned.
-        flags: how many images have each flag.
-        pipeline_seconds: spent in the pipeline's calls.
-    """
-
-    indices: array[int] = field(default_factory=lambda: array("I"))
-    num_failed: int = 0
-    num_inexact: int = 0
-    flags: Counter[str] = field(default_factory=Counter)
-    pipeline_seconds: float = 0.0
-
-    def add(self, result: Result) -> None:
-        self.indices.append(result.index)
-        self.num_failed += result.error is not None
-        self.num_inexact += result.error is None and not result.exact
-        self.flags.update(result.flags)
-        self.pipeline_seconds += result.seconds

@@ -19,7 +19,7 @@ from ddinfer.distributed.progress import RankTimes, load_balance
 from ddinfer.distributed.world import World
 from ddinfer.engines.options import gpu_numbers, open_source
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, StorageError, exit_code_of
-from ddinfer.job.assignment import Assignment, IndexBatches, ResultSummary
+from ddinfer.job.assignment import Assignment, IndexBatches
 from ddinfer.job.fingerprint import model_fingerprint
 from ddinfer.job.prepare import job_identity, library_versions, prepare
 from ddinfer.job.restarts import attempt_id
@@ -152,6 +152,7 @@ class Leader:
         shared = {k for batch in planned if len(batch) > 1 for k in batch}
         self.inexact = frozenset(batch[0] for batch in self.solo if batch[0] in shared)
         self.wanted = self.folder.pending(state)
+        self.num_done_before = state.num_done
         room = estimate_disk(
             self.files,
             config.output,
@@ -227,11 +228,10 @@ class Leader:
         """Denoising steps of a batch, as far as the Requests say; sorting keeps equals in order."""
         return len(batch) * (self.job.requests[batch[0]].num_inference_steps or 0)
 
-    def finish(self, summaries: Sequence[ResultSummary], times: Sequence[RankTimes]) -> RunReport:
+    def finish(self, times: Sequence[RankTimes]) -> RunReport:
         """Compare the journals with the Requests, write the metadata, close the directory.
 
         Args:
-            summaries: of the ranks' new Results.
             times: how each rank spent its time.
 
         Raises:
@@ -239,11 +239,10 @@ class Leader:
             DdinferError: the journals do not account for every Request.
         """
         self.folder.confirm_lease()
-        made = sorted(chain.from_iterable(summary.indices for summary in summaries))
-        if made != self.wanted:
+        num_results = sum(each.images for each in times)
+        if num_results != len(self.wanted):
             raise DdinferError(
-                f"the ranks report {len(made)} results ({len(set(made))} different ones), "
-                f"{len(self.wanted)} were assigned to them"
+                f"the ranks report {num_results} results, {len(self.wanted)} were assigned to them"
             )
         done = self.folder.finish()
         if not done.is_complete:
@@ -251,14 +250,15 @@ class Leader:
                 f"{len(done.pending)} of {len(self.folder.requests)} images are neither made nor "
                 f"failed by the journals in {self.config.output}, the first is {done.pending[0]}"
             )
+        notes = [done.notes[index] for index in self.wanted if index in done.notes]
         report = RunReport(
             self.config.output,
             len(self.folder.requests),
             done.num_done,
             done.num_failed,
-            num_new=len(made) - sum(summary.num_failed for summary in summaries),
-            num_inexact=sum(summary.num_inexact for summary in summaries),
-            flags=dict(sum((summary.flags for summary in summaries), Counter())),
+            num_new=done.num_done - self.num_done_before,
+            num_inexact=sum("exact" in note for note in notes),
+            flags=Counter(flag for note in notes for flag in note.get("flags", ())),
             seconds=time.monotonic() - self.started,
             ranks=times,
         )

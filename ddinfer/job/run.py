@@ -17,7 +17,7 @@ from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, Engine
 from ddinfer.engines.select import load_engine
 from ddinfer.errors import RankError, UsageError
-from ddinfer.job.assignment import Assignment, ResultSummary
+from ddinfer.job.assignment import Assignment
 from ddinfer.job.leader import Leader, RunReport
 from ddinfer.job.prepare import resolve_config
 from ddinfer.job.shutdown import ShutdownRequest
@@ -115,25 +115,24 @@ def _run(
         Lease.join(Files(), config.output),
     ):  # held while any rank lives
         if requests is not None:
-            summary = _make_results(engine, assignment, requests, config, group, leader, stop)
+            num_results, pipeline_seconds = _make_results(
+                engine, assignment, requests, config, group, leader, stop
+            )
         else:
-            summary = _serve_stage(engine, assignment, group, stop)
+            num_results, pipeline_seconds = 0, 0.0
+            _serve_stage(engine, assignment, group, stop)
     times = RankTimes(
         group.world.rank,
-        len(summary.indices),
+        num_results,
         loading=loaded - started,
         working=time.monotonic() - loaded,
-        pipeline=summary.pipeline_seconds,
+        pipeline=pipeline_seconds,
         stage=replica.stage,
     )
 
     group.enter("gathering")
     all_times = group.all_gather_object(times)
-    summaries = group.gather_object(summary)
-    report = None
-    if leader is not None:
-        report = leader.finish(summaries, all_times)
-    return group.broadcast_object(report)
+    return group.broadcast_object(None if leader is None else leader.finish(all_times))
 
 
 @contextlib.contextmanager
@@ -155,9 +154,13 @@ def _make_results(
     group: Group,
     leader: Leader | None,
     stop: ShutdownRequest,
-) -> ResultSummary:
-    """Run this rank's batches; each Result is on disk and journaled when this returns."""
-    summary = ResultSummary()
+) -> tuple[int, float]:
+    """Run this rank's batches; each Result is on disk and journaled when this returns.
+
+    Returns:
+        how many Results, and the seconds that the pipeline's calls took.
+    """
+    num_results, pipeline_seconds = 0, 0.0
     header = replace(assignment.header, rank=group.world.rank)
     writer = Writer(
         Files(),
@@ -176,23 +179,23 @@ def _make_results(
             )
             for result in results:
                 if result.index not in assignment.skip:
-                    summary.add(result)
+                    num_results += 1
+                    pipeline_seconds += result.seconds
                     progress.made(1, failed=int(result.error is not None))
         group.enter("saving")
         stop.raise_if_requested()
-    return summary
+    return num_results, pipeline_seconds
 
 
 def _serve_stage(
     engine: Engine | None, assignment: Assignment, group: Group, stop: ShutdownRequest
-) -> ResultSummary:
+) -> None:
     """Run this rank's stage for the rank of its replica that makes the Results."""
     group.enter("running", "the stage of a denoiser")
     for _ in _engine_runs(assignment, group):
         for result in engine.run(()) if engine is not None else ():
             raise AssertionError(f"a later stage made image {result.index}")
     stop.raise_if_requested()
-    return ResultSummary()
 
 
 def _flag_inexact(

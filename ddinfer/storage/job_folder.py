@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -56,11 +56,16 @@ B = TypeVar("B", bound=Sequence[int])
 
 @dataclass(frozen=True)
 class JobReport:
-    """The state of a job: every Request is in exactly one of the three."""
+    """The state of a job: every Request is in exactly one of the first three.
+
+    Attributes:
+        notes: index → what is unusual about its image (``exact``, ``flags``).
+    """
 
     num_done: int
     num_failed: int
     pending: list[int]
+    notes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, compare=False)
 
     @property
     def is_complete(self) -> bool:
@@ -208,7 +213,7 @@ class JobFolder:
         state = self.read_state()
         metadata.write_metadata(self.files, self.path, self.requests, state)
         metadata.write_failures(self.files, self.path, self.requests, state)
-        return JobReport(state.num_done, state.num_failed, self.pending(state))
+        return JobReport(state.num_done, state.num_failed, self.pending(state), state.notes)
 
     def confirm_lease(self) -> None:
         """Raise `StorageError` if another job has taken the directory."""
