@@ -10,8 +10,6 @@ each value to where it is used.
 from __future__ import annotations
 
 import functools
-import hashlib
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +22,13 @@ from ddinfer.errors import DdinferError, UsageError
 from ddinfer.parallel.blocks import faked
 from ddinfer.parallel.labels import Tracker
 from ddinfer.parallel.packing import Layout, layout_of
+from ddinfer.parallel.tensor_tree import (
+    TensorTree,
+    UnsupportedValueError,
+    empty_like,
+    fingerprint,
+    tensors_of,
+)
 
 
 class PlanError(DdinferError):
@@ -32,42 +37,6 @@ class PlanError(DdinferError):
 
 class Stop(BaseException):
     """Ends a forward after this rank's last block. No `Exception`, so that no model catches it."""
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """A tree of values: tensors by shape, everything else as it is.
-
-    Attributes:
-        tree: the tree with each leaf's number in its place.
-        leaves: per leaf its constant, or ``None`` where ``empty`` has a tensor.
-        empty: leaf number → a meta tensor with its shape, strides and dtype.
-        on_host: leaf numbers of tensors that stay on the CPU whatever the device is.
-    """
-
-    tree: Any
-    leaves: tuple[Any, ...]
-    empty: dict[int, torch.Tensor]
-    on_host: frozenset[int] = frozenset()
-
-    @classmethod
-    def of(cls, values: Any, device: torch.device) -> Tensors:
-        leaves, spec = pytree.tree_flatten(values)
-        found = {k: leaf for k, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-        empty = {
-            k: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-            for k, t in found.items()
-        }
-        host = frozenset(k for k, t in found.items() if t.device.type != device.type)
-        constants = tuple(None if k in found else leaf for k, leaf in enumerate(leaves))
-        tree = pytree.tree_unflatten(list(range(len(leaves))), spec)
-        return cls(tree, constants, empty, host)
-
-    def fill(self, tensors: dict[int, torch.Tensor]) -> Any:
-        """The tree with these tensors in it."""
-        return pytree.tree_map(
-            lambda k: tensors[k] if k in self.empty else self.leaves[k], self.tree
-        )
 
 
 @dataclass(frozen=True)
@@ -84,9 +53,9 @@ class Plan:
         back: what travels from the last stage to the caller.
     """
 
-    arguments: Tensors
-    blocks: dict[int, Tensors]
-    output: Tensors
+    arguments: TensorTree
+    blocks: dict[int, TensorTree]
+    output: TensorTree
     edges: tuple[Layout, ...]
     back: Layout
 
@@ -119,7 +88,7 @@ class StagedModel:
         self._before = [module.__dict__.get("forward") for module in self._modules]
         self._forward = model.forward
         self._call: Any = None  # what block calls are answered by, while the model runs
-        self._shapes: dict[Any, Tensors] = {}
+        self._shapes: dict[Any, TensorTree] = {}
         self._checked: set[int] = set()
         for number, module in enumerate(self._modules):
             module.forward = _BlockForward(self, number)
@@ -141,7 +110,7 @@ class StagedModel:
         Raises:
             PlanError: the model does something between blocks that cannot be cut.
         """
-        arguments = Tensors.of((args, kwargs), self.device)
+        arguments = TensorTree.of((args, kwargs), self.device)
         call = _Planning(self)
         leaves = pytree.tree_leaves((args, kwargs))
         with torch.no_grad(), call.tracker:
@@ -162,7 +131,7 @@ class StagedModel:
                 where = where if label[0] == "block" else f"argument {label[1]}"
                 raise PlanError(f"{type(self.model).__name__} {what} {where} between blocks")
         inspected = frozenset(label[1] for label in tracker.inspected)
-        made = Tensors.of(output, self.device)
+        made = TensorTree.of(output, self.device)
         for leaf in made.leaves:
             if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
                 raise PlanError(f"{type(self.model).__name__} returns a {type(leaf).__name__}")
@@ -181,7 +150,7 @@ class StagedModel:
         return call.order
 
     def _edges(
-        self, call: _Planning, arguments: Tensors, in_output: Any, inspected: frozenset[int]
+        self, call: _Planning, arguments: TensorTree, in_output: Any, inspected: frozenset[int]
     ) -> tuple[Layout, ...]:
         # Integers have no NaN to give a forgotten label away, so they always travel.
         always = {
@@ -225,7 +194,7 @@ class StagedModel:
         """
         check = number not in self._checked
         call = _Running(self, plan, values, check)
-        args, kwargs = plan.arguments.fill(self._inputs(plan, values))
+        args, kwargs = plan.arguments.unflatten(self._inputs(plan, values))
         values.clear()
         with torch.no_grad():
             try:
@@ -260,18 +229,15 @@ class StagedModel:
                 inputs[k] = inputs[k].cpu()
         return inputs
 
-    def zeros(self, number: int, args: Any, kwargs: Any) -> tuple[Tensors, dict[int, torch.Tensor]]:
+    def zeros(
+        self, number: int, args: Any, kwargs: Any
+    ) -> tuple[TensorTree, dict[int, torch.Tensor]]:
         """What a block returns for such arguments, and zeros to put into it."""
         with _paused():
             made = self.shapes(number, args, kwargs)
-            return made, {
-                k: torch.empty_strided(
-                    t.shape, t.stride(), dtype=t.dtype, device=self.device
-                ).zero_()
-                for k, t in made.empty.items()
-            }
+            return made, {k: empty_like(t, self.device).zero_() for k, t in made.empty.items()}
 
-    def shapes(self, number: int, args: Any, kwargs: Any) -> Tensors:
+    def shapes(self, number: int, args: Any, kwargs: Any) -> TensorTree:
         """What a block returns for such arguments, found without its weights."""
         from torch._subclasses.fake_tensor import (
             DataDependentOutputException,
@@ -284,7 +250,7 @@ class StagedModel:
         if key is None or key not in self._shapes:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
-            before = [t._version for t in pytree.tree_leaves(fakes) if isinstance(t, torch.Tensor)]
+            before = [t._version for t in tensors_of(fakes)]
             try:
                 with faked(module, mode, self.device), mode:
                     made = self._forwards[number](*fakes[0], **fakes[1])
@@ -293,10 +259,10 @@ class StagedModel:
                     f"block {self.blocks[number]} of {type(self.model).__name__} reads the "
                     f"contents of its inputs ({error}), which are not known when the cut is planned"
                 ) from error
-            after = [t._version for t in pytree.tree_leaves(fakes) if isinstance(t, torch.Tensor)]
+            after = [t._version for t in tensors_of(fakes)]
             if before != after:
                 raise PlanError(f"block {self.blocks[number]} changes its inputs in place")
-            found = Tensors.of(made, self.device)
+            found = TensorTree.of(made, self.device)
             if key is None:
                 return found
             self._shapes[key] = found
@@ -324,7 +290,7 @@ class _Planning:
 
     def __init__(self, owner: StagedModel):
         self.owner, self.tracker = owner, Tracker()
-        self.made: dict[int, Tensors] = {}
+        self.made: dict[int, TensorTree] = {}
         self.used: dict[int, frozenset[Any]] = {}
 
     def block(self, number: int, args: Any, kwargs: Any) -> Any:
@@ -340,7 +306,7 @@ class _Planning:
         for k, zero in zeros.items():
             self.tracker.mark(zero, ("block", number, k))
         self.made[number] = made
-        return made.fill(zeros)
+        return made.unflatten(zeros)
 
 
 class _Ordering:
@@ -353,7 +319,7 @@ class _Ordering:
     def block(self, number: int, args: Any, kwargs: Any) -> Any:
         self.order.append(number)
         made, zeros = self.owner.zeros(number, args, kwargs)
-        return made.fill(zeros)
+        return made.unflatten(zeros)
 
 
 class _Running:
@@ -382,14 +348,12 @@ class _Running:
         for k, empty in made.empty.items():
             value = self._received.pop(("block", number, k), None)
             values[k] = _placeholder(empty, owner.device) if value is None else value
-        return made.fill(values)
+        return made.unflatten(values)
 
     def _own(self, number: int, args: Any, kwargs: Any) -> Any:
         owner = self.owner
-        if self.check:
-            given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            if _has_nan(given) and not self.received_nan:
-                raise PlanError(f"a value that block {owner.blocks[number]} needs did not travel")
+        if self.check and not self.received_nan and _has_nan(tensors_of((args, kwargs))):
+            raise PlanError(f"a value that block {owner.blocks[number]} needs did not travel")
         made = owner._forwards[number](*args, **kwargs)
         leaves = pytree.tree_leaves(made)
         for k in self.plan.blocks[number].empty:
@@ -419,48 +383,20 @@ def call_key(
     Args:
         inspected: input leaves whose contents decide the flow.
     """
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    told: list[str] = [str(spec)]
-    for k, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor):
-            told.append(f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype} {leaf.device.type}")
-            if k in inspected:
-                raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                told.append(hashlib.sha256(raw.numpy().tobytes()).hexdigest())
-        elif leaf is None or isinstance(leaf, _PLAIN):
-            told.append(f"{type(leaf).__name__} {leaf!r}")
-        else:
-            told.append(f"{type(leaf).__name__} {hashlib.sha256(_pickled(leaf)).hexdigest()}")
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
-
-
-#: Types of which `repr` says everything.
-_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-
-
-def _pickled(leaf: Any) -> bytes:
     try:
-        return pickle.dumps(leaf)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        raise PlanError(
-            f"an argument is a {type(leaf).__name__}, which cannot be sent to other ranks ({error})"
-        ) from error
+        return fingerprint((args, kwargs), contents=inspected, other_types=True)
+    except UnsupportedValueError as error:
+        raise PlanError(f"an argument is a {error}, which cannot be sent to other ranks") from error
 
 
 def _shape_key(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Blocks of one class with equal parameters' shapes and arguments return equal shapes."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    told: list[Any] = [type(module), str(spec)]
-    told += [(n, p.shape, p.dtype) for n, p in module.named_parameters()]
-    told.append(str(module))
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
-            told.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
-        elif leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
-            told.append(leaf)
-        else:
-            return None
-    return tuple(told)
+    try:
+        arguments = fingerprint((args, kwargs))
+    except UnsupportedValueError:
+        return None
+    parameters = [(n, p.shape, p.dtype) for n, p in module.named_parameters()]
+    return type(module), str(module), *parameters, arguments
 
 
 def _has_nan(tensors: Any) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddinfer.parallel.tensor_tree import storage_id, tensors_of
 
 #: A source's name, such as ``("input", 0)``.
 Label = tuple[Any, ...]
@@ -53,17 +54,17 @@ class Tracker(TorchDispatchMode):
     def mark(self, tensor: torch.Tensor, label: Label) -> None:
         """``tensor`` is a source: from now on what is computed from it carries ``label``."""
         self._add(tensor, {label})
-        self._marked.setdefault(_storage(tensor), set()).add(label)
+        self._marked.setdefault(storage_id(tensor), set()).add(label)
 
     def labels(self, values: Any) -> frozenset[Label]:
         """Labels of every tensor inside ``values``."""
         found: frozenset[Label] = frozenset()
-        for tensor in _tensors(values):
-            found |= self._labels.get(_storage(tensor), frozenset())
+        for tensor in tensors_of(values):
+            found |= self._labels.get(storage_id(tensor), frozenset())
         return found
 
     def _add(self, tensor: torch.Tensor, labels: Iterable[Label]) -> None:
-        key = _storage(tensor)
+        key = storage_id(tensor)
         if key not in self._labels:
             self._references.append(StorageWeakRef(tensor.untyped_storage()))
         self._labels[key] = self._labels.get(key, frozenset()) | frozenset(labels)
@@ -75,12 +76,12 @@ class Tracker(TorchDispatchMode):
             self.inspected |= self.labels(_deciding(func, args, kwargs))
         made = func(*args, **kwargs)
         if labels:
-            for tensor in _tensors(made):
+            for tensor in tensors_of(made):
                 self._add(tensor, labels)
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in _tensors(value):
-                    self.written |= self._marked.get(_storage(tensor), set())
+                for tensor in tensors_of(value):
+                    self.written |= self._marked.get(storage_id(tensor), set())
                     if labels:
                         self._add(tensor, labels)
         return made
@@ -100,13 +101,5 @@ class _Inspections(TorchFunctionMode):
 def _deciding(func: Any, args: Any, kwargs: Any) -> Any:
     """The arguments whose contents decide; of an index those that are masks."""
     if func.overloadpacket is torch.ops.aten.index:
-        return [t for t in _tensors(args[1]) if t.dtype in (torch.bool, torch.uint8)]
+        return [t for t in tensors_of(args[1]) if t.dtype in (torch.bool, torch.uint8)]
     return args, kwargs
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata

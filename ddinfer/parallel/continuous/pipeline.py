@@ -265,7 +265,8 @@ class ContinuousPipeline:
             return
         plan = self._plans[message.plan]
         queue.answer(
-            image, plan.output.fill({k: message.values["output", k] for k in plan.output.empty})
+            image,
+            plan.output.unflatten({k: message.values["output", k] for k in plan.output.empty}),
         )
 
     # --- the other ranks ----------------------------------------------------------------------

@@ -67,7 +67,7 @@ class Partition:
             with torch.no_grad():
                 return self.module(*args, **kwargs)
         plan, _ = self._staged.plan(args, kwargs)
-        return plan.output.fill(plan.output.empty)
+        return plan.output.unflatten(plan.output.empty)
 
     def plan(self, leaves: Sequence[Any], in_use: Sequence[int]) -> int:
         """On the first rank: the number of the plan that a microbatch with these leaves follows.

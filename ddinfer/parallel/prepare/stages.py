@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddinfer.errors import UsageError
@@ -18,6 +17,7 @@ from ddinfer.parallel.blocks import find_units, module_bytes, substituted
 from ddinfer.parallel.cut import balance
 from ddinfer.parallel.flow import StagedModel
 from ddinfer.parallel.prepare.weights import Weights
+from ddinfer.parallel.tensor_tree import storage_id, tensors_of
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,7 @@ class _UsedStorages(TorchDispatchMode):
         self.found: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                self.found.add(_storage(leaf))
+        self.found |= {storage_id(tensor) for tensor in tensors_of((args, kwargs))}
         return func(*args, **(kwargs or {}))
 
 
@@ -157,8 +155,4 @@ def names_outside(model: nn.Module, units: Sequence[str], own: Sequence[str] = (
 
 
 def _storages(module: nn.Module) -> set[int]:
-    return {_storage(tensor) for tensor in (*module.parameters(), *module.buffers())}
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return {storage_id(tensor) for tensor in (*module.parameters(), *module.buffers())}
