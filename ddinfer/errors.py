@@ -6,6 +6,7 @@ Every message says what was found, what was expected, and how to fix it.
 from __future__ import annotations
 
 import errno
+import json
 import signal
 import traceback as traceback_module
 from collections.abc import Sequence
@@ -126,6 +127,7 @@ class RankError(DdinferError):
         rank: global rank that failed first.
         phase: what it was doing ("joining", "loading", "running", "saving", "gathering", …).
         record: the exception on that rank; ``None`` if its process died without one.
+        exitcode: of its process, negative for a signal; ``None`` if it has not ended.
     """
 
     def __init__(
@@ -153,13 +155,17 @@ class RankError(DdinferError):
         super().__init__(text)
 
     def __reduce__(self):
-        return _rank_error, (self.rank, self.phase, self.record, self.exitcode, self.exit_code)
+        return RankError.from_json, (self.to_json(),)
 
+    def to_json(self) -> str:
+        record = None if self.record is None else self.record.to_dict()
+        return json.dumps({**vars(self), "record": record})
 
-def _rank_error(
-    rank: int, phase: str, record: ErrorRecord | None, exitcode: int | None, exit_code: int
-) -> RankError:
-    return RankError(rank, phase, record, exitcode=exitcode, exit_code=exit_code)
+    @classmethod
+    def from_json(cls, text: str | bytes) -> RankError:
+        data = json.loads(text)
+        record = data.pop("record")
+        return cls(**data, record=None if record is None else ErrorRecord(**record))
 
 
 class PromptsFailed(DdinferError):

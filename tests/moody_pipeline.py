@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 CODE = """
-import errno, os, signal, threading, time
+import ctypes, errno, os, signal, threading, time
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
@@ -20,6 +20,10 @@ def hold(gate):  # until somebody makes this file; ours says that we wait
     while gate and not os.path.exists(gate):
         open(gate + ".waiting", "w").close()
         time.sleep(0.02)
+
+
+def hold_interpreter():  # as a C call that does not return: no other thread of Python can run
+    ctypes.PyDLL(None).sleep(3600)
 
 
 class HeldImage(Image.Image):
@@ -66,6 +70,9 @@ class MoodyPipeline(DiffusionPipeline):
                 os.kill(os.getpid(), signal.SIGKILL)
             if word == "wait":
                 hold(rest)
+            if word == "stall" and not os.path.exists(rest):  # the first process that tries
+                open(rest, "w").close()
+                hold_interpreter()
             if word == "leave" and not os.path.exists(rest):  # as if all were done, once
                 open(rest, "w").close()
                 os._exit(0)

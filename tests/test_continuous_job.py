@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ddinfer.config import JobConfig
-from ddinfer.distributed.peers import Failure
+from ddinfer.distributed.peers import is_reported_by_peer
 from ddinfer.errors import EXIT_FAILED_PROMPTS, ErrorRecord, RankError, UsageError
 from ddinfer.storage.files import Files
 from ddinfer.storage.verify import verify
@@ -202,7 +202,7 @@ def test_a_killed_rank_ends_the_attempt_and_a_restart_makes_the_rest(moody, tmp_
 def test_a_lost_connection_says_who_but_not_how(record, is_guess):
     """So that the launcher, who knows of the signal, tells of it."""
     error = RankError(1, "running the pipeline", ErrorRecord(record, "closed by peer"))
-    assert Failure.of(0, "running", error).is_guess is is_guess
+    assert is_reported_by_peer(error) is is_guess
 
 
 @pytest.mark.parametrize("where", [nightly("kill"), "kill-last"])

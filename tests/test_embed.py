@@ -340,19 +340,19 @@ def test_stream_yields_before_the_next_is_made_and_may_be_left_early(moody):
 
 def stream_and_hear(group, folder):
     def wait_until(key, number):
-        while group.store.add(key, 0) < number:
+        while group.add(key, 0) < number:
             time.sleep(0.01)
 
     made = []
     try:
         for result in ddinfer.stream(load(folder), ["x", "y", "z", "break now"]):
             made.append(result.index)
-            group.store.add("made", 1)
+            group.add("made", 1)
             wait_until("made", 2)
             if group.group_rank == 0:
                 wait_until("failed", 1)
     except RankError as error:
-        group.store.add("failed", 1)
+        group.add("failed", 1)
         return made, str(error)
 
 

@@ -328,14 +328,14 @@ def fail_and_hear(world, folder, how):
     try:
         with process_group(world) as group:
             group.enter("running", f"prompt {10 + world.rank}")
-            group.wait_for_peers("start")
+            group.wait_for_peers()
             if world.rank == 1 and how == "raise":
                 raise ZeroDivisionError("mine")
             if world.rank == 1 and how == "exit":
                 os._exit(0)
             if world.rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            group.wait_for_peers("end")
+            group.wait_for_peers()
     except RankError as error:
         Path(folder, f"heard-{world.rank}").write_text(str(error))
         raise
@@ -373,7 +373,7 @@ def test_the_only_rank_is_watched_too():
 
 def finish_alone(world, folder):
     with process_group(world) as group:
-        group.wait_for_peers("start")
+        group.wait_for_peers()
         if world.rank == 0:
             raise ValueError("mine")
         for k in range(20):  # its own share, longer than the other's death takes to be known

@@ -28,10 +28,9 @@ def test_a_world_of_one_has_the_same_methods_and_no_connections():
         assert group.broadcast_object("mine") == "mine"
         assert group.scatter_object(["mine"]) == "mine"
         assert [group.add("images", 2), group.add("images", 0), group.add("other")] == [2, 2, 1]
-        group.wait_for_peers("the end")
+        group.wait_for_peers()
         group.check_peers()
-        assert (group.group_rank, group.group_size, group.global_rank(0)) == (0, 1, 0)
-        assert group.device_group is None
+        assert (group.group_rank, group.group_size, group.ranks) == (0, 1, (0,))
         assert not dist.is_initialized()
 
 
@@ -39,9 +38,9 @@ def exchange(group):
     rank = group.group_rank
     return (
         group.all_gather_object({"rank": rank}),
-        group.broadcast_object(rank, src=1),
+        group.broadcast_object(rank),
         group.scatter_object([10, 11, 12] if rank == 0 else None),
-        dist.get_backend(group.device_group),
+        dist.get_backend(group.object_group),
         str(group.device),
     )
 
@@ -49,7 +48,7 @@ def exchange(group):
 def test_objects_are_exchanged_in_rank_order():
     told = run_ranks(exchange, 3)
     assert [t[0] for t in told] == [[{"rank": 0}, {"rank": 1}, {"rank": 2}]] * 3
-    assert [t[1] for t in told] == [1, 1, 1]
+    assert [t[1] for t in told] == [0, 0, 0]
     assert [t[2] for t in told] == [10, 11, 12]
     assert {t[3:] for t in told} == {("gloo", "cpu")}
 
@@ -97,9 +96,12 @@ def call_once_more_than_rank_1(group):
     logging.getLogger("ddinfer.distributed.peers").addHandler(handler)
     ddinfer.distributed.peers.REPORT_SECONDS = 0.3
     try:
+        group.enter("running", "prompt 3" if group.group_rank == 1 else "")
         if group.group_rank == 1:
             time.sleep(2)
-        group.wait_for_peers("gathering")
+        else:
+            group.enter("gathering")
+        group.wait_for_peers()
     finally:
         ddinfer.distributed.peers.REPORT_SECONDS = 60.0
     return records
@@ -110,7 +112,8 @@ def test_a_rank_that_makes_fewer_calls_is_named_by_those_that_wait():
     for rank, records in ((0, zero), (2, two)):
         assert len(records) > 1
         assert all(f"rank {rank} has waited" in text for text in records)
-        assert all("(gathering) for ranks 1, which" in text for text in records)
+        assert all("(gathering) for ranks that have not" in text for text in records)
+        assert all("point: 1 (running prompt 3); every" in text for text in records)
     assert one == []
 
 
@@ -124,7 +127,7 @@ def fail_between_batches(world):
     try:
         with process_group(world) as group:
             group.enter("running")
-            group.wait_for_peers("start")
+            group.wait_for_peers()
             if group.group_rank == 0:
                 raise MemoryError("out of memory")
             while True:  # a rank in its own long work
@@ -199,7 +202,7 @@ def join_twice(world):
         again = replace(world, restart_count=attempt)
         with process_group(again) as group:
             total = group.add("images", 1)
-            group.wait_for_peers("all")
+            group.wait_for_peers()
             assert group.all_gather_object(attempt) == [attempt] * 2
             assert total <= 2
     return True
@@ -246,7 +249,7 @@ def borrow_the_whole_world(world):
     mine = dist.group.WORLD
     with process_group(world) as group:
         gathered = group.all_gather_object(world.rank)
-        same = group.device_group is mine
+        same = group.object_group is mine
     still_works = torch.ones(1)
     dist.all_reduce(still_works)
     return gathered, same, dist.is_initialized(), still_works.item()
@@ -266,7 +269,7 @@ def borrow_part_of_the_world(group):
     for _ in range(3):  # as a training loop does after every epoch
         ranks = Group.borrow(mine)
         told.append(ranks.all_gather_object(ranks.world.rank))
-    assert [ranks.global_rank(k) for k in range(2)] == told[0]
+    assert list(ranks.ranks) == told[0]
     return told
 
 
@@ -279,8 +282,8 @@ def borrow_a_failure(group):
     if ranks.group_rank == 0:
         ranks.report_failure(ValueError("mine"))
     with pytest.raises(RankError, match="rank 0 failed while starting: ValueError: mine"):
-        ranks.wait_for_peers("somewhere") if ranks.group_rank else ranks.check_peers()
-    Group.borrow().wait_for_peers("the next call starts anew")
+        ranks.wait_for_peers() if ranks.group_rank else ranks.check_peers()
+    Group.borrow().wait_for_peers()
     return True
 
 
@@ -307,10 +310,10 @@ def meet_while_a_thread_counts(group):
     threads = [threading.Thread(target=group.add, args=("done",)) for _ in range(20)]
     for thread in threads:
         thread.start()
-    group.wait_for_peers("middle")
+    group.wait_for_peers()
     for thread in threads:
         thread.join()
-    group.wait_for_peers("end")
+    group.wait_for_peers()
     return group.add("done", 0)
 
 

@@ -26,7 +26,7 @@ def show(group, num_images, shown):
     with Progress(group, total=20, finished=8, stream=shown) as bar:
         for k in range(num_images):
             bar.made(1, failed=int(k == 0))
-        group.wait_for_peers("all made")
+        group.wait_for_peers()
         wanted = f"{8 + num_images * group.group_size} of 20 images"
         while group.group_rank == 0 and wanted not in shown.getvalue():
             time.sleep(0.01)

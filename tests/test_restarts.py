@@ -1,6 +1,7 @@
 """Jobs whose processes are killed, stopped or restarted: real processes, the command line's way."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import re
@@ -11,7 +12,8 @@ import pytest
 
 from ddinfer.cli.status import lines_of, status_of
 from ddinfer.distributed.process import COPY_SECONDS
-from ddinfer.job.watchdog import BEAT_SECONDS, WARN_SECONDS
+from ddinfer.distributed.process_group import Group
+from ddinfer.job.watchdog import WARN_SECONDS, Watchdog
 from ddinfer.storage.files import Files
 from ddinfer.storage.lease import read_holder
 from ddinfer.storage.verify import verify
@@ -266,7 +268,7 @@ def test_library_functions_install_no_handlers(moody, tmp_path):
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-# --- standing still ----------------------------------------------------------------------------
+# --- stalls -------------------------------------------------------------------------------------
 
 
 def rank_processes(launcher):
@@ -303,25 +305,50 @@ def test_a_stalled_rank_shows_where_each_of_its_threads_is(moody, tmp_path):
     assert verify(Files(), str(tmp_path / "out")).is_good
 
 
+def test_a_rank_that_stalls_inside_a_c_call_ends_too(moody, tmp_path):
+    """It holds the interpreter: no Python thread of that process can run."""
+    prompts = ["a", "b", f"stall {tmp_path / 'held'}", "c"]
+    more = ["--nproc_per_node=2", "--stuck_timeout=4", "--max_restarts=1"]
+    done = run([*MAIN, *job(moody, tmp_path, prompts, *more)])
+    assert done.returncode == 0, done.stderr
+    assert "rank 1 failed while running prompt 2" in done.stderr
+    assert "no progress for 4 s (--stuck_timeout), inside a C call; restart 1 of 1" in done.stderr
+    assert re.search(r"line \d+ in hold_interpreter\b", done.stderr), "the stacks say where"
+    assert verify(Files(), str(tmp_path / "out")).is_good
+
+
 @pytest.mark.nightly
-def test_a_rank_that_stands_still_for_a_minute_is_named(moody, tmp_path):
-    """As it comes, without options: a warning and no more. Once it moves, the job ends well."""
+def test_a_rank_that_stalls_for_a_minute_is_named(moody, tmp_path):
+    """Without options: a warning with the stacks and no more. The job ends well once it goes on."""
     prompts = ["a", f"wait {tmp_path / 'first'}", "b", f"wait {tmp_path / 'second'}"]
     process = start([*MAIN, *job(moody, tmp_path, prompts, "--nproc_per_node=2")])
-    wait_until(process, (tmp_path / "first.waiting").exists)
     wait_until(process, (tmp_path / "second.waiting").exists)
-    rank = rank_processes(process)[1]
-    os.kill(rank, signal.SIGSTOP)
-    stopped = time.monotonic()
-    said = wait_for_words(process, "rank 1 has been running prompt 3 ", "without a step")
-    assert time.monotonic() - stopped >= WARN_SECONDS - 2 * BEAT_SECONDS
+    stalled = time.monotonic()
+    said = wait_for_words(process, "rank 1 has been running prompt 3 ", "without a step", "in hold")
+    assert time.monotonic() - stalled >= WARN_SECONDS - 2
     assert re.search(r"rank 1 has been running prompt 3 \(id \S+\) for 6\d s without a step", said)
-    os.kill(rank, signal.SIGCONT)
     (tmp_path / "first").touch()
     (tmp_path / "second").touch()
     code, err = end(process)
     assert code == 0, said + err
     assert is_whole(tmp_path)
+
+
+@pytest.mark.nightly
+def test_a_rank_that_is_suspended_for_a_minute_is_named_by_the_others(moody, tmp_path):
+    process = start(
+        [*MAIN, *job(moody, tmp_path, ["a", f"wait {tmp_path / 'gate'}"], "--nproc_per_node=2")]
+    )
+    wait_until(process, (tmp_path / "gate.waiting").exists)
+    rank = rank_processes(process)[1]
+    os.kill(rank, signal.SIGSTOP)
+    said = wait_for_words(
+        process, "rank 1 has been running prompt 1 ", "(suspended by SIGSTOP) for 6"
+    )
+    os.kill(rank, signal.SIGCONT)
+    (tmp_path / "gate").touch()
+    code, err = end(process)
+    assert code == 0, said + err
 
 
 def test_a_slow_rank_alone_ends_no_job(moody, tmp_path):
@@ -333,24 +360,20 @@ def test_a_slow_rank_alone_ends_no_job(moody, tmp_path):
 
 
 def test_a_denoiser_is_heard(tmp_path):
-    from ddinfer.distributed.process_group import Group
     from ddinfer.engines.whole import WholeEngine
-    from ddinfer.job.watchdog import Heartbeat
     from ddinfer.models.loading import load_pipeline
     from tests.tiny_pipelines import call_arguments, tiny_pipeline
 
     pipe = load_pipeline(tiny_pipeline("sd", tmp_path))
-    heartbeat = Heartbeat(Group.alone())
-    WholeEngine(pipe).set_progress_listener(heartbeat)
+    watchdog = Watchdog(Group.alone())
+    WholeEngine(pipe).set_progress_listener(watchdog)
     pipe("a cat", **{**call_arguments("sd"), "num_inference_steps": 3})
-    assert heartbeat.count == 3 + 1, "three steps and one decoding"
-    assert heartbeat.is_decoding
+    assert watchdog.count == 3 + 1, "three steps and one decoding"
+    assert watchdog.is_decoding
 
 
 def test_both_denoisers_of_a_pipeline_are_heard(tmp_path):
-    from ddinfer.distributed.process_group import Group
     from ddinfer.engines.whole import WholeEngine
-    from ddinfer.job.watchdog import Heartbeat
     from ddinfer.models.loading import denoisers, load_pipeline
     from tests.tiny_pipelines import call_arguments, tiny_pipeline
 
@@ -358,38 +381,45 @@ def test_both_denoisers_of_a_pipeline_are_heard(tmp_path):
     pipe.register_modules(transformer_2=load_pipeline(tiny_pipeline("wan", tmp_path)).transformer)
     pipe.register_to_config(boundary_ratio=0.5)  # Wan 2.2: the second one takes the later steps
     assert list(denoisers(pipe)) == ["transformer", "transformer_2"]
-    heartbeat = Heartbeat(Group.alone())
-    WholeEngine(pipe).set_progress_listener(heartbeat)
+    watchdog = Watchdog(Group.alone())
+    WholeEngine(pipe).set_progress_listener(watchdog)
     steps = [0]
     pipe.transformer_2.register_forward_pre_hook(lambda *_: steps.append(1))
     pipe("a cat", output_type="latent", **{**call_arguments("wan"), "num_inference_steps": 8})
     assert sum(steps) > 0
-    assert heartbeat.count == 8 * 2, "every step, with and without the negative prompt"
+    assert watchdog.count == 8 * 2, "every step, with and without the negative prompt"
 
 
-def test_silence_is_a_word_and_an_activity_that_stay_the_same():
-    from ddinfer.job.watchdog import _Watch
+def test_only_a_busy_rank_whose_state_does_not_change_is_stalled(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ddinfer.job.watchdog.time.monotonic", lambda: now[0])
+    ended = []
+    monkeypatch.setattr("ddinfer.job.watchdog.exit_now", ended.append)
+    group = Group.alone()
+    watchdog = Watchdog(group, stuck_timeout=30)
 
-    watch = _Watch()
+    def is_stalled_after(seconds):
+        now[0] += seconds
+        watchdog._check_self()
+        return bool(ended)
 
-    def silence(word, activity):
-        watch.since -= 30  # half a minute goes by
-        return watch.silence(word, activity)
-
-    assert silence(None, "running prompt 3") < 1, "it has begun to run"
-    assert silence(None, "running prompt 3") >= 30, "frozen before its first word"
-    assert silence(b"0 running prompt 3", "running prompt 3") < 1, "its first word"
-    assert silence(b"0 running prompt 3", "running prompt 3") >= 30
-    assert silence(b"0 running prompt 3", "gathering") < 1, "the word is late"
-    assert silence(b"0 gathering", "gathering") == 0, "it waits for others"
-    assert silence(b"0 gathering", "gathering") == 0
-
-
-def test_a_rank_that_stands_still_while_it_decodes_is_said_to_decode():
-    from ddinfer.job.watchdog import _Watch
-
-    watch = _Watch()
-    watch.silence(b"7 decoding prompt 3", "running prompt 3")
-    assert watch.doing == "decoding prompt 3"
-    watch.silence(b"7 decoding prompt 3", "running prompt 4")
-    assert watch.doing == "running prompt 4", "a word of before"
+    group.enter("running", "prompt 3")
+    try:
+        assert not is_stalled_after(1)
+        assert not is_stalled_after(29)
+        watchdog.steps()
+        assert not is_stalled_after(29)
+        group.enter("gathering")
+        assert not is_stalled_after(1000), "it waits for others"
+        group.enter("saving")
+        assert not is_stalled_after(1)
+        watchdog.waits()
+        assert not is_stalled_after(1000), "it waits for others"
+        watchdog.decodes()
+        with watchdog.awaiting():
+            assert not is_stalled_after(1)
+            assert not is_stalled_after(59), "the stage that it awaits is given up first"
+            assert is_stalled_after(1)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    assert group.first_failure().record.message == "no progress for 30 s (--stuck_timeout)"

@@ -113,11 +113,9 @@ def _run_here(config: JobConfig, retry_failed: bool) -> int:
         from ddinfer.cli.summary import print_summary
         from ddinfer.distributed.world import World
         from ddinfer.job.run import run_job
-        from ddinfer.job.watchdog import print_stacks_on_request
 
         world = World.detect(config.device, gpus_per_rank=config.gpus_per_rank)
         configure_logging(world.rank)
-        print_stacks_on_request()
         report = run_job(config, world, retry_failed=retry_failed, stop=stop)
     if world.rank == 0:
         print_summary(report, as_json=config.json)
@@ -163,10 +161,8 @@ def run_on_rank(
     """Run the job on a rank that `launch` has started."""
     from ddinfer.job.run import run_job
     from ddinfer.job.shutdown import ShutdownRequest
-    from ddinfer.job.watchdog import print_stacks_on_request
 
     stop = ShutdownRequest(config.grace_seconds, verbose=world.rank == 0, launcher_kills=True)
     with stop.on_signals():
         configure_logging(world.rank)
-        print_stacks_on_request()
         return run_job(config, world, stdin=stdin, retry_failed=retry_failed, stop=stop)

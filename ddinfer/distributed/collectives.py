@@ -75,7 +75,7 @@ def require_same(
         raise failure
     if failed:
         rank, first, code = failed[0]
-        raise RankError(group.global_rank(rank), group.phase, first, exit_code=code) from failure
+        raise RankError(group.ranks[rank], group.phase, first, exit_code=code) from failure
     _raise_if_differing(group, what, [value for _, _, value in told])
 
 
@@ -84,7 +84,7 @@ def _raise_if_differing(group: Group, what: str, hashes: Sequence[str]) -> None:
         return
     holders: dict[str, list[int]] = {}
     for group_rank, each in enumerate(hashes):
-        holders.setdefault(each, []).append(group.global_rank(group_rank))
+        holders.setdefault(each, []).append(group.ranks[group_rank])
     found = "; ".join(f"{_ranks(ranks)}: {each}" for each, ranks in holders.items())
     raise UsageError(f"every rank must be given the same {what}, but they differ: {found}")
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from ddinfer.distributed.devices import Gpus, openmp_environment, resolve_num_threads
 from ddinfer.distributed.preload import SETUP, restore_environment
 from ddinfer.distributed.rank import RankTask
+from ddinfer.distributed.store import loopback_interfaces, loopback_store
 from ddinfer.distributed.supervise import CudaLost, Supervisor
 from ddinfer.distributed.world import (
     World,
@@ -28,18 +29,6 @@ from ddinfer.distributed.world import (
 from ddinfer.errors import UsageError
 
 StartMethod = Literal["auto", "forkserver", "spawn"]
-
-#: What torchrun sets for its ranks. A nested launch must not hand it on: with
-#: ``TORCHELASTIC_USE_AGENT_STORE`` left in, nobody would host the new store.
-TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
-TORCHRUN_NAMES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 
 @dataclass(frozen=True)
@@ -85,14 +74,14 @@ def plan_launch(
     wanted = count_ranks(nproc_per_node, gpus)
     if outer.is_launched and (outer.world_size > 1 or outer.num_nodes > 1):
         return _join(outer, wanted)
-    if outer.is_launched and wanted is None:
-        pick_device(device, 0, 1, gpus_per_rank, environ, gpus)
-        return LaunchPlan("join", 1, _idle_note(gpus, device, gpus_per_rank))
     num_ranks = default_ranks(device, gpus, gpus_per_rank) if wanted is None else wanted
+    if outer.is_launched and wanted is None:
+        note = _idle_note(gpus, num_ranks, gpus_per_rank)
+        num_ranks = 1
+    else:
+        note = ""
     pick_device(device, 0, num_ranks, gpus_per_rank, environ, gpus)
-    if outer.is_launched and num_ranks == 1:
-        return LaunchPlan("join", 1)
-    return LaunchPlan("start", num_ranks)
+    return LaunchPlan("join" if outer.is_launched and num_ranks == 1 else "start", num_ranks, note)
 
 
 def count_ranks(nproc_per_node: str | int | None, gpus: Gpus) -> int | None:
@@ -197,20 +186,21 @@ def launch(
         with supervisor.handling_signals(handle_signals), supervisor.ending_all():
             if context is forkserver:
                 start_forkserver(preload, before_fork, openmp)
-            # torch is imported here while the server does the same.
-            from ddinfer.distributed.store import loopback_store
-
-            store = loopback_store()
-            base = {**_loopback_interfaces(), **_without_torchrun(os.environ), **openmp}
-            environments = [
-                base | rank_environment(rank, num_ranks, store.port, run_id, restart_count)
+            store = loopback_store()  # imports torch, while the forkserver does the same
+            environment = {**os.environ, **loopback_interfaces(), **openmp}
+            tasks = [
+                RankTask(
+                    rank,
+                    environment
+                    | rank_environment(rank, num_ranks, store.port, run_id, restart_count),
+                    payload,
+                    device,
+                    gpus_per_rank,
+                    num_threads,
+                )
                 for rank in range(num_ranks)
             ]
-            tasks = [
-                RankTask(rank, environment, payload, device, gpus_per_rank, num_threads)
-                for rank, environment in enumerate(environments)
-            ]
-            supervisor.watch_through(store, f"ddinfer/{run_id}/{restart_count}", num_ranks)
+            supervisor.watch_through(store, f"ddinfer/{run_id}/{restart_count}/peers", num_ranks)
             with _environment_of_children(openmp):
                 supervisor.start(context, tasks)
             return supervisor.wait()
@@ -304,21 +294,6 @@ def rank_environment(
     }
 
 
-def _loopback_interfaces() -> dict[str, str]:
-    """gloo and NCCL read these once, when a group is made."""
-    interface = "lo" if sys.platform == "linux" else "lo0"
-    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-
-
-def _without_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment as it was before a launcher made this process one of its ranks."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name not in TORCHRUN_NAMES and not name.startswith(TORCHRUN_PREFIXES)
-    }
-
-
 def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     try:
         payload = pickle.dumps((fn, args))
@@ -347,13 +322,12 @@ def _join(outer: World, wanted: int | None) -> LaunchPlan:
     return LaunchPlan("join", outer.world_size)
 
 
-def _idle_note(gpus: Gpus, device: str, gpus_per_rank: int) -> str:
-    kind, index = parse_device(device)
-    idle = gpus.usable - gpus_per_rank
-    if kind == "cpu" or index is not None or idle < gpus_per_rank:
+def _idle_note(gpus: Gpus, num_fitting: int, gpus_per_rank: int) -> str:
+    """A note where torchrun started one rank and more would fit on the GPUs."""
+    if num_fitting == 1:
         return ""
-    ranks = gpus.usable // gpus_per_rank
+    idle = gpus.usable - gpus_per_rank
     return (
         f"torchrun started one rank and this machine has {gpus.usable} GPUs, so that {idle} "
-        f"{'is' if idle == 1 else 'are'} idle; --nproc_per_node={ranks} uses all"
+        f"{'is' if idle == 1 else 'are'} idle; --nproc_per_node={num_fitting} uses all"
     )

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ddinfer.distributed.peers import rank_error
 from ddinfer.distributed.process import end_with_parent, exit_now
-from ddinfer.errors import EXIT_BUG, EXIT_INTERRUPTED, ErrorRecord, RankError, exit_code_of
+from ddinfer.errors import EXIT_BUG, EXIT_INTERRUPTED, RankError
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,12 @@ class Outcome:
     """How ``fn`` ended on a rank.
 
     Attributes:
-        error: what it raised.
-        exit_code: that the command line would end with.
-        caused_by: the `RankError` it raised, which reports another rank's failure.
+        error: what it raised, which may be the failure of another rank.
         lost_cuda: it was not called: the process was forked after CUDA had been initialized.
     """
 
     value: Any = None
-    error: ErrorRecord | None = None
-    exit_code: int = 0
-    caused_by: RankError | None = None
+    error: RankError | None = None
     lost_cuda: bool = False
 
 
@@ -75,7 +72,7 @@ def run_rank(launcher: Connection, streams: Sequence[Connection]) -> None:
             os.dup2(stream.fileno(), fd)
         launcher.send_bytes(pickle.dumps(os.getppid()))
         task: RankTask = pickle.loads(launcher.recv_bytes())
-        launcher.send_bytes(_pickled(_run(task)))
+        launcher.send_bytes(_pickled(_run(task), task.rank))
         exit_code = 0
     except KeyboardInterrupt:
         exit_code = 130
@@ -109,12 +106,8 @@ def _run(task: RankTask) -> Outcome:
         fn, args = pickle.loads(task.payload)
         world = World.detect(task.device, gpus_per_rank=task.gpus_per_rank)
         return Outcome(fn(world, *args))
-    except RankError as error:
-        if error.rank == task.rank:
-            return Outcome(error=ErrorRecord.of(error), exit_code=error.exit_code)
-        return Outcome(exit_code=error.exit_code, caused_by=error)
     except BaseException as error:  # noqa: BLE001 - sent to the launcher, which raises it
-        return Outcome(error=ErrorRecord.of(error), exit_code=exit_code_of(error))
+        return Outcome(error=rank_error(task.rank, "", error))
 
 
 def _cuda_is_lost() -> bool:
@@ -131,10 +124,10 @@ def _cuda_is_lost() -> bool:
     return False
 
 
-def _pickled(outcome: Outcome) -> bytes:
+def _pickled(outcome: Outcome, rank: int) -> bytes:
     try:
         return pickle.dumps(outcome)
     except Exception as error:  # noqa: BLE001 - whatever pickle meets in the value
         kind = type(outcome.value).__name__
         problem = TypeError(f"a rank must return what can be pickled, not this {kind}: {error}")
-        return pickle.dumps(Outcome(error=ErrorRecord.of(problem), exit_code=EXIT_BUG))
+        return pickle.dumps(Outcome(error=rank_error(rank, "", problem)))

@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,12 @@ def announce_address(world: World, store: Store) -> None:
         store.set(_ADDRESS, address)
 
 
+def loopback_interfaces() -> dict[str, str]:
+    """What gloo and NCCL read when a group is created."""
+    interface = "lo" if sys.platform == "linux" else "lo0"
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+
+
 @contextlib.contextmanager
 def network_interface(world: World, store: Store) -> Iterator[None]:
     """Choose where gloo and NCCL listen, unless the environment has. After `announce_address`.
@@ -91,10 +97,9 @@ def network_interface(world: World, store: Store) -> Iterator[None]:
     On one machine they listen on loopback. On several gloo listens where the machine's own name
     resolves to; where that is loopback, it is given the interface that reaches the other machines.
     """
-    chosen: dict[str, str | None] = {}
+    chosen: Mapping[str, str | None] = {}
     if world.num_nodes == 1:
-        loopback = "lo" if os.path.isdir("/sys/class/net/lo") else "lo0"
-        chosen = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+        chosen = loopback_interfaces()
     elif _own_name_is_loopback():
         host, _, port = world.store_address.rpartition(":")
         address = _own_address(host, int(port))

@@ -15,10 +15,15 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ddinfer.distributed.peers import EXIT_REPORT_SECONDS, Failure, PeerStatus, start_time
-from ddinfer.distributed.process import COPY_SECONDS, stop_signals
+from ddinfer.distributed.peers import (
+    EXIT_REPORT_SECONDS,
+    PeerStatus,
+    ends_the_job,
+    is_reported_by_peer,
+)
+from ddinfer.distributed.process import COPY_SECONDS, is_running, stop_signals
 from ddinfer.distributed.rank import Outcome, RankTask, run_rank
-from ddinfer.errors import EXIT_INTERRUPTED, DdinferError, ErrorRecord, UsageError
+from ddinfer.errors import EXIT_INTERRUPTED, DdinferError, ErrorRecord, RankError, UsageError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -27,9 +32,8 @@ if TYPE_CHECKING:
 FAILURE_GRACE_SECONDS = 5.0
 #: Seconds between SIGTERM and SIGKILL.
 TERMINATE_SECONDS = 5.0
-#: Seconds after SIGKILL until a rank that still has not ended is left to the kernel.
+#: Seconds after SIGKILL until a rank that hangs in the kernel is left there.
 UNKILLABLE_SECONDS = 30.0
-ABANDON = 0
 
 #: What multiprocessing reports of a process whose forkserver has ended.
 FORKSERVER_LOST = 255
@@ -63,11 +67,7 @@ class _Rank:
     task: RankTask
     parent: int | None = None
     outcome: Outcome | None = None
-    exitcode: int | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        return self.exitcode is not None
+    has_ended: bool = False
 
     def signal(self, number: int) -> None:
         if self.process.pid is not None and not self.has_ended:
@@ -82,35 +82,24 @@ class _Rank:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def _ends_soon(pid: int | None) -> bool:
-    """Whether a process has ended; its files are closed a moment before that shows."""
-    deadline = time.monotonic() + 1.0
-    while pid is not None and start_time(pid) is not None:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 class Supervisor:
-    """The ranks of one launch, from their start until nothing of them is left."""
+    """The ranks of one launch, from their start until nothing of them is left. See `launch`."""
 
     def __init__(
         self,
         on_failure: Literal["terminate", "finish"],
         grace_seconds: float,
-        on_death: Callable[[int, int], object] = lambda rank, number: None,
+        on_death: Callable[[int, int], object],
     ):
-        self.on_death = on_death
-        self.on_failure, self.grace_seconds = on_failure, grace_seconds
-        self.board: PeerStatus | None = None
+        self.on_failure, self.grace_seconds, self.on_death = on_failure, grace_seconds, on_death
+        self.peers: PeerStatus | None = None
         self.ranks: list[_Rank] = []
-        self.failure: Failure | None = None
-        self.reported_by_peer: Failure | None = None
+        self.failure: RankError | None = None
         self.stopped_by: int | None = None
-        self.is_ending = False
         self._stopped_at = 0.0
-        self._pending_signals: list[tuple[float, int]] = []  # when to send which
+        self._has_signalled = False
+        self._scheduled: list[tuple[float, signal.Signals]] = []  # when to send which
+        self._give_up_at: float | None = None
         self._received: list[int] = []
         self._wakeup: list[int] = []
         self._is_starting = False
@@ -119,10 +108,9 @@ class Supervisor:
         """Read what the ranks are doing from the store that is hosted for them."""
         from torch.distributed import PrefixStore
 
-        board_store = PrefixStore("board", PrefixStore(prefix, store))
-        self.board = PeerStatus(board_store, range(num_ranks))
+        self.peers = PeerStatus(PrefixStore(prefix, store), range(num_ranks))
         if self.on_failure == "finish":
-            self.board.set_continue_on_failure()
+            self.peers.set_continue_on_failure()
 
     def start(self, context: ForkServerContext | SpawnContext, tasks: Sequence[RankTask]) -> None:
         """Start the ranks. A signal meanwhile ends those that have started."""
@@ -148,14 +136,16 @@ class Supervisor:
                 stream.close()
 
     def wait(self) -> list[Any]:
-        """Wait for all ranks → what each returned. See `launch`."""
+        """Wait for all ranks → what each returned."""
         self._handle_signals()
-        while not all(rank.has_ended for rank in self.ranks):
+        while living := [rank for rank in self.ranks if not rank.has_ended]:
+            if self._give_up_at is not None and time.monotonic() > self._give_up_at:
+                break
             try:
-                self._turn()
+                self._wait_for_next(living)
             except KeyboardInterrupt:
                 self.stop(signal.SIGINT)
-        return self._conclude()
+        return self._values()
 
     @contextlib.contextmanager
     def ending_all(self) -> Iterator[None]:
@@ -166,15 +156,16 @@ class Supervisor:
             for rank in self.ranks:
                 rank.kill_group()
             for rank in self.ranks:
-                rank.process.join(UNKILLABLE_SECONDS if not rank.has_ended else 0)
+                rank.process.join(UNKILLABLE_SECONDS if self._give_up_at is None else 0)
                 rank.pipe.close()
 
-    def _turn(self) -> None:
-        now = time.monotonic()
-        while self._pending_signals and self._pending_signals[0][0] <= now:
-            self._end_by(self._pending_signals.pop(0)[1])
-        timeout = max(0.0, self._pending_signals[0][0] - now) if self._pending_signals else None
-        living = [rank for rank in self.ranks if not rank.has_ended]
+    def _wait_for_next(self, living: Sequence[_Rank]) -> None:
+        """Take what the ranks send next, and send the signals that are due."""
+        while self._scheduled and self._scheduled[0][0] <= time.monotonic():
+            self._signal(self._scheduled.pop(0)[1])
+        times = [when for when, _ in self._scheduled]
+        times += [] if self._give_up_at is None else [self._give_up_at]
+        timeout = max(0.0, min(times) - time.monotonic()) if times else None
         pipes = {rank.pipe: rank for rank in living if not rank.pipe.closed}
         sentinels = {rank.process.sentinel: rank for rank in living}
         ready = wait([*self._wakeup, *pipes, *sentinels], timeout)
@@ -187,10 +178,6 @@ class Supervisor:
                 self._receive(pipes[each])
             elif each in sentinels:
                 self._on_end(sentinels[each])
-
-    def _handle_signals(self) -> None:
-        while self._received:
-            self.stop(self._received.pop(0))
 
     def _receive(self, rank: _Rank) -> None:
         """Take one message of a rank: that it is ready, then its `Outcome`."""
@@ -209,99 +196,83 @@ class Supervisor:
         rank.outcome = message
         if message.lost_cuda:
             raise CudaLost()
-        if message.caused_by is not None:
-            self._on_peer_report(Failure.of(rank.number, "", message.caused_by))
-        elif message.error is not None:
-            phase, code = self._phase_of(rank.number), message.exit_code
-            self._fail(Failure(rank.number, phase, message.error, exit_code=code))
+        error = message.error
+        if error is None:
+            return
+        if error.rank == rank.number:
+            phase = self._activity_of(rank)
+            self._fail(RankError(error.rank, phase, error.record, exit_code=error.exit_code))
+        else:  # it ended because of a peer, whose own report may be on its way
+            self._schedule_termination()
 
     def _on_end(self, rank: _Rank) -> None:
         while not rank.pipe.closed and rank.pipe.poll():
             self._receive(rank)
         rank.process.join()
         code = rank.process.exitcode
-        assert code is not None
-        rank.exitcode = code
+        rank.has_ended = True
         rank.kill_group()
-        if rank.outcome is None and not self.is_ending:
-            record = None
-            if code == FORKSERVER_LOST and _ends_soon(rank.parent):
-                record = ErrorRecord(
-                    "ForkserverDied", "the process that forks the ranks was killed"
-                )
-            self._fail(Failure(rank.number, self._phase_of(rank.number), record, exitcode=code))
-            requested = self.stopped_by is not None or (self.failure and self.failure.ends_the_job)
-            if code < 0 and not requested:
-                self.on_death(rank.number, -code)
+        if rank.outcome is not None or self._has_signalled:
+            return
+        record = None
+        if code == FORKSERVER_LOST and _ends_soon(rank.parent):
+            record = ErrorRecord("ForkserverDied", "the process that forks the ranks was killed")
+        self._fail(RankError(rank.number, self._activity_of(rank), record, exitcode=code))
+        is_requested = self.failure is not None and ends_the_job(self.failure)
+        if code is not None and code < 0 and not is_requested:
+            self.on_death(rank.number, -code)
 
-    def _phase_of(self, rank: int) -> str:
-        assert self.board is not None
-        return self.board.activity_of(rank) or "starting"
+    def _activity_of(self, rank: _Rank) -> str:
+        assert self.peers is not None
+        return self.peers.activity_of(rank.number) or "starting"
 
-    def _fail(self, failure: Failure) -> None:
+    def _fail(self, failure: RankError) -> None:
         if self.failure is None and self.stopped_by is None:
-            assert self.board is not None
-            first = self.board.post_failure(failure)
-            # A peer that missed a dead rank cannot know how it died.
-            guessed = first.rank == failure.rank and first.is_guess
-            self.failure = failure if guessed else first
+            assert self.peers is not None
+            first = self.peers.post_failure(failure)
+            is_vague = first.rank == failure.rank and is_reported_by_peer(first)
+            self.failure = failure if is_vague else first
             self._schedule_termination()
 
-    def _on_peer_report(self, failure: Failure) -> None:
-        """A rank ended because of another one, whose own report may be on its way."""
-        self.reported_by_peer = self.reported_by_peer or failure
-        self._schedule_termination()
-
     def _schedule_termination(self) -> None:
-        ends = self.failure is not None and self.failure.ends_the_job
-        if self._pending_signals or self.is_ending or (self.on_failure == "finish" and not ends):
+        ends = self.failure is not None and ends_the_job(self.failure)
+        if self._scheduled or self._has_signalled or (self.on_failure == "finish" and not ends):
             return
         first = time.monotonic() + max(FAILURE_GRACE_SECONDS, EXIT_REPORT_SECONDS + 1)
-        last = first + TERMINATE_SECONDS
-        self._pending_signals = [(first, signal.SIGTERM), (last, signal.SIGKILL)]
+        self._scheduled = [(first, signal.SIGTERM), (first + TERMINATE_SECONDS, signal.SIGKILL)]
 
     def stop(self, number: int) -> None:
         """A signal asks for the end: ranks receive it once; a second request kills them."""
         now = time.monotonic()
-        if self.stopped_by is not None:
-            if now - self._stopped_at >= COPY_SECONDS:
-                self._pending_signals = [(now, signal.SIGKILL)]
-            return
-        self.stopped_by, self._stopped_at = number, now
-        self._signal(number)
-        self._pending_signals = [(now + self.grace_seconds, signal.SIGKILL)]
+        if self.stopped_by is None:
+            self.stopped_by, self._stopped_at = number, now
+            self._signal(signal.Signals(number))
+            self._scheduled = [(now + self.grace_seconds, signal.SIGKILL)]
+        elif now - self._stopped_at >= COPY_SECONDS:
+            self._scheduled = [(now, signal.SIGKILL)]
 
-    def _end_by(self, number: int) -> None:
-        self.is_ending = True
-        if number != ABANDON:
-            self._signal(number)
-            return
-        for rank in self.ranks:
-            if not rank.has_ended:
-                rank.exitcode = -signal.SIGKILL
-
-    def _signal(self, number: int) -> None:
+    def _signal(self, number: signal.Signals) -> None:
+        self._has_signalled = True
         for rank in self.ranks:
             rank.signal(number)
         if number == signal.SIGKILL:
-            # Only a process that hangs in the kernel does not end by it.
-            self._pending_signals = [(time.monotonic() + UNKILLABLE_SECONDS, ABANDON)]
+            self._give_up_at = time.monotonic() + UNKILLABLE_SECONDS
 
-    def _conclude(self) -> list[Any]:
-        outcomes = [rank.outcome for rank in self.ranks]
-        if self.stopped_by is not None:
-            if outcomes and all(o and o.error is None and o.caused_by is None for o in outcomes):
-                return [o.value for o in outcomes if o is not None]
+    def _values(self) -> list[Any]:
+        """What the ranks returned; raises if one failed or a signal ended them."""
+        outcomes = [rank.outcome for rank in self.ranks if rank.outcome is not None]
+        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        is_complete = bool(outcomes) and len(outcomes) == len(self.ranks) and not errors
+        if self.stopped_by is not None and not is_complete:
             if self.stopped_by == signal.SIGINT:
                 raise KeyboardInterrupt
             name = signal.Signals(self.stopped_by).name
             raise Interrupted(
                 f"received {name}; the ranks have ended. Run the same command again to resume"
             )
-        failure = self.failure or self.reported_by_peer
-        if failure is not None:
-            raise failure.to_error()
-        return [o.value for o in outcomes if o is not None]
+        if self.stopped_by is None and (self.failure is not None or errors):
+            raise self.failure or errors[0]
+        return [outcome.value for outcome in outcomes]
 
     @contextlib.contextmanager
     def handling_signals(self, wanted: bool) -> Iterator[None]:
@@ -327,3 +298,17 @@ class Supervisor:
         self._received.append(number)
         if self._is_starting:
             raise _StartInterrupted
+
+    def _handle_signals(self) -> None:
+        while self._received:
+            self.stop(self._received.pop(0))
+
+
+def _ends_soon(pid: int | None) -> bool:
+    """Whether a process has ended; its files are closed a moment before that shows."""
+    deadline = time.monotonic() + 1.0
+    while pid is not None and is_running(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True

@@ -114,7 +114,7 @@ def first_rank_first(group: Any = None) -> Iterator[None]:
     ranks = Group.borrow(group)
     ranks.enter("going first" if ranks.group_rank == 0 else "waiting for the first rank")
     if ranks.group_rank > 0:
-        ranks.wait_for_peers(ranks.phase)
+        ranks.wait_for_peers()
         yield
         return
     try:
@@ -122,7 +122,7 @@ def first_rank_first(group: Any = None) -> Iterator[None]:
     except BaseException as error:
         ranks.report_failure(error)
         raise
-    ranks.wait_for_peers(ranks.phase)
+    ranks.wait_for_peers()
 
 
 def _place(group: Any) -> tuple[int, int]:
@@ -219,7 +219,7 @@ def _concatenable(parts: Sequence[Any], ranks: Group) -> list[Any]:
     shapes = {tuple(part.shape[1:]) for part in parts if len(part)} or {tuple(parts[0].shape[1:])}
     if len(shapes) > 1:
         found = ", ".join(
-            f"rank {ranks.global_rank(k)}: {tuple(part.shape)}"
+            f"rank {ranks.ranks[k]}: {tuple(part.shape)}"
             for k, part in enumerate(parts)
             if len(part)
         )

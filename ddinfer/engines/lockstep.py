@@ -83,7 +83,7 @@ class LockstepEngine:
         key = f"lockstep/{where}"
         try:
             self.ranks.add(key)
-            self.ranks.wait_for_peers(self.ranks.phase)
+            self.ranks.wait_for_peers()
             # The others are at the same place, or already at the next; else they never come.
             if self.ranks.add(key, 0) < number * self.ranks.group_size:
                 raise UsageError(

@@ -10,7 +10,7 @@ from typing import Any
 from ddinfer.config import JobConfig
 from ddinfer.distributed.launch import launch
 from ddinfer.errors import ENDS_THE_JOB, RankError, StorageError
-from ddinfer.job.watchdog import is_stuck
+from ddinfer.job.watchdog import explain, is_stalled
 from ddinfer.storage.crashes import record_deaths
 from ddinfer.storage.files import Files
 
@@ -58,11 +58,12 @@ def launch_with_restarts(
                 run_id=run_id,
                 restart_count=restarts,
             )
-        except RankError as error:
+        except RankError as rank_error:
+            error = explain(rank_error, config.stuck_timeout)
             _journal_crashes(config, attempt_id(run_id, restarts), deaths)
-            is_requested = error.exit_code in ENDS_THE_JOB and not is_stuck(error.record)
+            is_requested = error.exit_code in ENDS_THE_JOB and not is_stalled(error)
             if restarts == config.max_restarts or is_requested:
-                raise
+                raise error from None
             restarts += 1
             first = str(error).splitlines()[0]
             notify(f"{first}; restart {restarts} of {config.max_restarts}")

@@ -21,7 +21,7 @@ from ddinfer.job.assignment import Assignment
 from ddinfer.job.leader import Leader, RunReport
 from ddinfer.job.prepare import resolve_config
 from ddinfer.job.shutdown import ShutdownRequest
-from ddinfer.job.watchdog import Heartbeat
+from ddinfer.job.watchdog import Watchdog
 from ddinfer.request import Result
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_record import read_job
@@ -73,8 +73,8 @@ def run_job(
         group.enter("preparing")
         leader = Leader(config, world, stdin, retry_failed) if group.group_rank == 0 else None
         try:
-            with Heartbeat(group, config.stuck_timeout).beating() as heartbeat:
-                return _run(config, group, replica, leader, stop, heartbeat)
+            with Watchdog(group, config.stuck_timeout).watching() as watchdog:
+                return _run(config, group, replica, leader, stop, watchdog)
         except BaseException as error:
             if leader is not None:
                 leader.mark_stopped(error)
@@ -87,7 +87,7 @@ def _run(
     replica: Replica,
     leader: Leader | None,
     stop: ShutdownRequest,
-    heartbeat: Heartbeat,
+    watchdog: Watchdog,
 ) -> RunReport:
     assignments = None if leader is None else leader.assignments(replica.num_replicas)
     assignment: Assignment = group.scatter_object(
@@ -107,7 +107,7 @@ def _run(
     stages = replica.process_group() if len(replica.ranks) > 1 else None
     if not assignment.is_empty:  # else nothing needs a model
         engine = load_engine(assignment.model, config, group.world, replica, stages)
-        engine.set_progress_listener(heartbeat)
+        engine.set_progress_listener(watchdog)
     loaded = time.monotonic()
 
     with (

@@ -1,8 +1,9 @@
-"""Detecting stalls: a warning, or the end of an attempt, when a rank makes no progress.
+"""Detecting stalls: a rank that makes no progress is reported with its stacks, or ends.
 
-A thread on each rank writes the number of denoiser calls and the current phase to the store, over
-a connection of its own, and watches the next rank; the last rank watches the first. Being slow is
-not a stall: only a report that does not change counts, and that of a frozen process does not.
+A thread on each rank checks once a second whether the number of denoiser calls or the phase has
+changed. Being slow is not a stall, and neither is waiting for other ranks. Where a C call holds
+the interpreter, so that no thread can run, `faulthandler` prints the stacks and ends the process.
+A process that is suspended (SIGSTOP) is found by the other ranks on its machine.
 """
 
 from __future__ import annotations
@@ -14,57 +15,60 @@ import os
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from ddinfer.distributed.peers import Failure, PeerStatus, StoreLost
+from ddinfer.distributed.peers import StoreLost
 from ddinfer.distributed.process import exit_now
 from ddinfer.distributed.process_group import Group
-from ddinfer.errors import EXIT_INTERRUPTED, ErrorRecord
+from ddinfer.errors import EXIT_INTERRUPTED, ErrorRecord, RankError
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 1.0
+POLL_SECONDS = 1.0
 WARN_SECONDS = 60.0
-#: Phases in which a rank works; in any other it waits for ranks that may be slow. A rank that
-#: serves another's calls waits as well, and reports so repeatedly while it lives.
+#: Phases in which a rank works; in any other it waits for ranks that may be slow.
 BUSY = ("loading", "running", "saving")
 #: A rank that awaits the other stages of its model gets this many times their timeout, so that
 #: the stalled stage is found first.
-PATIENCE = 2
+AWAIT_FACTOR = 2
 #: The type in the error record of a stalled rank.
-STUCK = "RankStuck"
+STALLED = "RankStalled"
+#: The exit code of a process that `faulthandler` ends.
+FAULTHANDLER_EXIT_CODE = 1
 
 
-#: Makes a rank print the Python stacks of all its threads, also while it holds the interpreter.
-STACKS_SIGNAL = signal.SIGUSR1
-_prints_stacks = False
+@dataclass
+class _Timer:
+    """How long a state has not changed."""
+
+    state: object = None
+    since: float = field(default_factory=time.monotonic)
+    has_warned: bool = False
+
+    def seconds(self, state: object) -> float:
+        if state != self.state:
+            self.state, self.since, self.has_warned = state, time.monotonic(), False
+        return time.monotonic() - self.since
 
 
-def print_stacks_on_request() -> None:
-    """Let a stalled rank show where it is. Called by the command line, which may set handlers."""
-    global _prints_stacks
-    faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
-    _prints_stacks = True
-
-
-class Heartbeat:
-    """Reports the progress of this rank, and watches the next rank.
+class Watchdog:
+    """Watches the progress of this rank, whose engine calls these methods.
 
     Args:
-        stuck_timeout: seconds without a change after which the attempt ends; ``None``: never.
+        stuck_timeout: seconds without progress after which the rank ends; ``None``: never.
 
     Attributes:
-        count: bumped by every forward of the denoiser.
+        count: forwards of the denoiser and other signs of progress.
     """
 
     def __init__(self, group: Group, stuck_timeout: float | None = None):
         self.group, self.stuck_timeout = group, stuck_timeout
         self.count = 0
         self.is_decoding = self.is_waiting = self.is_awaiting = False
-        self._beats = 0
-        self._board: PeerStatus = group.second_board()
-        self._next = (group.group_rank + 1) % group.group_size
+        self._timers: defaultdict[int, _Timer] = defaultdict(_Timer)  # by global rank
         self._ended = threading.Event()
 
     def listen_to(self, pipe: Any) -> None:
@@ -80,8 +84,8 @@ class Heartbeat:
 
     def decodes(self) -> None:
         """The VAE starts to decode."""
-        self.count += 1
-        self.is_decoding, self.is_waiting = True, False
+        self.steps()
+        self.is_decoding = True
 
     def waits(self) -> None:
         """This rank waits for other ranks now, for as long as they take."""
@@ -98,113 +102,75 @@ class Heartbeat:
             self.count += 1
 
     @contextlib.contextmanager
-    def beating(self) -> Iterator[Heartbeat]:
-        if _prints_stacks:
-            self._board.set(f"stacks/{self.group.group_rank}", "1")
-        thread = threading.Thread(target=self._work, name="ddinfer-heartbeat", daemon=True)
+    def watching(self) -> Iterator[Watchdog]:
+        thread = threading.Thread(target=self._watch, name="ddinfer-watchdog", daemon=True)
         thread.start()
         try:
             yield self
         finally:
             self._ended.set()
             thread.join()
+            faulthandler.cancel_dump_traceback_later()
 
-    def _work(self) -> None:
-        # The main thread reports a lost store with more context.
-        with contextlib.suppress(StoreLost):
-            watch = _Watch()
-            while not self._ended.wait(BEAT_SECONDS):
-                self._board.set(f"beat/{self.group.group_rank}", self._word())
-                self._end_if_stuck()
-                word = self._board.read(f"beat/{self._next}")
-                activity = self._board.activity_of(self.group.global_rank(self._next))
-                self._judge(watch.silence(word, activity or ""), watch)
+    def _watch(self) -> None:
+        with contextlib.suppress(StoreLost):  # the main thread reports it with more context
+            while not self._ended.wait(POLL_SECONDS):
+                self._check_self()
+                self._check_suspended_peers()
 
-    def _word(self) -> str:
-        """``count activity``, which changes with any progress."""
-        activity = self.group.board.activity
-        self._beats += 1
-        if self.is_waiting and activity.startswith("running"):
-            return f"{self.count}+{self._beats} {activity.replace('running', 'serving', 1)}"
-        if self.is_awaiting and activity.startswith("running"):
-            return f"{self.count} {activity.replace('running', 'awaiting', 1)}"
-        if self.is_decoding and activity.startswith("running"):
+    def _check_self(self) -> None:
+        rank, activity = self.group.world.rank, self.group.activity
+        if self.is_decoding:
             activity = activity.replace("running", "decoding", 1)
-        return f"{self.count} {activity}"
-
-    def _judge(self, silence: float, watch: _Watch) -> None:
-        if watch.is_awaiting:
-            silence /= PATIENCE
-        if silence < min(WARN_SECONDS, self.stuck_timeout or WARN_SECONDS):
-            return
-        rank, activity = self.group.global_rank(self._next), watch.doing
-        if silence >= WARN_SECONDS and not watch.has_warned:
-            watch.has_warned = True
-            log.warning("rank %d has been %s for %.0f s without a step", rank, activity, silence)
-            self._request_stacks()
-        if self.stuck_timeout is not None and silence >= self.stuck_timeout:
-            text = f"no progress for {silence:.0f} s (--stuck_timeout)"
-            failure = Failure(rank, activity, ErrorRecord(STUCK, text), exit_code=EXIT_INTERRUPTED)
-            self._request_stacks()
-            self._board.post_failure(failure)
-            self._end_if_stuck()
-            if pid := self._board.process_here(self._next):
-                # A frozen process cannot end itself.
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-    def _request_stacks(self) -> None:
-        """Make the next rank print the stacks of its threads, if it is on this machine."""
-        pid = self._board.process_here(self._next)
-        if pid is not None and self._board.read(f"stacks/{self._next}") is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, STACKS_SIGNAL)
-            time.sleep(0.5)  # time to print before it is killed
-
-    def _end_if_stuck(self) -> None:
-        """End this process if it is the stalled one: its main thread cannot."""
-        failure = self._board.first_failure()
-        if failure is None or failure.rank != self.group.world.rank:
-            return
-        if is_stuck(failure.record):
+        is_idle = self.is_waiting or not self.group.activity.startswith(BUSY)
+        factor = AWAIT_FACTOR if self.is_awaiting else 1
+        timer = self._timers[rank]
+        seconds = timer.seconds(None if is_idle else (self.count, activity, factor)) / factor
+        if is_idle:
+            faulthandler.cancel_dump_traceback_later()
+        elif seconds < POLL_SECONDS / 2:  # it has made progress since the last check
+            limit = self.stuck_timeout or WARN_SECONDS
+            faulthandler.dump_traceback_later(
+                factor * limit + 3 * POLL_SECONDS, file=2, exit=self.stuck_timeout is not None
+            )
+        elif self._is_due(rank, activity, timer, seconds):
             exit_now(EXIT_INTERRUPTED)
 
+    def _check_suspended_peers(self) -> None:
+        for rank, process in self.group.peers_here().items():
+            timer = self._timers[rank]
+            seconds = timer.seconds(process.is_stopped)
+            activity = f"{self.group.activity_of(rank)} (suspended by SIGSTOP)"
+            if timer.state and self._is_due(rank, activity, timer, seconds):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
 
-class _Watch:
-    """How long the report of a rank has not changed.
-
-    Attributes:
-        word: of its thread; ``None`` before the first.
-        activity: as its main thread has put it on the board, which is newer than the last word of
-            a process that froze.
-    """
-
-    def __init__(self) -> None:
-        self.word: bytes | None = None
-        self.activity = ""
-        self.since = time.monotonic()
-        self.has_warned = False
-
-    @property
-    def is_awaiting(self) -> bool:
-        """Whether the rank waits for the other stages of its model."""
-        return b" awaiting" in (self.word or b"")
-
-    @property
-    def doing(self) -> str:
-        """The activity; decoding, where the last report says so."""
-        said = (self.word or b"").decode().partition(" ")[2]
-        is_same = said.partition(" ")[2] == self.activity.partition(" ")[2]
-        return said if is_same and said.startswith("decoding") else self.activity
-
-    def silence(self, word: bytes | None, activity: str) -> float:
-        """Seconds since the last change; 0 for a rank that waits for others."""
-        if (word, activity) != (self.word, self.activity):
-            self.word, self.activity = word, activity
-            self.since, self.has_warned = time.monotonic(), False
-        return time.monotonic() - self.since if activity.startswith(BUSY) else 0.0
+    def _is_due(self, rank: int, activity: str, timer: _Timer, seconds: float) -> bool:
+        """Warn of a stall, once; report its end as a failure → whether the rank must end."""
+        is_due = self.stuck_timeout is not None and seconds >= self.stuck_timeout
+        if not is_due and (seconds < WARN_SECONDS or timer.has_warned):
+            return False
+        timer.has_warned = True
+        log.warning("rank %d has been %s for %.0f s without a step", rank, activity, seconds)
+        if rank == self.group.world.rank:
+            faulthandler.dump_traceback(file=2)
+            if self.stuck_timeout is None:  # not twice
+                faulthandler.cancel_dump_traceback_later()
+        if is_due:
+            record = ErrorRecord(STALLED, f"no progress for {seconds:.0f} s (--stuck_timeout)")
+            self.group.post_failure(RankError(rank, activity, record, exit_code=EXIT_INTERRUPTED))
+        return is_due
 
 
-def is_stuck(record: ErrorRecord | None) -> bool:
+def explain(error: RankError, stuck_timeout: float | None) -> RankError:
+    """The error of a rank that `faulthandler` ended, as that of a stalled rank."""
+    if stuck_timeout is None or error.exitcode != FAULTHANDLER_EXIT_CODE:
+        return error
+    text = f"no progress for {stuck_timeout:.0f} s (--stuck_timeout), inside a C call"
+    record = ErrorRecord(STALLED, text)
+    return RankError(error.rank, error.phase, record, exit_code=EXIT_INTERRUPTED)
+
+
+def is_stalled(error: RankError) -> bool:
     """Whether a failure is that of a stalled rank."""
-    return record is not None and record.type == STUCK
+    return error.record is not None and error.record.type == STALLED
