@@ -37,6 +37,9 @@ ONE_TIME_OPTIONS = (
     "accept_versions",
 )
 
+#: What ``--dtype`` takes, for all components or by name.
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
 #: What ``--placement`` knows by name; anything else is a file.
 PLACEMENTS = ("auto", "balanced", "staged")
 
@@ -115,6 +118,10 @@ class JobConfig:
     # What to generate
     model: Annotated[Path | None, _arg("MODEL", "-m")] = None
     """Directory or hub id of a diffusers pipeline. Default: the embedded demonstration model."""
+    pipeline: Annotated[str | None, _arg("img2img|inpaint|text2img|CLASS")] = None
+    """Another diffusers pipeline over the same checkpoint. Default: what model_index.json names."""
+    component: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("NAME=FOLDER_OR_ID")] = ()
+    """A component from elsewhere, such as controlnet=… or vae=…; a repeated NAME gives several."""
     prompts: Annotated[Path | None, _arg("FILE", "-p")] = None
     """Prompt file: .txt, .csv, .tsv, .json, .jsonl (.gz too); - reads standard input."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("TEXT")] = ()
@@ -185,8 +192,8 @@ class JobConfig:
     """End a run when a rank makes no progress for so long, loading included. Default: warn only."""
 
     # How the model is loaded
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """auto: float32 on CPU, else the checkpoint's own."""
+    dtype: Annotated[str, _arg("auto|float32|float16|bfloat16", default="auto")] = "auto"
+    """auto: float32 on CPU, else the checkpoint's own. By component: vae=float32,bfloat16."""
     variant: Annotated[str | None, _arg("NAME")] = None
     """Variant of the weight files, such as fp16."""
     revision: Annotated[str | None, _arg("REV")] = None
@@ -226,7 +233,7 @@ class JobConfig:
         for name, value in _validated(vars(self)).items():
             object.__setattr__(self, name, value)
         self._check_placement()
-        _ = self.shard_of  # raises
+        _ = self.shard_of, self.dtypes, self.components  # raise
         if self.prompts is not None and self.prompt:
             raise UsageError(
                 f"--prompts {self.prompts} and --prompt {self.prompt[0]!r} were both given; "
@@ -290,6 +297,41 @@ class JobConfig:
             )
         return int(found[1]) - 1, int(found[2])
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """``--dtype vae=float32,bfloat16`` → ``{"vae": "float32", "default": "bfloat16"}``.
+
+        Raises:
+            UsageError: not a dtype.
+        """
+        found: dict[str, str] = {}
+        for part in self.dtype.split(","):
+            name, _, dtype = part.strip().rpartition("=")
+            if dtype not in DTYPES:
+                raise UsageError(
+                    f"--dtype {self.dtype}: {dtype!r} is none of {', '.join(DTYPES)}; components "
+                    "have their own as in vae=float32,bfloat16"
+                )
+            found[name or "default"] = dtype
+        return {"default": "auto", **found}
+
+    @property
+    def components(self) -> dict[str, list[str]]:
+        """``--component NAME=WHERE``: name → the folders or hub ids, in the order given.
+
+        Raises:
+            UsageError: no name or no place.
+        """
+        found: dict[str, list[str]] = {}
+        for text in self.component:
+            name, _, where = text.partition("=")
+            if not name.isidentifier() or not where:
+                raise UsageError(
+                    f"--component {text}: expected NAME=FOLDER_OR_ID, such as controlnet=FOLDER"
+                )
+            found.setdefault(name, []).append(where)
+        return found
+
     def call_defaults(self) -> dict[str, Any]:
         """Call arguments that hold for every prompt that does not say otherwise."""
         named = {
@@ -306,8 +348,7 @@ class JobConfig:
         data = asdict(self)
         for name in ONE_TIME_OPTIONS:
             del data[name]
-        data["prompt"] = list(self.prompt)
-        return data
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     def with_absolute_paths(self) -> JobConfig:
         """Paths made absolute, so that ranks and reruns read the same files from anywhere."""
@@ -318,6 +359,11 @@ class JobConfig:
             changes["model"] = os.path.abspath(self.model)
         if self.placement is not None and self.placement not in PLACEMENTS:
             changes["placement"] = os.path.abspath(self.placement)
+        parts = (part.partition("=") for part in self.component)
+        changes["component"] = tuple(
+            f"{name}={os.path.abspath(where) if os.path.isdir(where) else where}"
+            for name, _, where in parts
+        )
         return replace(self, **changes)
 
 

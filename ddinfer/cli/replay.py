@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -36,6 +36,12 @@ class ReplayOptions:
     """A PNG that ddinfer has written."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", aliases=("-m",))] = None
     """Where the model is now. Default: where the job found it, else the name in the image."""
+    pipeline: Annotated[str | None, tyro.conf.arg(metavar="img2img|inpaint|text2img|CLASS")] = None
+    """The pipeline class. Default: as in the job around the image."""
+    component: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=FOLDER_OR_ID")
+    ] = ()
+    """Where components from elsewhere are. Default: where the job found them."""
     token: Annotated[str | None, tyro.conf.arg(metavar="TOKEN")] = None
     """Hub token; better set HF_TOKEN."""
     trust_remote_code: bool = False
@@ -74,9 +80,12 @@ def main(argv: Sequence[str]) -> int:
 def _config_of(record: ImageRecord, options: ReplayOptions) -> JobConfig:
     """How the model was loaded, by the record; what of it may run, by the options alone."""
     names = ("variant", "revision", "attention_backend", "vae_tiling", "vae_slicing", "compile")
+    found = _found_by_job(record, options.image)
     return JobConfig(
-        model=options.model or _model_of(record, options.image),
-        dtype="auto" if record.dtype == "checkpoint" else record.dtype,
+        model=options.model or found.get("model") or record.model,
+        pipeline=options.pipeline or found.get("pipeline"),
+        component=options.component or found.get("component", ()),
+        dtype=record.dtype.replace("checkpoint", "auto"),
         token=options.token,
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
@@ -118,12 +127,12 @@ def _folder_of_job(image: str) -> str:
     return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(image))))
 
 
-def _model_of(record: ImageRecord, image: str) -> str:
-    """Where the job found its model; the image records its name only."""
+def _found_by_job(record: ImageRecord, image: str) -> dict[str, Any]:
+    """The options of the job around an image, which say where its model is; empty without it."""
     job = read_job(Files(), _folder_of_job(image))
-    if job is not None and job.identity.get("model_hash") == record.model_hash:
-        return job.config.get("model") or record.model
-    return record.model
+    if job is None or job.identity.get("model_hash") != record.model_hash:
+        return {}
+    return job.config
 
 
 def _generate(

@@ -137,12 +137,12 @@ def load_continuous_engine(
     """
     source = open_source(model, config)
     target = torch.device(device)
-    denoisers = load_stage(source, config.dtype, len(replica.ranks), replica.stage, target)
+    denoisers = load_stage(source, config.dtypes, len(replica.ranks), replica.stage, target)
     for name, denoiser in denoisers.items():
         apply_to_denoiser(name, denoiser, config)
     pipe = encodings = None
     if replica.makes_results:
-        types = source.dtypes(config.dtype, target)
+        types = source.dtypes(config.dtypes, target)
         rest = {
             entry.name: source.load(entry.name, types[entry.name], target)
             for entry in source.index.entries

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.errors import UsageError
+from ddinfer.models.composed import compose
+from ddinfer.models.index import configs_folder
 from ddinfer.models.pipeline_folder import PipelineSource, pipeline_folder
 
 
@@ -24,12 +27,37 @@ def open_source(model: str, config: JobConfig) -> PipelineSource:
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
     )
+    folder = _composed(folder, config)
     return PipelineSource(folder, config.variant, config.trust_remote_code, config.allow_pickle)
 
 
 def gpu_numbers(world: World) -> list[int]:
     """The GPUs that a rank drives; none on the CPU."""
     return [int(device.partition(":")[2]) for device in world.devices if device != "cpu"]
+
+
+def configs_path(model: str, config: JobConfig) -> str:
+    """Where the configs of a job's pipeline are: ``model``, or what it is composed of.
+
+    Raises:
+        UsageError: ``--pipeline`` or ``--component`` does not go with the model.
+    """
+    if config.pipeline is None and not config.components:
+        return model
+    folder = configs_folder(model, revision=config.revision, token=config.token)
+    return str(_composed(folder, config, configs_only=True))
+
+
+def _composed(folder: Path, config: JobConfig, *, configs_only: bool = False) -> Path:
+    return compose(
+        folder,
+        config.pipeline,
+        config.components,
+        variant=config.variant,
+        token=config.token,
+        trust_remote_code=config.trust_remote_code,
+        configs_only=configs_only,
+    )
 
 
 def apply_to_pipeline(pipe: Any, config: JobConfig) -> None:

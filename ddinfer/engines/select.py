@@ -10,6 +10,7 @@ from ddinfer.config import PLACEMENTS, JobConfig
 from ddinfer.distributed.partition import Replica
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Engine
+from ddinfer.engines.options import configs_path
 from ddinfer.engines.whole import load_whole_engine
 from ddinfer.errors import UsageError
 from ddinfer.models.devices import on_gpu, parse_max_memory
@@ -77,7 +78,7 @@ def check_stages(model: str, config: JobConfig) -> dict[str, list[StagePlan]]:
     from ddinfer.models.stages import components_by_stage
 
     source = PipelineSource.for_planning(
-        model,
+        configs_path(model, config),
         revision=config.revision,
         token=config.token,
         trust_remote_code=config.trust_remote_code,

@@ -278,7 +278,7 @@ def load_staged_engine(model: str, config: JobConfig, *, world: World) -> Staged
     """
     source = open_source(model, config)
     budgets = memory_budgets(config.max_memory, gpu_numbers(world))
-    pipeline = StagedPipeline(source, config.dtype, budgets)
+    pipeline = StagedPipeline(source, config.dtypes, budgets)
     vae = source.component_class("vae")
     for option, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if getattr(config, option) and not hasattr(vae, method):

@@ -9,7 +9,7 @@ from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, ProgressListener
 from ddinfer.engines.encoding import EncodingCache
-from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, gpu_numbers
+from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, gpu_numbers, open_source
 from ddinfer.engines.pipeline_call import run_batch
 from ddinfer.errors import UsageError
 from ddinfer.models.loading import denoisers, load_pipeline
@@ -79,16 +79,15 @@ def load_whole_engine(
         UsageError: the pipeline lacks what an option asks for, or does not fit.
     """
     is_placed = placement is not None
+    source = open_source(model, config)
     pipe = load_pipeline(
-        model,
-        dtype=config.dtype,
+        source.folder,
+        dtype=config.dtypes,
         device=None if is_placed else world.device,
         placement=placement,
         max_memory=config.max_memory,
         gpus=gpu_numbers(world) if is_placed else None,
         variant=config.variant,
-        revision=config.revision,
-        token=config.token,
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
     )

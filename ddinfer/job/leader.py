@@ -107,7 +107,6 @@ class Leader:
         )
         self.info = {
             **identity,
-            "pipeline": self.job.pipeline,
             "scheduler": scheduler_name(model_folder),
             "version": __version__,
             "versions": library_versions(),

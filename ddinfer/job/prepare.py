@@ -121,6 +121,7 @@ def prepare(
         UsageError: an option that does not fit the pipeline or this machine.
     """
     # They import torch; names and prompt files are checked before that.
+    from ddinfer.engines.options import configs_path
     from ddinfer.engines.pipeline_call import check_call
     from ddinfer.engines.select import check_placement, check_stages
     from ddinfer.models.check import check_pipeline
@@ -128,11 +129,13 @@ def prepare(
 
     model, model_name, defaults = resolve_model(config)
     hub = {"revision": config.revision, "token": config.token}
-    kind = pipeline_class(model, config.trust_remote_code, **hub)
+    configs = configs_path(model, config)
+    kind = pipeline_class(configs, config.trust_remote_code, **hub)
     pipeline = kind.__name__
-    parameters = call_parameters(model, config.trust_remote_code, **hub)
+    parameters = call_parameters(configs, config.trust_remote_code, **hub)
     check_call(pipeline, parameters, (), config.batch_size)
-    notes = [check_pipeline(model, config.trust_remote_code, **hub)]
+    notes = [check_pipeline(configs, config.trust_remote_code, **hub)]
+    check_dtypes(kind, config)
     if requests is None:
         allowed = [name for name in parameters if name not in RESERVED_CALL_ARGUMENTS]
         checker = FieldChecker("--pipeline_kwargs", os.getcwd())
@@ -160,6 +163,20 @@ def prepare(
         stages,
         tuple(filter(None, notes)),
     )
+
+
+def check_dtypes(kind: Any, config: JobConfig) -> None:
+    """
+    Raises:
+        UsageError: ``--dtype`` names a component that the pipeline's class does not take.
+    """
+    takes = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    for name in config.dtypes:
+        if name != "default" and name not in takes:
+            raise UsageError(
+                f"--dtype {config.dtype}: {kind.__name__} has no component {name}; it has "
+                f"{', '.join(takes)}"
+            )
 
 
 def check_images(kind: type, prompts: Sequence[Prompt], defaults: Mapping[str, Any]) -> None:
@@ -191,9 +208,11 @@ def call_arguments(requests: Sequence[Request]) -> set[str]:
 def resolve_config(config: JobConfig) -> JobConfig:
     """The configuration with absolute paths and what follows from the model filled in."""
     config = config.with_absolute_paths()
-    if config.dtype == "auto" and (config.model or tiny.DEFAULT) in tiny.PIPELINES:
+    dtypes = config.dtypes
+    if dtypes["default"] == "auto" and (config.model or tiny.DEFAULT) in tiny.PIPELINES:
         # Stored in mixed precision to be small; they are meant to compute in float32.
-        config = replace(config, dtype="float32")
+        dtypes["default"] = "float32"
+        config = replace(config, dtype=_dtype_text(dtypes))
     return config
 
 
@@ -242,15 +261,19 @@ def job_identity(
     index, in the job folder.
     """
     config = job.config
-    dtype: str = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if device_type == "cpu" else "checkpoint"
+    auto = "float32" if device_type == "cpu" else "checkpoint"
+    dtypes = {name: auto if d == "auto" else d for name, d in config.dtypes.items()}
     return {
         "model": job.model_name,
         "revision": config.revision,
         "variant": config.variant,
         "model_hash": model_hash,
-        "dtype": dtype,
+        "pipeline": job.pipeline,
+        "components": {
+            name: [os.path.basename(where) if os.path.isdir(where) else where for where in places]
+            for name, places in config.components.items()
+        },
+        "dtype": _dtype_text(dtypes),
         "device": device_type,
         "batch_size": config.batch_size,
         "num_threads": num_threads,
@@ -260,6 +283,12 @@ def job_identity(
         "compile": config.compile,
         "fps": config.fps,
     }
+
+
+def _dtype_text(dtypes: Mapping[str, str]) -> str:
+    """As ``--dtype`` takes it, in one order."""
+    own = (f"{name}={dtype}" for name, dtype in sorted(dtypes.items()) if name != "default")
+    return ",".join((*own, dtypes["default"]))
 
 
 def library_versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ Nothing here reads weights or imports torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,12 @@ def fetch_file(
 
 
 def fetch_files(
-    repo: str, patterns: list[str], *, revision: str | None = None, token: str | None = None
+    repo: str,
+    patterns: Sequence[str],
+    *,
+    ignore: Sequence[str] = (),
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Path:
     """The folder of a repository in the cache, with the files that match.
 
@@ -49,7 +54,13 @@ def fetch_files(
 
     with _hub_errors(repo, revision):
         return Path(
-            snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns)
+            snapshot_download(
+                repo,
+                revision=revision,
+                token=token,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(ignore),
+            )
         )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
 from ddinfer.models.component_roles import DENOISER_NAMES
+from ddinfer.models.composed import compose
 from ddinfer.models.devices import CPU, DISK, MaxMemory
 from ddinfer.models.meta_model import OpenModel, open_model, parse_dtype
 from ddinfer.models.pipeline_folder import PipelineSource, pipeline_folder
@@ -115,6 +116,7 @@ def load_pipeline(
     placement: Strategy | str | Mapping[str, str] | Placement | None = None,
     max_memory: MaxMemory | str | None = None,
     gpus: Sequence[int] | None = None,
+    pipeline: str | None = None,
     components: Mapping[str, Any] | None = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -132,7 +134,10 @@ def load_pipeline(
             or a `Placement`. ``pipe.ddinfer_dispatched.undo()`` brings all of it to the host.
         max_memory: for a strategy's name: device → bytes or a text such as ``"16GB"``.
         gpus: for a placement, the GPUs this process drives; device numbers count through them.
-        components: given ones are used as they are; ``None`` leaves one out.
+        pipeline: another class over the same checkpoint: ``"img2img"``, ``"inpaint"``,
+            ``"text2img"``, or the name of a class in diffusers.
+        components: given ones are used as they are, a path or a Hub id (or a list of them, as for
+            several ControlNets) is loaded; ``None`` leaves one out.
         variant: of the weight files ("fp16"); components without it use their plain files.
         trust_remote_code: lets the repository's own Python run.
         allow_pickle: reads pickled weights where there are no safetensors.
@@ -158,8 +163,12 @@ def load_pipeline(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    source = PipelineSource(folder, variant, trust_remote_code, allow_pickle)
     given = dict(components or {})
+    places = {name: _places(value) for name, value in given.items() if _places(value)}
+    given = {name: value for name, value in given.items() if name not in places}
+    trust = {"trust_remote_code": trust_remote_code}
+    folder = compose(folder, pipeline, places, variant=variant, token=token, **trust)
+    source = PipelineSource(folder, variant, trust_remote_code, allow_pickle)
     unknown = sorted(set(given) - set(source.names()))
     if unknown:
         raise UsageError(
@@ -176,6 +185,12 @@ def load_pipeline(
         pipe = _load_placed(source, placement, max_memory, gpus, dtype, given)
     pipe.register_to_config(_name_or_path=os.fspath(path))
     return pipe
+
+
+def _places(component: Any) -> list[str]:
+    """Where a component is to be loaded from; nothing where it is one."""
+    several = component if isinstance(component, (list, tuple)) else [component]
+    return [os.fspath(c) for c in several if isinstance(c, (str, os.PathLike))]
 
 
 def _load_placed(

@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import InputError
 from ddinfer.request import Request, canonical_json
@@ -239,7 +239,7 @@ class ImageRecord:
         request: a `Request` as a dict.
         batch: indices of the Requests that shared the pipeline call, in call order.
         model: name of the model; `model_hash` is of its files.
-        dtype: ``checkpoint``, where it was the checkpoint's own, or the dtype's name.
+        dtype: ``checkpoint``, where it was the checkpoint's own, or as ``--dtype`` takes it.
         versions: of the libraries that made it.
     """
 
@@ -249,7 +249,7 @@ class ImageRecord:
     model_hash: str
     revision: str | None
     variant: str | None
-    dtype: Literal["checkpoint", "float32", "float16", "bfloat16"]
+    dtype: str
     device: str
     num_threads: int
     attention_backend: str | None
