@@ -308,9 +308,10 @@ class JobConfig:
         for part in self.dtype.split(","):
             name, _, dtype = part.strip().rpartition("=")
             if dtype not in DTYPES:
-                raise UsageError(
+                raise OptionError(
+                    "dtype",
                     f"--dtype {self.dtype}: {dtype!r} is none of {', '.join(DTYPES)}; components "
-                    "have their own as in vae=float32,bfloat16"
+                    "have their own as in vae=float32,bfloat16",
                 )
             found[name or "default"] = dtype
         return {"default": "auto", **found}
@@ -326,8 +327,9 @@ class JobConfig:
         for text in self.component:
             name, _, where = text.partition("=")
             if not name.isidentifier() or not where:
-                raise UsageError(
-                    f"--component {text}: expected NAME=FOLDER_OR_ID, such as controlnet=FOLDER"
+                raise OptionError(
+                    "component",
+                    f"--component {text}: expected NAME=FOLDER_OR_ID, such as controlnet=FOLDER",
                 )
             found.setdefault(name, []).append(where)
         return found

@@ -154,8 +154,17 @@ def test_a_job_makes_what_plain_diffusers_makes_of_the_same_parts(root, tmp_path
     assert not np.array_equal(made(tmp_path / "out"), plain(pipe, seed=1, **arguments))
 
 
-@pytest.mark.parametrize("name", ["img2img", "two controlnets"])
-@pytest.mark.parametrize("mode", ["staged", "balanced", "continuous"])
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("staged", "img2img"),
+        ("balanced", "two controlnets"),
+        ("continuous", "two controlnets"),
+        pytest.param("staged", "two controlnets", marks=pytest.mark.nightly),
+        pytest.param("balanced", "img2img", marks=pytest.mark.nightly),
+        pytest.param("continuous", "img2img", marks=pytest.mark.nightly),
+    ],
+)
 def test_every_way_to_hold_the_model_makes_the_same_bytes(root, tmp_path, mode, name):
     options, (pipe, arguments) = cases(root)[name]
     expected = plain(pipe, **arguments)

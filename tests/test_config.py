@@ -127,7 +127,7 @@ def test_bad_config_file_is_named(text, message, tmp_path):
         ({"batch_size": "four"}, "--batch_size 'four': input should be a valid integer"),
         ({"batch_size": 1.5}, "--batch_size 1.5: input should be a valid integer"),
         ({"seed": True}, "--seed True"),
-        ({"dtype": "float8"}, "--dtype 'float8': input should be 'auto', 'float32'"),
+        ({"dtype": "float8"}, "--dtype float8: 'float8' is none of auto, float32"),
         ({"guidance_scale": "much"}, "--guidance_scale 'much': input should be a valid number"),
         ({"pipeline_kwargs": [1]}, "--pipeline_kwargs"),
         ({"json": 2}, "--json 2: input should be a valid boolean"),
