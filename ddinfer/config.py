@@ -18,7 +18,7 @@ import tyro
 from typing_extensions import TypedDict
 
 from ddinfer.errors import UsageError
-from ddinfer.request import GIVEN_BY_DDINFER
+from ddinfer.request import GIVEN_BY_DDINFER, PIPELINE_SETTINGS
 
 #: Options that let what a model brings run as code on this machine. No file can switch them on,
 #: and none is written with them: files are handed on.
@@ -137,6 +137,8 @@ class ImageOptions:
     """Denoising steps. Default: the pipeline's own."""
     guidance_scale: Annotated[float | None, _arg("X")] = None
     """Guidance scale. Default: the pipeline's own."""
+    scheduler: Annotated[str | None, _arg("CLASS[:JSON]")] = None
+    """A diffusers scheduler, with settings of its own if any. Default: the pipeline's own."""
     height: Annotated[Count | None, _arg("PIXELS")] = None
     """Height in pixels. Default: the pipeline's own."""
     width: Annotated[Count | None, _arg("PIXELS")] = None
@@ -270,6 +272,8 @@ class JobConfig(
                 "use one of them"
             )
         for name in self.pipeline_kwargs:
+            if name in PIPELINE_SETTINGS:
+                raise UsageError(f"--pipeline_kwargs {name}: it is an option, --{name}")
             if name in RESERVED_CALL_ARGUMENTS:
                 raise UsageError(f"--pipeline_kwargs {name}: {RESERVED_CALL_ARGUMENTS[name]}")
 
@@ -370,6 +374,7 @@ class JobConfig(
             "negative_prompt": self.negative_prompt,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            "scheduler": self.scheduler,
             "height": self.height,
             "width": self.width,
         }
