@@ -505,7 +505,7 @@ def refusals(group):
     refused("cannot be cut", Hopeless().eval(), batched=["x"])
     refused("say with checkpoint=", make_mlp().to("meta"))
     refused("no checkpoint", make_mlp(), checkpoint="nowhere")
-    refused("does not fall into rows", Mean().eval())
+    refused("has no batch dim", Mean().eval())
     pipe = prepare_pipeline(make_mlp(), (x,))
     for bad, match in ((rows_of(4, 9), "every dim but the batch"), (x[:0], "batch is empty")):
         with pytest.raises((UsageError, RankError), match=match):
