@@ -35,6 +35,7 @@ def prepare_pipeline(
     checkpoint: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
     batched: Sequence[str] | None = None,
+    balance: Literal["bytes", "time"] = "bytes",
 ) -> PipelinedModel:
     """Cut ``model`` over the ranks of a group, one stage a rank, to run batches as a pipeline.
 
@@ -59,6 +60,9 @@ def prepare_pipeline(
         device: where this rank computes (default: the current CUDA device with NCCL, else CPU).
         batched: names of the arguments whose tensors are cut along their first dim, for a model
             that keeps rows apart by operations that are not known to. Nothing is checked then.
+        balance: what stages are balanced by: the ``"bytes"`` of their weights, or the ``"time"``
+            that the first rank measures for the example, each module by itself, with weights of
+            zeros. The outputs are the same.
 
     Returns:
         A callable with the model's signature. The first rank's arguments count, the others' are
@@ -73,7 +77,7 @@ def prepare_pipeline(
         if not isinstance(model, nn.Module):
             raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
         kwargs = _without_cache(model, dict(example_kwargs or {}))
-        _check_options(model, example_args, num_chunks, checkpoint)
+        _check_options(model, example_args, num_chunks, checkpoint, balance)
         points = _checked_points(model, split_points, comm.size)
         inputs = Inputs.of(model.forward, example_args, kwargs, num_chunks or comm.size)
         example, _ = inputs.flatten(example_args, kwargs)
@@ -87,7 +91,9 @@ def prepare_pipeline(
         stages = Stages([], [range(0)])
         if comm.is_first and comm.size > 1:
             args, kwargs = inputs.tree.unflatten(example)
-            stages = plan_stages(model, weights, args, kwargs, points, comm.size, comm.device)
+            stages = plan_stages(
+                model, weights, args, kwargs, points, comm.size, balance, comm.device
+            )
     with _agreed(comm):
         stages = comm.broadcast_object(stages)
         partition = Partition(model, inputs, weights, stages, comm.group_rank, comm.device)
@@ -304,8 +310,14 @@ def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(
-    model: nn.Module, example_args: Sequence[Any], num_chunks: int | None, checkpoint: Any
+    model: nn.Module,
+    example_args: Sequence[Any],
+    num_chunks: int | None,
+    checkpoint: Any,
+    balance: str,
 ) -> None:
+    if balance not in ("bytes", "time"):
+        raise UsageError(f'balance is {balance!r}; expected "bytes" or "time"')
     if model.training:
         raise UsageError(
             f"{type(model).__name__} is in training mode; a pipeline is for inference: call "
