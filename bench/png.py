@@ -17,7 +17,7 @@ from PIL import Image
 
 from bench.measure import Size
 from bench.report import table
-from ddinfer.storage.images import encode_png
+from ddinfer.storage.png import encode_png
 
 ABOUT = "PNG encoders: CPU time and size of a 512² picture"
 EXPECTED_SECONDS = 10

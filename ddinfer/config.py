@@ -18,7 +18,7 @@ import tyro
 from typing_extensions import TypedDict
 
 from ddinfer.errors import UsageError
-from ddinfer.request import GIVEN_BY_DDINFER, PIPELINE_SETTINGS
+from ddinfer.request import GIVEN_BY_DDINFER
 
 #: Options that let what a model brings run as code on this machine. No file can switch them on,
 #: and none is written with them: files are handed on.
@@ -93,6 +93,9 @@ Path = Annotated[str, pydantic.BeforeValidator(_from_path)]
 Int = Annotated[int, pydantic.BeforeValidator(_no_bool)]
 Count = Annotated[Int, pydantic.Field(ge=1)]
 Seconds = Annotated[float, pydantic.BeforeValidator(_no_bool), pydantic.Field(ge=0)]
+FramesPerSecond = Annotated[
+    float, pydantic.BeforeValidator(_no_bool), pydantic.Field(gt=0, le=1000)
+]
 Timeout = Annotated[Seconds, pydantic.Field(gt=0)]
 
 
@@ -112,11 +115,16 @@ class OptionError(UsageError):
 
 
 @dataclass(frozen=True)
-class JobOptions:
-    """What to generate, and where to write it."""
+class JobConfig:
+    """Run a diffusers pipeline over many prompts on many GPUs."""
 
+    # What to generate
     model: Annotated[Path | None, _arg("MODEL", "-m")] = None
     """Directory or hub id of a diffusers pipeline. Default: the embedded demonstration model."""
+    pipeline: Annotated[str | None, _arg("img2img|inpaint|text2img|CLASS")] = None
+    """Another diffusers pipeline over the same checkpoint. Default: what model_index.json names."""
+    component: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("NAME=FOLDER_OR_ID")] = ()
+    """A component from elsewhere, such as controlnet=… or vae=…; a repeated NAME gives several."""
     prompts: Annotated[Path | None, _arg("FILE", "-p")] = None
     """Prompt file: .txt, .csv, .tsv, .json, .jsonl (.gz too); - reads standard input."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("TEXT")] = ()
@@ -126,19 +134,13 @@ class JobOptions:
     limit: Annotated[Count | None, _arg("N")] = None
     """Take only the first N prompts."""
 
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """How each image is generated, unless its prompt says otherwise."""
-
+    # How each image is generated
     seed: Annotated[Int, pydantic.Field(ge=0, lt=2**63), _arg("INT", default="0")] = 0
     """Image k has seed SEED + k unless its prompt sets one."""
     num_inference_steps: Annotated[Count | None, _arg("N", "--steps")] = None
     """Denoising steps. Default: the pipeline's own."""
     guidance_scale: Annotated[float | None, _arg("X")] = None
     """Guidance scale. Default: the pipeline's own."""
-    scheduler: Annotated[str | None, _arg("CLASS[:JSON]")] = None
-    """A diffusers scheduler, with settings of its own if any. Default: the pipeline's own."""
     height: Annotated[Count | None, _arg("PIXELS")] = None
     """Height in pixels. Default: the pipeline's own."""
     width: Annotated[Count | None, _arg("PIXELS")] = None
@@ -149,14 +151,16 @@ class ImageOptions:
     """Images of each prompt, with seeds in sequence."""
     pipeline_kwargs: Annotated[dict[str, Any], _JSON_OBJECT] = field(default_factory=dict)
     """Any further arguments of the pipeline's __call__, as a JSON object."""
-    fps: Annotated[Count, _arg("N", default="8")] = 8
-    """Frames per second of the files that a video pipeline's frames are saved in."""
+    fps: Annotated[FramesPerSecond | None, _arg("X")] = None
+    """Frames per second of video files. Default: the pipeline's frame_rate or fps, else 8."""
+    image_format: Literal["png", "jpg", "webp"] = "png"
+    """What images are saved as; jpg and webp lose a little."""
+    video_format: Literal["mp4", "webm", "apng", "frames"] = "mp4"
+    """What videos are saved as, with their sound; frames: a zip of PNGs, lossless like apng."""
+    audio_format: Literal["wav", "flac"] = "wav"
+    """What sound without a video is saved as; both keep 16 bits."""
 
-
-@dataclass(frozen=True)
-class RankOptions:
-    """Who generates which images."""
-
+    # On which ranks
     nproc_per_node: Annotated[int | str | None, _arg("N|auto|gpu|cpu")] = None
     """Ranks on this machine. Default: one for each GPU, else one."""
     device: Annotated[str, _arg("auto|cpu|cuda", default="auto")] = "auto"
@@ -175,11 +179,7 @@ class RankOptions:
     shard: Annotated[str | None, _arg("K/N")] = None
     """Generate the K-th of N parts of the job (1/8 … 8/8), on machines that share nothing."""
 
-
-@dataclass(frozen=True)
-class MemoryOptions:
-    """Models larger than a GPU."""
-
+    # A model larger than a GPU
     placement: Annotated[Path | None, _arg("auto|balanced|staged|FILE.json")] = None
     """Place each rank's model on its GPUs, host memory and disk; staged: encode, denoise and decode
     one after another. Default: all on one device."""
@@ -191,11 +191,7 @@ class MemoryOptions:
     """Cut the denoiser into S stages, held by S neighbouring ranks; several
     images are in flight."""
 
-
-@dataclass(frozen=True)
-class RecoveryOptions:
-    """When something goes wrong."""
-
+    # When something goes wrong
     max_restarts: Annotated[Int, pydantic.Field(ge=0), _arg("N", default="0")] = 0
     """Start the ranks again up to N times after one died. Under torchrun, torchrun does it."""
     grace_seconds: Annotated[Seconds, _arg("SECONDS", default="20")] = 20.0
@@ -204,15 +200,7 @@ class RecoveryOptions:
     stuck_timeout: Annotated[Timeout | None, _arg("SECONDS")] = None
     """End a run when a rank makes no progress for so long, loading included. Default: warn only."""
 
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """How the model is loaded and run."""
-
-    pipeline: Annotated[str | None, _arg("img2img|inpaint|text2img|CLASS")] = None
-    """Another diffusers pipeline over the same checkpoint. Default: what model_index.json names."""
-    component: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("NAME=FOLDER_OR_ID")] = ()
-    """A component from elsewhere, such as controlnet=… or vae=…; a repeated NAME gives several."""
+    # How the model is loaded
     dtype: Annotated[str, _arg("auto|float32|float16|bfloat16", default="auto")] = "auto"
     """auto: float32 on CPU, else the checkpoint's own. By component: vae=float32,bfloat16."""
     variant: Annotated[str | None, _arg("NAME")] = None
@@ -234,11 +222,7 @@ class ModelOptions:
     compile: bool = False
     """torch.compile the denoiser: its repeated blocks where it has them, else the whole."""
 
-
-@dataclass(frozen=True)
-class RunOptions:
-    """This run alone: the directory, what is printed, where options come from."""
-
+    # What to do with the directory and the output
     overwrite: bool = False
     """Delete the job in the output directory and start again; other files stay."""
     extend: bool = False
@@ -254,13 +238,6 @@ class RunOptions:
     print_config: bool = False
     """Print the resolved configuration as YAML and stop."""
 
-
-@dataclass(frozen=True)
-class JobConfig(
-    RunOptions, ModelOptions, RecoveryOptions, MemoryOptions, RankOptions, ImageOptions, JobOptions
-):
-    """Run a diffusers pipeline over many prompts on many GPUs: all options of a job, flat."""
-
     def __post_init__(self) -> None:
         for name, value in _validated(vars(self)).items():
             object.__setattr__(self, name, value)
@@ -272,8 +249,6 @@ class JobConfig(
                 "use one of them"
             )
         for name in self.pipeline_kwargs:
-            if name in PIPELINE_SETTINGS:
-                raise UsageError(f"--pipeline_kwargs {name}: it is an option, --{name}")
             if name in RESERVED_CALL_ARGUMENTS:
                 raise UsageError(f"--pipeline_kwargs {name}: {RESERVED_CALL_ARGUMENTS[name]}")
 
@@ -374,7 +349,6 @@ class JobConfig(
             "negative_prompt": self.negative_prompt,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
-            "scheduler": self.scheduler,
             "height": self.height,
             "width": self.width,
         }

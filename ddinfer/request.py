@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ddinfer.errors import ErrorRecord, InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 MAX_SEED = 2**63 - 1
@@ -23,9 +24,6 @@ CALL_FIELDS = ("width", "height", "num_inference_steps", "guidance_scale")
 #: Further texts of a prompt, for pipelines with several text encoders. A batch has a list of each.
 TEXT_ARGUMENT = re.compile(r"(negative_)?prompt_\d+")
 
-#: What a prompt may say that ddinfer sets on the pipeline, no arguments of its ``__call__``.
-PIPELINE_SETTINGS = ("scheduler", "lora")
-
 #: Arguments of ``__call__`` that ddinfer gives itself, so that no user may, and what to do instead.
 GIVEN_BY_DDINFER = {
     "generator": "every image has its own generator; use seed",
@@ -33,6 +31,7 @@ GIVEN_BY_DDINFER = {
     "return_dict": "ddinfer decides how images come back",
     "num_images_per_prompt": "use num_images in a prompt, --num_images_per_prompt for all",
     "num_videos_per_prompt": "use num_images in a prompt, --num_images_per_prompt for all",
+    "num_waveforms_per_prompt": "use num_images in a prompt, --num_images_per_prompt for all",
 }
 
 
@@ -61,8 +60,7 @@ class Request:
         id: the user's name for it, unique in the job (default: the index, 8 digits).
         seed: plain diffusers with ``torch.Generator("cpu").manual_seed(seed)`` makes the same.
         width, height: pixels. ``None`` leaves the pipeline's own default.
-        kwargs: every other argument of the pipeline's ``__call__``, and `PIPELINE_SETTINGS`.
-            Image inputs
+        kwargs: every other argument of the pipeline's ``__call__``. Image inputs
             (``image``, ``mask_image`` …) are absolute paths here, or a program's objects.
         input_hashes: names of the image inputs and objects in ``kwargs`` → SHA-256 of the image
             file's bytes, or of the object's content.
@@ -120,12 +118,7 @@ class Request:
     def parameters(self) -> dict[str, Any]:
         """What the pipeline is called with beside prompt, negative prompt and generator."""
         named = {n: getattr(self, n) for n in CALL_FIELDS if getattr(self, n) is not None}
-        others = {n: v for n, v in self.kwargs.items() if n not in PIPELINE_SETTINGS}
-        return {**named, **others}
-
-    def settings(self) -> dict[str, Any]:
-        """What is set on the pipeline for this call: ``scheduler``, ``lora`` (name → weight)."""
-        return {name: self.kwargs[name] for name in PIPELINE_SETTINGS if name in self.kwargs}
+        return {**named, **self.kwargs}
 
     def texts(self) -> dict[str, str]:
         """``prompt_2``, ``negative_prompt_2``, …: they vary within a batch as ``prompt`` does."""
@@ -147,7 +140,7 @@ class Request:
         texts = self.texts()
         plain = {
             name: value
-            for name, value in {**self.parameters(), **self.settings()}.items()
+            for name, value in self.parameters().items()
             if name not in texts and name not in self.input_hashes
         }
         shared: list[Any] = [plain, {}, self.negative_prompt is None]
@@ -198,6 +191,9 @@ class Result:
     Attributes:
         image: the picture (PIL); ``None`` when it failed or is only recorded.
         frames: for video pipelines, the pictures in order; ``image`` is ``None`` then.
+        audio: sound, alone or of the video: a float array of shape ``(channels, samples)``.
+        sampling_rate: of the sound, in samples per second.
+        fps: frames per second, where the pipeline was called with a number of them.
         path: of the file below the output folder, when one was written.
         error: why there is no image.
         seconds: pipeline time of its batch divided by the batch's images.
@@ -210,6 +206,9 @@ class Result:
     request: Request
     image: Image | None = None
     frames: Sequence[Image] | None = None
+    audio: np.ndarray | None = None
+    sampling_rate: int | None = None
+    fps: float | None = None
     path: str | None = None
     error: ErrorRecord | None = None
     seconds: float = 0.0
@@ -235,8 +234,8 @@ class Result:
         return self.request.seed
 
     def without_pictures(self) -> Result:
-        """The same, light enough to gather: pictures dropped."""
-        return replace(self, image=None, frames=None)
+        """The same, light enough to gather: pictures and sound dropped."""
+        return replace(self, image=None, frames=None, audio=None)
 
 
 _canonical = json.JSONEncoder(

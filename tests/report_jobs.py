@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ddinfer.cli import dispatch
@@ -61,19 +62,27 @@ def video(request):
     return Result(request, frames=frames, batch=(request.index,), seconds=2.0)
 
 
+def sound(request):
+    tone = 0.2 * np.sin(np.arange(8000) / 8).astype(np.float32)[None]
+    return Result(request, audio=tone, sampling_rate=8000, batch=(request.index,), seconds=1.0)
+
+
 def failed(request, text="no such thing"):
     error = ErrorRecord("ValueError", text, f"Traceback (most recent call last):\n  {text}\n")
     return Result(request, error=error)
 
 
-def write_job(out, requests, results, *, ranks=2, batch_size=2, finish=True, **options):
+def write_job(
+    out, requests, results, *, ranks=2, batch_size=2, finish=True, formats=None, **options
+):
     """A job whose ranks have written these results (a function of a Request, or None: pending)."""
     files, out = Files(), str(out)
     job = describe(requests, batch_size=batch_size)
     with JobFolder.open(files, out, job, **options) as folder:
         for rank in range(ranks):
             header = JournalHeader(folder.fingerprint, rank, folder.attempt)
-            with Writer(files, out, JournalWriter(files, out, header), INFO) as writer:
+            journal = JournalWriter(files, out, header)
+            with Writer(files, out, journal, INFO, formats=formats) as writer:
                 for start in range(0, len(requests), batch_size):
                     if start // batch_size % ranks != rank:
                         continue

@@ -28,7 +28,11 @@ def failure(request):
     return Result(request, error=ErrorRecord("ValueError", "cannot be drawn"))
 
 
-def engine(failing=()):
+def draw(request):
+    return {"image": picture(request)}
+
+
+def engine(failing=(), answer=draw):
     def run(batches):
         for batch in batches:
             indices = tuple(request.index for request in batch)
@@ -36,7 +40,7 @@ def engine(failing=()):
                 if request.index in failing:
                     yield failure(request)
                 else:
-                    yield Result(request, picture(request), batch=indices)
+                    yield Result(request, batch=indices, **answer(request))
 
     return run
 
@@ -45,7 +49,9 @@ def describe(requests, versions=None, **identity):
     return JobDescription(requests, {**IDENTITY, **identity}, versions or {"torch": "2"})
 
 
-def run_job(out, requests, *, failing=(), stop_after=None, job=None, **options) -> JobReport:
+def run_job(
+    out, requests, *, failing=(), stop_after=None, job=None, formats=None, answer=draw, **options
+) -> JobReport:
     """Make the images of a job, or those of the first ``stop_after`` pending batches."""
     files, out = Files(), str(out)
     with JobFolder.open(files, out, job or describe(requests), **options) as folder:
@@ -53,11 +59,10 @@ def run_job(out, requests, *, failing=(), stop_after=None, job=None, **options) 
         batches = [range(k, min(k + 2, len(requests))) for k in range(0, len(requests), 2)]
         pending = folder.pending_batches(batches, state)[:stop_after]
         header = JournalHeader(folder.fingerprint, 0, folder.attempt)
-        with Writer(
-            files, out, JournalWriter(files, out, header), INFO, wanted=state.is_pending
-        ) as writer:
+        journal = JournalWriter(files, out, header)
+        with Writer(files, out, journal, INFO, formats=formats, wanted=state.is_pending) as writer:
             for _ in save_as_made(
-                engine(failing), ([requests[k] for k in batch] for batch in pending), writer
+                engine(failing, answer), ([requests[k] for k in batch] for batch in pending), writer
             ):
                 pass
         return folder.finish()

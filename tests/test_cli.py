@@ -229,7 +229,7 @@ def test_replay_makes_the_same_image_again_with_its_batch_and_notices_another(mo
     done = run(replay)
     assert (done.returncode, done.stdout.splitlines()[0]) == (
         0,
-        "bit-identical: every pixel is the same",
+        "bit-identical: every byte of the file is the same",
     )
     from PIL import Image, PngImagePlugin
 

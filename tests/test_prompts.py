@@ -237,9 +237,9 @@ def test_images_in_a_table(file, picture):
     [
         ('"in/none.png"', "none.png: No such file"),
         ('"p.jsonl"', "not an image"),
-        ('"in"', "Is a directory"),
-        ("7", "must be the path of an image"),
-        ("[]", "must be the path of an image"),
+        ('"in"', "is a video or a folder; image takes a picture"),
+        ("7", "must be a file's path"),
+        ("[]", "must be a file's path"),
         ('"https://example.com/a.png"', "download it"),
     ],
 )

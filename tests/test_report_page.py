@@ -12,6 +12,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from ddinfer.request import Request
 from ddinfer.storage.images import image_path
+from ddinfer.storage.media import Formats
 from tests.browser import WITHOUT, browser, has_browser, set_screen
 from tests.report_jobs import (
     HOSTILE,
@@ -20,7 +21,9 @@ from tests.report_jobs import (
     made,
     real_job,
     report,
+    sound,
     various_job,
+    video,
     write_job,
 )
 from tests.storage_jobs import make_requests
@@ -163,17 +166,43 @@ def test_the_panel_of_an_image(driver, tmp_path):
     no_complaints(driver)
 
 
-def test_a_video_plays_and_pauses(driver, tmp_path):
-    out = various_job(tmp_path / "out")
+def test_an_animated_image_plays_and_pauses(driver, tmp_path):
+    requests = make_requests(1)
+    out = write_job(tmp_path / "out", requests, video, formats=Formats(video="apng"))
     report(out)
     visit(driver, out)
-    all_of(driver, "[data-row='8']")[0].click()
+    all_of(driver, "[data-row='0']")[0].click()
     source = "return document.querySelector('.stage img').getAttribute('src')"
-    assert driver.execute_script(source) == image_path(8)
+    assert driver.execute_script(source) == image_path(0)
     all_of(driver, ".play")[0].click()
-    assert driver.execute_script(source).startswith("thumbnails/0000/00000008-")
+    assert driver.execute_script(source).startswith("thumbnails/0000/00000000-")
     all_of(driver, ".play")[0].click()
-    assert driver.execute_script(source) == image_path(8)
+    assert driver.execute_script(source) == image_path(0)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "webm", "wav", "flac"])
+def test_videos_and_sound_are_played(ending, driver, tmp_path):
+    is_sound = ending in ("wav", "flac")
+    formats = Formats(audio=ending) if is_sound else Formats(video=ending)
+    results = sound if is_sound else video
+    out = write_job(tmp_path / "out", make_requests(1), results, formats=formats)
+    report(out)
+    visit(driver, out)
+    if is_sound:
+        assert text_of(driver, ".cell .note") == ["♪"]
+    else:  # the thumbnail is the first frame
+        wait_for(driver, "return document.querySelector('.cell img').naturalWidth === 32")
+        assert text_of(driver, ".cell .badge") == ["▶ 4"]
+    all_of(driver, "[data-row='0']")[0].click()
+    player = f"document.querySelector('.stage {'audio' if is_sound else 'video'}')"
+    source = driver.execute_script(f"return {player}.getAttribute('src')")
+    assert source == f"images/0000/00000000.{ending}"
+    wait_for(driver, f"return {player}.readyState >= 3")
+    driver.execute_script(f"{player}.muted = true; {player}.play()")
+    wait_for(driver, f"return {player}.currentTime > 0.05")
+    if not is_sound:
+        assert driver.execute_script(f"return {player}.videoWidth") == 32
+    no_complaints(driver)
 
 
 def test_failures_times_and_job(driver, tmp_path):

@@ -227,7 +227,8 @@ def test_video_frames_are_saved_in_one_lossless_file(tmp_path):
     arguments = call_arguments("wan")
     named = {n: arguments.pop(n) for n in ("num_inference_steps", "height", "width")}
     out = tmp_path / "out"
-    run_job(job(model, out, ["a red cat"], pipeline_kwargs=arguments, fps=4, **named))
+    options = {"pipeline_kwargs": arguments, "video_format": "apng", "fps": 4, **named}
+    run_job(job(model, out, ["a red cat"], **options))
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(0)

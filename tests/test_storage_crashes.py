@@ -430,7 +430,7 @@ class JournalsFirst(Writer):
     def commit(self, results: Sequence[Result]) -> None:
         wanted = [result for result in results if self.wanted(result.index)]
         made = [result for result in wanted if result.error is None]
-        self.journal_lines([_image_line(result, self._encode(result)) for result in made])
+        self.journal_lines([_image_line(result, self._encode(result), "png") for result in made])
         self.store_images(wanted)
 
 

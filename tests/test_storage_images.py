@@ -13,12 +13,11 @@ from ddinfer.errors import InputError
 from ddinfer.request import Request
 from ddinfer.storage.images import (
     ImageRecord,
-    encode_animation,
-    encode_png,
     image_path,
     image_text,
     read_metadata,
 )
+from ddinfer.storage.png import encode_animation, encode_png
 
 #: How the web UI that made this format reads settings back (modules/infotext_utils.py).
 A1111_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -167,20 +166,20 @@ def replayed(path, capsys):
     return code, capsys.readouterr().err
 
 
-#: What replay reads of the ``ddinfer`` text.
-READ = [field.name for field in dataclasses.fields(ImageRecord)]
+#: What replay needs of the ``ddinfer`` text.
+READ = [f.name for f in dataclasses.fields(ImageRecord) if f.default is dataclasses.MISSING]
 RECORD = json.loads(image_text(Request(0, "a", "p", 1), INFO, size=(1, 1))["ddinfer"])
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"no", "is not a PNG file, or is damaged"),
-        (b"", "is not a PNG file, or is damaged"),
-        (encode_png(noise()), "has no ddinfer chunk"),
-        (encode_png(noise(), {"ddinfer": "nonsense"}), "damaged ddinfer chunk: all of it: Invalid"),
-        (encode_png(noise(), {"ddinfer": "[]"}), "damaged ddinfer chunk: all of it"),
-        (encode_png(noise(), {"ddinfer": "{}"}), "damaged ddinfer chunk: request: Field required"),
+        (b"no", "is none of png, jpg, webp, mp4, webm, zip, wav, flac, or is damaged"),
+        (b"", "or is damaged"),
+        (encode_png(noise()), "has no ddinfer text"),
+        (encode_png(noise(), {"ddinfer": "nonsense"}), "damaged ddinfer text: all of it: Invalid"),
+        (encode_png(noise(), {"ddinfer": "[]"}), "damaged ddinfer text: all of it"),
+        (encode_png(noise(), {"ddinfer": "{}"}), "damaged ddinfer text: request: Field required"),
     ],
 )
 def test_a_file_that_cannot_be_replayed_is_named_with_the_reason(data, message, tmp_path, capsys):
@@ -212,7 +211,7 @@ def test_a_short_or_damaged_record_is_an_error_that_names_file_and_field(
     path.write_bytes(encode_png(noise(), {"ddinfer": json.dumps(record)}))
     code, err = replayed(path, capsys)
     assert code == 2, err
-    assert f"{path}: has a damaged ddinfer chunk: " in err
+    assert f"{path}: has a damaged ddinfer text: " in err
     assert named in err
 
 

@@ -13,6 +13,7 @@ from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
 from ddinfer.storage.job_folder import JobFolder, JobReport
 from ddinfer.storage.job_record import read_job
+from ddinfer.storage.media import Formats
 from ddinfer.storage.metadata import write_requests
 from ddinfer.storage.verify import rebuild_metadata, verify
 from tests.fake_disk import FakeDisk, Platter
@@ -282,7 +283,9 @@ def test_room_for_a_video_is_that_of_all_its_frames(out):
     def needed(requests, **options):
         return estimate_disk(Files(), str(out), requests, **options).needed_bytes
 
-    assert needed(frames) > 75 * needed(requests)
+    lossless = Formats(video="frames")
+    assert needed(frames, formats=lossless) > 75 * needed(requests)
+    assert needed(requests) < needed(frames) < needed(frames, formats=lossless) / 4
     assert needed(requests, call_defaults={"num_frames": 81}) == needed(frames)
     assert needed(frames, call_defaults={"num_frames": 5}) == needed(frames)
 

@@ -10,6 +10,7 @@ from ddinfer.request import Result
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import image_path
 from ddinfer.storage.journal import JournalHeader, JournalWriter, read_journals
+from ddinfer.storage.media import Formats
 from ddinfer.storage.saving import save_as_made
 from ddinfer.storage.writer import Writer
 from tests.fake_disk import FakeDisk, Fault, Platter
@@ -79,7 +80,7 @@ def test_a_picture_that_cannot_be_saved_fails_its_prompt_alone(out):
 def test_frames_become_one_animated_file(out):
     [request] = make_requests(1)
     frames = [Image.new("RGB", (4, 4), (k, 0, 0)) for k in range(3)]
-    with open_writer(out, fps=5) as writer:
+    with open_writer(out, formats=Formats(video="apng", fps=5)) as writer:
         writer.put([Result(request, frames=frames)])
     with Image.open(f"{out}/{image_path(0)}") as image:
         assert (image.n_frames, image.info["duration"]) == (3, 200)

@@ -46,9 +46,7 @@ def dispatch(argv: Sequence[str]) -> int:
         return EXIT_OK
     quiet_libraries()
     try:
-        code = importlib.import_module(f"ddinfer.cli.{name.replace('-', '_')}").main(rest)
-        sys.stdout.flush()  # here, where a reader that has ended is no surprise
-        return code
+        return importlib.import_module(f"ddinfer.cli.{name.replace('-', '_')}").main(rest)
     except DdinferError as error:
         print(f"ddinfer: error: {_message(error)}", file=sys.stderr)
         return error.exit_code

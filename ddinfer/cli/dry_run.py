@@ -6,13 +6,13 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from ddinfer.cli.command import print_report
 from ddinfer.config import JobConfig
 from ddinfer.distributed.partition import Replica, slice_of_batches
 from ddinfer.errors import EXIT_OK
 from ddinfer.job.prepare import prepare, resolve_config
 from ddinfer.storage.disk_space import estimate_disk
 from ddinfer.storage.files import Files
+from ddinfer.storage.media import Formats
 
 SHOWN_REQUESTS = 3
 
@@ -20,7 +20,7 @@ SHOWN_REQUESTS = 3
 def print_plan(config: JobConfig, num_ranks: int) -> int:
     """Check all input and print what each rank would do."""
     plan = plan_of(config, num_ranks)
-    print_report(plan, plan_lines(plan), as_json=config.json)
+    print(json.dumps(plan) if config.json else "\n".join(plan_lines(plan)))
     return EXIT_OK
 
 
@@ -49,6 +49,7 @@ def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
         config.output,
         requests,
         call_defaults=job.call_defaults("width", "height", "num_frames"),
+        formats=Formats.of(vars(job.config)),
     )
     return {
         "model": job.model_name,

@@ -1,9 +1,10 @@
-"""``ddinfer replay IMAGE.png``: generate an image again from its own metadata and compare."""
+"""``ddinfer replay FILE``: generate an image, video or sound again and compare."""
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,16 +17,18 @@ from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.engines.options import open_source
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, UsageError
+from ddinfer.inputs import read_audio, read_frames
 from ddinfer.job.fingerprint import model_fingerprint
 from ddinfer.job.prepare import library_versions, resolve_model
-from ddinfer.request import Request
+from ddinfer.request import Request, Result
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import ImageRecord, read_metadata
 from ddinfer.storage.job_folder import read_job
+from ddinfer.storage.media import Formats, read_text
 from ddinfer.storage.metadata import read_requests
 
 if TYPE_CHECKING:
-    from PIL import Image
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class ReplayOptions:
     """Generate an image again, in the batch that it was generated in, and compare the two."""
 
     image: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IMAGE")]
-    """A PNG that ddinfer has written."""
+    """An image, video or sound that ddinfer has written."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", aliases=("-m",))] = None
     """Where the model is now. Default: where the job found it, else the name in the image."""
     pipeline: Annotated[str | None, tyro.conf.arg(metavar="img2img|inpaint|text2img|CLASS")] = None
@@ -50,8 +53,8 @@ class ReplayOptions:
     """Load .bin weights, which can run code. Default: safetensors only."""
     device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
     """Device to generate on. Another kind of device rounds differently."""
-    save: Annotated[str | None, tyro.conf.arg(metavar="FILE.png")] = None
-    """Write the new image to this file."""
+    save: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the new image to this file, which must have the same ending."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,17 +62,19 @@ def main(argv: Sequence[str]) -> int:
     if not os.path.isfile(options.image):
         raise UsageError(f"no such image: {options.image}")
     if options.save is not None:
-        check_can_write("--save", options.save, ".png")
+        check_can_write("--save", options.save, os.path.splitext(options.image)[1])
     record = read_metadata(options.image)
     batch, notes = _batch_of(record, options.image)
     config = _config_of(record, options)
     configure_logging(0)
     device = World.detect(options.device).device
     model, _, _ = resolve_model(config)
-    images = _generate(record, batch, model, config, device)
+    result = _generate(record, batch, model, config, device)
+    data = Formats.of(vars(record)).encode(result, read_text(options.image))
     if options.save is not None:
-        images[0].save(options.save, save_all=len(images) > 1, append_images=images[1:])
-    same, text = _compare(images, options.image)
+        with open(options.save, "wb") as file:
+            file.write(data)
+    same, text = _compare(data, options.image)
     print(text)
     for line in [*notes, *_changes(record, model, config, device)]:
         print(f"  {line}")
@@ -137,8 +142,7 @@ def _found_by_job(record: ImageRecord, image: str) -> dict[str, Any]:
 
 def _generate(
     record: ImageRecord, batch: list[Request], model: str, config: JobConfig, device: str
-) -> list[Image.Image]:
-    """The image, or the frames of the video."""
+) -> Result:
     import torch
 
     from ddinfer.engines.whole import load_whole_engine
@@ -149,30 +153,43 @@ def _generate(
     (result,) = (r for r in engine.run([batch]) if r.index == wanted)
     if result.error is not None:
         raise DdinferError(f"the pipeline failed: {result.error}\n{result.error.traceback}")
-    if result.image is not None:
-        return [result.image]
-    return list(result.frames or ())
+    return result
 
 
-def _compare(made: Sequence[Image.Image], path: str) -> tuple[bool, str]:
+def _compare(data: bytes, path: str) -> tuple[bool, str]:
+    """Compare the bytes of two files; where they differ, what they show or let hear."""
     import numpy as np
-    from PIL import Image, ImageSequence
 
-    with Image.open(path) as file:
-        before = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(file)]
-    now = [np.asarray(frame.convert("RGB")) for frame in made]
-    if [f.shape for f in before] != [f.shape for f in now]:
+    with open(path, "rb") as file:
+        if file.read() == data:
+            return True, "bit-identical: every byte of the file is the same"
+    with tempfile.TemporaryDirectory() as folder:
+        new = os.path.join(folder, f"new{os.path.splitext(path)[1]}")
+        with open(new, "wb") as file:
+            file.write(data)
+        before, now = _decoded(path), _decoded(new)
+    if [part.shape for part in before] != [part.shape for part in now]:
         return False, (
             f"different: {len(before)} images of shape {before[0].shape} in the file, "
             f"{len(now)} of shape {now[0].shape} now"
         )
-    off = np.abs(np.stack(before).astype(int) - np.stack(now).astype(int))
+    off = np.concatenate([np.abs(a - b).ravel() for a, b in zip(before, now, strict=True)])
     if not off.any():
         return True, "bit-identical: every pixel is the same"
     return False, (
-        f"different: the largest difference is {off.max()} of 255, in {np.count_nonzero(off)} of "
-        f"{off.size} values"
+        f"different: the largest difference is {off.max():g} of 255, in {np.count_nonzero(off)} "
+        f"of {off.size} values"
     )
+
+
+def _decoded(path: str) -> list[np.ndarray]:
+    """What a file shows and lets hear: pictures in 0 to 255, and sound on the same scale."""
+    import numpy as np
+
+    ending = os.path.splitext(path)[1]
+    if ending in (".wav", ".flac"):
+        return [127.5 * read_audio(path)[0]]
+    return [np.asarray(frame, dtype=float) for frame in read_frames(path)]
 
 
 def _changes(record: ImageRecord, model: str, config: JobConfig, device: str) -> list[str]:

@@ -13,7 +13,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ddinfer.cli.command import parse
 from ddinfer.cli.options import parse_config
 from ddinfer.config import JobConfig
 from ddinfer.errors import EXIT_OK, UsageError
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     if "--" in words:
         cut = words.index("--")
         ours, job = words[:cut], words[cut + 1 :]
-    options = parse(TemplateOptions, "template", ours)
+    options = tyro.cli(TemplateOptions, prog="ddinfer template", args=ours, use_underscores=True)
     sys.stdout.write(fill(options, job))
     return EXIT_OK
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from ddinfer.cli.command import parse, print_report
 from ddinfer.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_OK, list_some
 from ddinfer.storage.files import Files
-from ddinfer.storage.images import image_path
 from ddinfer.storage.job_folder import JobFolder
 from ddinfer.storage.lease import Lease
 from ddinfer.storage.verify import VerifyReport, rebuild_metadata, remove_torn, verify
@@ -33,11 +33,12 @@ class VerifyOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    options = parse(VerifyOptions, "verify", argv)
+    options = tyro.cli(VerifyOptions, prog="ddinfer verify", args=list(argv), use_underscores=True)
     files, path = Files(), os.path.abspath(options.output)
     changes = options.rebuild or options.repair
     report = _changed(files, path, options) if changes else verify(files, path)
-    print_report(report.to_dict(), lines_of(report, path), as_json=options.json)
+    print(json.dumps(report.to_dict()) if options.json else "\n".join(lines_of(report, path)))
+    sys.stdout.flush()
     return exit_code(report)
 
 
@@ -70,10 +71,10 @@ def lines_of(report: VerifyReport, path: str) -> list[str]:
     if report.pending:
         lines.append(f"not generated yet: {list_some(report.pending)}; {again}")
     if report.missing:
-        names = [image_path(k) for k in report.missing]
+        names = [report.paths[k] for k in report.missing]
         lines.append(f"missing: {list_some(names)}; {again}")
     if report.torn:
-        names = [f"{image_path(k)} ({why})" for k, why in report.torn.items()]
+        names = [f"{report.paths[k]} ({why})" for k, why in report.torn.items()]
         lines.append(
             f"torn: {list_some(names)}; ddinfer verify {path} --repair deletes them; then {again}"
         )

@@ -30,6 +30,7 @@ from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobDescription, JobFolder, read_job
 from ddinfer.storage.job_record import Shard
 from ddinfer.storage.journal import JournalHeader
+from ddinfer.storage.media import Formats
 from ddinfer.storage.metadata import write_status
 
 log = logging.getLogger(__name__)
@@ -157,6 +158,7 @@ class Leader:
             config.output,
             [self.job.requests[k] for k in self.wanted],
             call_defaults=self.job.call_defaults("width", "height", "num_frames"),
+            formats=Formats.of(self.info),
             state=state,
         )
         check_room(room, config.output)

@@ -27,6 +27,7 @@ from ddinfer.storage.files import Files
 from ddinfer.storage.job_record import read_job
 from ddinfer.storage.journal import JournalWriter
 from ddinfer.storage.lease import Lease
+from ddinfer.storage.media import Formats
 from ddinfer.storage.metadata import RequestRows, read_request_rows
 from ddinfer.storage.saving import save_as_made
 from ddinfer.storage.writer import Writer
@@ -167,7 +168,7 @@ def _make_results(
         config.output,
         JournalWriter(Files(), config.output, header),
         assignment.info,
-        fps=config.fps,
+        formats=Formats.of(assignment.info),
         wanted=lambda index: index not in assignment.skip,
     )
     with Progress(group, assignment.num_images, assignment.num_finished) as progress, writer:

@@ -10,21 +10,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ddinfer.errors import InputError
-from ddinfer.inputs import IMAGE_INPUTS, check_image_file, is_plain, join_hashes, load_input
-from ddinfer.request import (
-    CALL_FIELDS,
-    GIVEN_BY_DDINFER,
-    MAX_SEED,
-    PIPELINE_SETTINGS,
-    Prompt,
-)
+from ddinfer.inputs import MEDIA_INPUTS, check_media_file, is_plain, join_hashes, load_input
+from ddinfer.request import CALL_FIELDS, GIVEN_BY_DDINFER, MAX_SEED, Prompt
 
 #: Fields that every prompt may have, whatever the pipeline.
-STANDARD_FIELDS = (
-    *("prompt", "id", "negative_prompt", "seed", "num_images"),
-    *CALL_FIELDS,
-    *PIPELINE_SETTINGS,
-)
+STANDARD_FIELDS = ("prompt", "id", "negative_prompt", "seed", "num_images", *CALL_FIELDS)
 
 #: Call arguments of diffusers' text-driven pipelines that a file can hold. They are what may be
 #: written when the pipeline is not known yet; a known pipeline's own signature decides instead.
@@ -95,7 +85,7 @@ def text_problem(text: str) -> str | None:
 
 def is_text_field(name: str) -> bool:
     """Whether a csv cell of this column is text as it stands, never a number or JSON."""
-    return name in ("id", "scheduler") or name.rstrip("_234").endswith("prompt")
+    return name in ("id",) or name.rstrip("_234").endswith("prompt")
 
 
 class FieldChecker:
@@ -105,7 +95,7 @@ class FieldChecker:
         source: the file's name for messages.
         folder: what image paths are relative to.
         call_parameters: names that the pipeline's ``__call__`` takes. ``None`` where it is not
-            known: then `COMMON_CALL_ARGUMENTS` and `IMAGE_INPUTS` are accepted.
+            known: then `COMMON_CALL_ARGUMENTS` and `MEDIA_INPUTS` are accepted.
         in_program: the row comes from a program rather than a file: values may be objects, and
             without ``call_parameters`` any argument's name is taken.
     """
@@ -123,10 +113,10 @@ class FieldChecker:
         self.nulls: Counter[str] = Counter()  # field → rows where it is null
         self.counts_items = False  # rows are items of a JSON list rather than lines
         self._ids: dict[str, int | None] = {}
-        self._image_hashes: dict[str, str] = {}
-        own = ("prompt", "id", "seed", "num_images", *PIPELINE_SETTINGS)
+        self._file_hashes: dict[str, str] = {}
+        own = ("prompt", "id", "seed", "num_images")
         if self.call_parameters is None:
-            known = {*STANDARD_FIELDS, *COMMON_CALL_ARGUMENTS, *IMAGE_INPUTS}
+            known = {*STANDARD_FIELDS, *COMMON_CALL_ARGUMENTS, *MEDIA_INPUTS}
         else:
             known = {*own, *(n for n in self.call_parameters if self._holdable(n))}
         self.known = frozenset(known) - set(RESERVED_FIELDS)
@@ -157,7 +147,7 @@ class FieldChecker:
 
     def is_refused(self, name: str) -> bool:
         """Whether ``name`` is known well, and this pipeline does not take it."""
-        return name not in self.known and name in (*STANDARD_FIELDS, *IMAGE_INPUTS)
+        return name not in self.known and name in (*STANDARD_FIELDS, *MEDIA_INPUTS)
 
     def unknown(self, name: str) -> str:
         """Message about a field that is not known."""
@@ -198,7 +188,7 @@ class FieldChecker:
                     out[name] = checker(value)
                 except _WrongType as error:
                     raise self.error(f"{name} {error}, got {_shown(value)}", line) from None
-            elif name in IMAGE_INPUTS or (self.in_program and not is_plain(value)):
+            elif name in MEDIA_INPUTS or (self.in_program and not is_plain(value)):
                 self._add_input(out, name, value, line)
             else:
                 if is_text_field(name) and not isinstance(value, str):
@@ -226,7 +216,7 @@ class FieldChecker:
         for name, value in arguments.items():
             if value is None:
                 self.nulls[name] += 1
-            elif name in IMAGE_INPUTS:
+            elif name in MEDIA_INPUTS:
                 self._add_input(out, name, value, None)
             else:
                 out[name] = value
@@ -243,7 +233,7 @@ class FieldChecker:
         return self.in_program and self.call_parameters is None and name not in RESERVED_FIELDS
 
     def _holdable(self, name: str) -> bool:
-        return self.in_program or name in IMAGE_INPUTS or not name.endswith(_TENSOR_ENDINGS)
+        return self.in_program or name in MEDIA_INPUTS or not name.endswith(_TENSOR_ENDINGS)
 
     def _add_input(self, out: dict[str, Any], name: str, value: Any, line: int | None) -> None:
         """Add an image or an object, and the hash of its content to ``input_hashes``."""
@@ -255,25 +245,25 @@ class FieldChecker:
 
     def _input(self, name: str, value: Any) -> tuple[Any, str]:
         """→ (the value with absolute paths, the hash of its content)."""
-        if name in IMAGE_INPUTS:
+        if name in MEDIA_INPUTS:
             if isinstance(value, (list, tuple)) and value:
                 found = [self._input(name, item) for item in value]
                 return [item for item, _ in found], join_hashes(digest for _, digest in found)
             if isinstance(value, str):
-                return self._image_file(name, value)
+                return self._media_file(name, value)
             if not self.in_program or is_plain(value):
                 raise InputError(
-                    f"{name} must be the path of an image or a list of paths, got {_shown(value)}"
+                    f"{name} must be a file's path or a list of paths, got {_shown(value)}"
                 )
         return value, load_input(name, value)[1]
 
-    def _image_file(self, name: str, path: str) -> tuple[str, str]:
+    def _media_file(self, name: str, path: str) -> tuple[str, str]:
         if path.startswith(("http://", "https://")):
             raise InputError(f"{name}: {path!r} is an address; download it and give its path")
         where = os.path.abspath(os.path.join(self.folder, path))
-        if where not in self._image_hashes:
-            self._image_hashes[where] = check_image_file(name, where)
-        return where, self._image_hashes[where]
+        if where not in self._file_hashes:
+            self._file_hashes[where] = check_media_file(name, where)
+        return where, self._file_hashes[where]
 
 
 class _WrongType(Exception):
@@ -315,15 +305,7 @@ def _finite(value: Any) -> float:
     raise _WrongType("must be a finite number")
 
 
-def _weights(value: Any) -> dict[str, float]:
-    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return {name: _finite(weight) for name, weight in sorted(value.items())}
-    raise _WrongType('must be weights by name, such as {"pixel": 0.8}')
-
-
 _CHECKS: dict[str, Callable[[Any], Any]] = {
-    "scheduler": _text,
-    "lora": _weights,
     "prompt": _text,
     "negative_prompt": _text,
     "id": _id,

@@ -38,7 +38,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NoReturn
 
 from ddinfer.errors import InputError
-from ddinfer.inputs import IMAGE_INPUTS
+from ddinfer.inputs import MEDIA_INPUTS
 from ddinfer.prompts.fields import FieldChecker, is_text_field, text_problem
 from ddinfer.request import Prompt, Request, resolve_requests
 
@@ -329,7 +329,7 @@ def _columns(header: list[str], line: int, checker: FieldChecker) -> list[tuple[
 
 def _cell(name: str, text: str, line: int, checker: FieldChecker) -> Any:
     """A cell's value: text where the field is text, else a number or JSON where it is one."""
-    if is_text_field(name) or (name in IMAGE_INPUTS and not text.startswith("[")):
+    if is_text_field(name) or (name in MEDIA_INPUTS and not text.startswith("[")):
         return text
     try:
         return _DECODER.decode(text)

@@ -194,6 +194,7 @@ def _columns(requests: Sequence[Request], view: JobView, begin: float) -> dict[s
         "end": [_since(view.ends[k], begin) for k in indices],
         "seconds": [round(view.seconds[k], 3) if view.seconds[k] >= 0 else None for k in indices],
         "bytes": [view.state.size(k) for k in indices],
+        "ending": [view.state.ending(k) for k in indices],
         "hash": [view.short_hash(k) if view.state.is_done(k) else None for k in indices],
         "batch": _batch_numbers(requests, view),
     }

@@ -66,10 +66,13 @@ def thumbnails_of(
     make: bool,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Thumbnails:
-    """The thumbnails of the images that are there."""
-    hashes = {index: view.short_hash(index) for index in view.made()}
+    """The thumbnails of the images and videos that are there."""
+    pictures = [k for k in view.made() if view.state.ending(k) not in ("wav", "flac")]
+    hashes = {index: view.short_hash(index) for index in pictures}
     if make:
-        return make_thumbnails(files, view.folder.path, hashes, progress=progress)
+        return make_thumbnails(
+            files, view.folder.path, hashes, path_of=view.state.path, progress=progress
+        )
     return list_thumbnails(files, view.folder.path, hashes)
 
 

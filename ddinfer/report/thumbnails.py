@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from zipfile import BadZipFile
 
 from PIL import Image, features
 
 from ddinfer.errors import UsageError
+from ddinfer.inputs import read_frames
 from ddinfer.storage.files import Files, write_and_rename
 from ddinfer.storage.images import image_path
 from ddinfer.storage.report_files import (
@@ -63,6 +65,7 @@ def make_thumbnails(
     hashes: Mapping[int, str],
     *,
     threads: int | None = None,
+    path_of: Callable[[int], str] = image_path,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Thumbnails:
     """Make the thumbnails that are missing.
@@ -70,6 +73,7 @@ def make_thumbnails(
     Args:
         hashes: of the images that are there: index → the beginning of their SHA-256.
         threads: how many to make at once; default: one for each core.
+        path_of: index → file of the image below ``path``.
         progress: told how many of how many have been made, after each.
     """
     done = list_thumbnails(files, path, hashes)
@@ -85,8 +89,14 @@ def make_thumbnails(
 
     def make(index: int) -> tuple[int, int, str | None]:
         try:
-            frames, data = thumbnail_of(files.read(os.path.join(path, image_path(index))))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            frames, data = thumbnail_of(os.path.join(path, path_of(index)))
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            BadZipFile,
+            Image.DecompressionBombError,
+        ) as error:
             return index, 0, str(error) or type(error).__name__
         name = thumbnail_name(index, hashes[index], frames)
         write_and_rename(files, os.path.join(path, name), data)
@@ -116,12 +126,17 @@ def _in_order(
         yield from pool.map(make, some)
 
 
-def thumbnail_of(data: bytes) -> tuple[int, bytes]:
-    """An image file's bytes → its number of frames, and its first as a small WebP."""
-    with Image.open(io.BytesIO(data)) as image:
-        frames = getattr(image, "n_frames", 1)
-        is_small = max(image.size) <= EDGE
-        picture = _eight_bit(image)
+def thumbnail_of(path: str) -> tuple[int, bytes]:
+    """An image's or video's file → its number of frames, and its first as a small WebP."""
+    if path.endswith((".mp4", ".webm", ".zip")):
+        pictures = read_frames(path)
+        picture = next(pictures)
+        frames = 1 + sum(1 for _ in pictures)
+    else:
+        with Image.open(path) as image:
+            frames = getattr(image, "n_frames", 1)
+            picture = _eight_bit(image)
+    is_small = max(picture.size) <= EDGE
     picture.thumbnail((EDGE, EDGE), Image.Resampling.BOX, reducing_gap=2.0)
     out = io.BytesIO()
     picture.save(out, "WEBP", quality=80, method=2, lossless=is_small)

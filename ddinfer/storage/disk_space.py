@@ -11,9 +11,10 @@ from ddinfer.errors import StorageError
 from ddinfer.request import Request
 from ddinfer.storage.files import Files
 from ddinfer.storage.journal import JournalState
+from ddinfer.storage.media import Formats
 
-#: Bytes of a PNG in those of its raw pixels: about two thirds for photograph-like images.
-_PNG_RATIO = 0.7
+#: Bytes of a file in those of its raw pixels, for photograph-like ones.
+_RATIOS = {"png": 0.7, "zip": 0.7, "jpg": 0.25, "webp": 0.15, "mp4": 0.1, "webm": 0.05}
 _OTHER_BYTES_PER_IMAGE = 1500  # text chunks, journal lines, metadata
 _DEFAULT_PIXELS = 1024  # of a side that neither the Request nor the pipeline names
 
@@ -45,6 +46,7 @@ def estimate_disk(
     pending: Sequence[Request],
     *,
     call_defaults: Mapping[str, Any] | None = None,
+    formats: Formats | None = None,
     state: JournalState | None = None,
 ) -> DiskEstimate:
     """The room that the images to come will take. Rank 0 and ``--dry_run`` call this.
@@ -52,6 +54,7 @@ def estimate_disk(
     Args:
         path: the output directory, or where it will be.
         call_defaults: the pipeline's own width, height and num_frames, where it has them.
+        formats: of the job.
     """
     at = os.path.abspath(path)
     while not files.exists(at) and at != os.path.dirname(at):
@@ -60,13 +63,15 @@ def estimate_disk(
     if state is not None and state.num_done >= 8:
         each = state.total_bytes / state.num_done + _OTHER_BYTES_PER_IMAGE
         return DiskEstimate(round(each * len(pending)), free, len(pending), is_measured=True)
+    image, video, _ = (formats or Formats()).endings
     sizes = {"width": _DEFAULT_PIXELS, "height": _DEFAULT_PIXELS, "num_frames": 1}
     sizes.update(call_defaults or {})
     needed = 0.0
     for request in pending:
         width, height = request.width or sizes["width"], request.height or sizes["height"]
         num_frames = request.kwargs.get("num_frames", sizes["num_frames"])
-        needed += width * height * 3 * num_frames * _PNG_RATIO + _OTHER_BYTES_PER_IMAGE
+        ratio = _RATIOS[video if num_frames > 1 else image]
+        needed += width * height * 3 * num_frames * ratio + _OTHER_BYTES_PER_IMAGE
     return DiskEstimate(round(needed), free, len(pending))
 
 

@@ -24,7 +24,7 @@ from ddinfer.errors import StorageError, UsageError
 from ddinfer.request import Request
 from ddinfer.storage import metadata
 from ddinfer.storage.files import Files, is_temporary
-from ddinfer.storage.images import IMAGES_FOLDER, IMAGES_PER_FOLDER, image_path
+from ddinfer.storage.images import IMAGES_FOLDER, IMAGES_PER_FOLDER, image_path, index_of
 from ddinfer.storage.job_record import (
     JobDescription,
     JobRecord,
@@ -41,6 +41,7 @@ from ddinfer.storage.journal import (
     read_journals,
 )
 from ddinfer.storage.lease import Lease
+from ddinfer.storage.media import Formats
 from ddinfer.storage.report_files import THUMBNAILS_FOLDER, delete_report
 
 #: Files of a job beside job.json, images and journals.
@@ -247,9 +248,7 @@ def image_files(files: Files, path: str) -> Iterator[tuple[str, int | None]]:
     for folder in filter(str.isdecimal, files.list(images)):
         for name in files.list(os.path.join(images, folder)):
             place = f"{IMAGES_FOLDER}/{folder}/{name}"
-            stem = os.path.splitext(name)[0]
-            index = int(stem) if stem.isdecimal() else -1
-            yield place, index if image_path(index) == place else None
+            yield place, index_of(place)
 
 
 def _create_or_resume(
@@ -353,8 +352,9 @@ def _delete_job(files: Files, path: str, record: JobRecord) -> None:
         files.remove(name)
     if files.exists(os.path.join(path, JOURNAL_FOLDER)):
         files.sync_folder(os.path.join(path, JOURNAL_FOLDER))
+    endings = Formats.of(record.identity).endings
     for folder, indices in _image_folders(path, record):
-        own = {os.path.basename(image_path(index)) for index in indices}
+        own = {os.path.basename(image_path(k, ending)) for k in indices for ending in endings}
         for name in files.list(folder):
             if name in own or is_temporary(name):
                 files.remove(os.path.join(folder, name))

@@ -33,6 +33,8 @@ from typing import Any
 
 from ddinfer.errors import StorageError
 from ddinfer.storage.files import Files
+from ddinfer.storage.images import image_path
+from ddinfer.storage.media import ENDINGS
 
 JOURNAL_FOLDER = "journal"
 JOURNAL_VERSION = 1
@@ -158,7 +160,7 @@ class Attempt:
 
 
 class JournalState:
-    """The state of a job by all of its journals, per index. 45 bytes an image.
+    """The state of a job by all of its journals, per index. 46 bytes an image.
 
     An image that any process made stays made, whatever other lines follow.
 
@@ -173,6 +175,7 @@ class JournalState:
         self._status = bytearray(num_requests)
         self._hashes = bytearray(32 * num_requests)
         self._sizes = array("q", bytes(8 * num_requests))
+        self._endings = bytearray(num_requests)
         self.num_done = 0
         self.failures: dict[int, dict[str, Any]] = {}
         self.notes: dict[int, dict[str, Any]] = {}
@@ -201,6 +204,14 @@ class JournalState:
     def size(self, index: int) -> int:
         """Of the image file, in bytes."""
         return self._sizes[index]
+
+    def path(self, index: int) -> str:
+        """Of the image file, below the output directory; before it is made, that of a PNG."""
+        return image_path(index, self.ending(index))
+
+    def ending(self, index: int) -> str:
+        """Of the image file's name."""
+        return ENDINGS[self._endings[index]]
 
     def forget(self, index: int) -> None:
         """Make an image pending again: its file is missing, or its prompt is to be retried."""
@@ -261,6 +272,7 @@ class JournalState:
         self._status[index] = _DONE
         self._hashes[32 * index : 32 * index + 32] = digest
         self._sizes[index] = size
+        self._endings[index] = ENDINGS.index(record.get("ending", "png"))
         self.total_bytes += size
         self.total_seconds += record.get("seconds", 0.0)
         self.notes.pop(index, None)

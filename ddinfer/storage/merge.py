@@ -17,7 +17,6 @@ from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, StorageError, UsageErro
 from ddinfer.storage import metadata
 from ddinfer.storage.disk_space import DiskEstimate, check_room
 from ddinfer.storage.files import Files, write_and_rename
-from ddinfer.storage.images import image_path
 from ddinfer.storage.job_folder import JobFolder
 from ddinfer.storage.job_record import JobDescription, JobRecord, Shard, differences_of
 from ddinfer.storage.journal import JournalHeader, JournalState, JournalWriter
@@ -174,7 +173,7 @@ def _joined(parts: Sequence[_Part]) -> JournalState:
             digest = part.state.sha256(index)
             if joined.is_done(index) and joined.sha256(index) != digest:
                 raise StorageError(
-                    f"{image_path(index)} (id {request.id}) has other bytes in {part.path} than "
+                    f"{joined.path(index)} (id {request.id}) has other bytes in {part.path} than "
                     f"in {by_whom[index]}, though both hold the same job; merge only the one "
                     "that is right"
                 )
@@ -189,6 +188,7 @@ def _joined(parts: Sequence[_Part]) -> JournalState:
 
 def _image_line(state: JournalState, index: int) -> dict[str, Any]:
     line = {"kind": "image", "index": index, "sha256": state.sha256(index)}
+    line["ending"] = state.ending(index)
     return {**line, "bytes": state.size(index), **state.notes.get(index, {})}
 
 
@@ -238,7 +238,7 @@ def _check_same_images(folder: JobFolder, there: JournalState, state: JournalSta
             continue
         if there.sha256(index) != state.sha256(index):
             raise StorageError(
-                f"{folder.path} has other bytes for {image_path(index)} than the parts have; "
+                f"{folder.path} has other bytes for {there.path(index)} than the parts have; "
                 "merge into a new directory"
             )
 
@@ -264,7 +264,7 @@ def _copy(
         for start in range(0, len(wanted), _IMAGES_AT_ONCE):
             indices = wanted[start : start + _IMAGES_AT_ONCE]
             made = [index for index in indices if state.is_done(index)]
-            inside = sorted({os.path.dirname(image_path(index)) for index in made})
+            inside = sorted({os.path.dirname(state.path(index)) for index in made})
             for name in inside:
                 files.make_folder(os.path.join(folder.path, name))
             for index in made:
@@ -290,7 +290,7 @@ def _copy_image(
     files: Files, target: str, parts: Sequence[_Part], state: JournalState, index: int
 ) -> None:
     """Copy bytes, not links: the parts may be changed or deleted, and this file must not."""
-    name = image_path(index)
+    name = state.path(index)
     part = next(part for part in parts if part.holds(index) and part.state.is_done(index))
     source, copy = os.path.join(part.path, name), os.path.join(target, name)
     data = files.read(source)

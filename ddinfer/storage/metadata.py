@@ -16,7 +16,6 @@ from typing import Any
 from ddinfer.errors import StorageError
 from ddinfer.request import CALL_FIELDS, Request
 from ddinfer.storage.files import Files, atomic_stream
-from ddinfer.storage.images import image_path
 from ddinfer.storage.journal import JournalState
 
 JOB_FILE = "job.json"
@@ -211,7 +210,7 @@ def metadata_rows(requests: Sequence[Request], state: JournalState) -> Iterator[
     for request in made:
         index = request.index
         row: dict[str, Any] = {
-            "file_name": image_path(index),
+            "file_name": state.path(index),
             "index": index,
             "id": request.id,
             "prompt": request.prompt,

@@ -13,7 +13,7 @@ from typing import Any
 from ddinfer.request import Request
 from ddinfer.storage import metadata
 from ddinfer.storage.files import Files, is_temporary
-from ddinfer.storage.images import IMAGES_FOLDER, image_path
+from ddinfer.storage.images import IMAGES_FOLDER
 from ddinfer.storage.job_folder import JobFolder, image_files
 from ddinfer.storage.journal import JournalState
 
@@ -32,6 +32,7 @@ class VerifyReport:
         missing: indices that were made and whose file is missing.
         torn: indices whose file has other bytes than were journaled → the difference.
         extra: files below ``images`` without a journal line.
+        paths: index → file of each that is missing or torn.
         stale: metadata files that do not agree with the journals.
     """
 
@@ -43,6 +44,7 @@ class VerifyReport:
     torn: dict[int, str] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
+    paths: dict[int, str] = field(default_factory=dict)
 
     @property
     def is_good(self) -> bool:
@@ -93,7 +95,7 @@ def remove_torn(files: Files, path: str, report: VerifyReport) -> None:
 
     The caller holds the lease. In ``report`` they are missing afterwards.
     """
-    names = [os.path.join(path, image_path(index)) for index in report.torn]
+    names = [os.path.join(path, report.paths[index]) for index in report.torn]
     for name in names:
         files.remove(name)
     for folder in sorted({os.path.dirname(name) for name in names}):
@@ -105,7 +107,8 @@ def remove_torn(files: Files, path: str, report: VerifyReport) -> None:
 def _check_image(
     files: Files, path: str, index: int, state: JournalState, report: VerifyReport
 ) -> None:
-    name = os.path.join(path, image_path(index))
+    report.paths[index] = state.path(index)
+    name = os.path.join(path, state.path(index))
     size = files.size(name)
     if size is None:
         report.missing.append(index)
@@ -115,6 +118,7 @@ def _check_image(
         report.torn[index] = "its bytes have changed (SHA-256)"
     else:
         report.num_good += 1
+        del report.paths[index]
 
 
 def _hash_of(files: Files, name: str) -> str:
@@ -130,7 +134,8 @@ def _extra_files(files: Files, path: str, state: JournalState, capacity: int) ->
         if not folder.isdecimal():
             yield f"{IMAGES_FOLDER}/{folder}"
     for place, index in image_files(files, path):
-        if index is None or index >= capacity or not state.is_done(index):
+        known = index is not None and index < capacity and state.is_done(index)
+        if index is None or not known or place != state.path(index):
             yield place
     yield from filter(is_temporary, files.list(path))
 

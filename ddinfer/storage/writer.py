@@ -18,13 +18,12 @@ from ddinfer.request import Result
 from ddinfer.storage.files import Files, write_and_rename
 from ddinfer.storage.images import (
     IMAGES_FOLDER,
-    encode_animation,
-    encode_png,
     image_path,
     image_text,
     sha256,
 )
 from ddinfer.storage.journal import JournalWriter
+from ddinfer.storage.media import Formats
 
 
 class Writer:
@@ -34,7 +33,7 @@ class Writer:
         folder: the output directory.
         journal: this process's own.
         info: about the job, for the ``ddinfer`` chunk of every image; see `image_text`.
-        fps: frames per second of videos.
+        formats: what images, videos and sound are saved as.
         wanted: whether the image of this index is to be written. A batch runs whole also where
             some of its images exist already; those are not written again.
 
@@ -49,11 +48,11 @@ class Writer:
         journal: JournalWriter,
         info: Mapping[str, Any],
         *,
-        fps: float = 8,
+        formats: Formats | None = None,
         wanted: Callable[[int], bool] = lambda index: True,
     ):
         self.files, self.folder, self.journal, self.info = files, folder, journal, info
-        self.fps, self.wanted = fps, wanted
+        self.formats, self.wanted = formats or Formats(), wanted
         self.num_written = self.num_failed = 0
         self._made_folders: set[str] = set()
         self._in_flight: set[int] = set()  # the first index of each batch that is running
@@ -155,12 +154,13 @@ class Writer:
             if data is None:
                 lines.append(_failure_line(result, error))
                 continue
-            path = os.path.join(self.folder, image_path(result.index))
+            ending = self.formats.ending(result)
+            path = os.path.join(self.folder, image_path(result.index, ending))
             folder = os.path.dirname(path)
             self._ensure_folder(folder)
             write_and_rename(self.files, path, data)
             folders.add(folder)
-            lines.append(_image_line(result, data))
+            lines.append(_image_line(result, data, ending))
         for folder in sorted(folders):
             self.files.sync_folder(folder)
         return lines
@@ -180,18 +180,17 @@ class Writer:
             self._made_folders.add(folder)
 
     def _encode(self, result: Result) -> bytes:
-        first = result.image if result.frames is None else result.frames[0]
-        if first is None:
-            raise ValueError("a Result with neither image, frames nor error")
+        first = result.frames[0] if result.frames else result.image
+        if first is None and result.audio is None:
+            raise ValueError("a Result with neither image, frames, audio nor error")
+        size = None if first is None else first.size
         text = image_text(
-            result.request, self.info, size=first.size, batch=result.batch, exact=result.exact
+            result.request, self.info, size=size, batch=result.batch, exact=result.exact
         )
-        if result.frames is None:
-            return encode_png(first, text)
-        return encode_animation(result.frames, self.fps, text)
+        return self.formats.encode(result, text)
 
 
-def _image_line(result: Result, data: bytes) -> dict[str, Any]:
+def _image_line(result: Result, data: bytes, ending: str) -> dict[str, Any]:
     line: dict[str, Any] = {
         "kind": "image",
         "index": result.index,
@@ -199,6 +198,8 @@ def _image_line(result: Result, data: bytes) -> dict[str, Any]:
         "bytes": len(data),
         "seconds": round(result.seconds, 4),
     }
+    if ending != "png":
+        line["ending"] = ending
     if not result.exact:
         line.update(exact=False, batch=list(result.batch))
     if result.flags:

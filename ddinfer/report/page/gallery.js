@@ -153,6 +153,8 @@ class Gallery {
 
 /** A small picture; where the thumbnail is gone, the image itself. */
 function thumbnail(table, row) {
+  if (table.isSound(row)) return h("span", { class: "note" }, "♪");
+  if (table.isVideo(row) && !table.thumbnail[row]) return h("video", { src: table.imageFile(row), preload: "metadata" });
   const image = h("img", { src: table.thumbnailFile(row), alt: "", loading: "lazy", decoding: "async" });
   image.addEventListener("error", () => {
     if (image.getAttribute("src") !== table.imageFile(row)) image.src = table.imageFile(row);

@@ -40,15 +40,16 @@ class Picture {
         : `${(at + 1).toLocaleString("en")} of ${rows.length.toLocaleString("en")}`),
       h("button", { type: "button", class: "next", title: "Next (→)", onclick: () => this.move(1) }, "→"));
     if (table.status[row] === MADE) {
-      const image = h("img", { src: table.imageFile(row), alt: table.promptText(row) });
-      image.addEventListener("error", () => holder.replaceChildren(
+      const media = mediaElement(table, row);
+      media.addEventListener("error", () => holder.replaceChildren(
         h("p", {}, table.unreadable(row) ?? "The file cannot be shown; is it still there?")));
-      image.addEventListener("load", () => {
+      media.addEventListener(media.tagName === "IMG" ? "load" : "loadedmetadata", () => {
         const size = this.box.querySelector(".size");
-        if (size) size.textContent = `${image.naturalWidth} × ${image.naturalHeight}`;
+        const width = media.naturalWidth ?? media.videoWidth;
+        if (size && width) size.textContent = `${width} × ${media.naturalHeight ?? media.videoHeight}`;
       });
-      holder.append(image);
-      if (table.framesOf(row) > 1) line.append(this._playButton(image));
+      holder.append(media);
+      if (table.framesOf(row) > 1 && table.ending[row] === "png") line.append(this._playButton(media));
       line.append(h("a", { href: table.imageFile(row), target: "_blank" }, "open the file"));
     } else {
       holder.append(h("p", {}, `This image is ${STATUS_NAMES[table.status[row]]}.`));
@@ -115,6 +116,17 @@ class Picture {
   }
 }
 
+/** What shows an image, plays a video or a sound; of a zip of frames, the first. */
+function mediaElement(table, row) {
+  const src = table.imageFile(row);
+  if (table.isSound(row)) return h("audio", { src, controls: true });
+  if (table.isVideo(row)) return h("video", { src, controls: true, loop: true, preload: "auto" });
+  return h("img", {
+    src: table.ending[row] === "zip" ? table.thumbnailFile(row) : src,
+    alt: table.promptText(row), loading: "lazy", decoding: "async",
+  });
+}
+
 /** What the panel lists: name → value. */
 function facts(table, row) {
   const run = table.runOf(row), end = table.end[row];
@@ -173,7 +185,7 @@ class Comparison {
     const figures = rows.slice(0, MOST_COMPARED).map((k) => h("figure", {},
       h("button", { type: "button", "data-row": k, onclick: () => { this.box.close(); this.open(table, k); } },
         table.status[k] === MADE
-          ? h("img", { src: table.imageFile(k), alt: `seed ${table.seed[k]}`, loading: "lazy", decoding: "async" })
+          ? mediaElement(table, k)
           : STATUS_NAMES[table.status[k]]),
       h("figcaption", {}, [`seed ${table.seed[k]}`, ...differing.map((name) =>
         `${name} ${shownOrNone(table.parameters(k)[name])}`)].join(" · "))));

@@ -36,7 +36,9 @@ class Table {
   }
 
   _folder(row) { return String(Math.floor(this.indexOf(row) / 10000)).padStart(4, "0"); }
-  imageFile(row) { return `images/${this._folder(row)}/${this.nameOf(row)}.png`; }
+  imageFile(row) { return `images/${this._folder(row)}/${this.nameOf(row)}.${this.ending[row]}`; }
+  isVideo(row) { return ["mp4", "webm"].includes(this.ending[row]); }
+  isSound(row) { return ["wav", "flac"].includes(this.ending[row]); }
 
   /** Where the small picture is: the image itself where there is no thumbnail. */
   thumbnailFile(row) {
