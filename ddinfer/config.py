@@ -18,7 +18,7 @@ import tyro
 from typing_extensions import TypedDict
 
 from ddinfer.errors import UsageError
-from ddinfer.request import GIVEN_BY_DDINFER
+from ddinfer.request import GIVEN_BY_DDINFER, PIPELINE_SETTINGS
 
 #: Options that let what a model brings run as code on this machine. No file can switch them on,
 #: and none is written with them: files are handed on.
@@ -115,16 +115,11 @@ class OptionError(UsageError):
 
 
 @dataclass(frozen=True)
-class JobConfig:
-    """Run a diffusers pipeline over many prompts on many GPUs."""
+class JobOptions:
+    """What to generate, and where to write it."""
 
-    # What to generate
     model: Annotated[Path | None, _arg("MODEL", "-m")] = None
     """Directory or hub id of a diffusers pipeline. Default: the embedded demonstration model."""
-    pipeline: Annotated[str | None, _arg("img2img|inpaint|text2img|CLASS")] = None
-    """Another diffusers pipeline over the same checkpoint. Default: what model_index.json names."""
-    component: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("NAME=FOLDER_OR_ID")] = ()
-    """A component from elsewhere, such as controlnet=… or vae=…; a repeated NAME gives several."""
     prompts: Annotated[Path | None, _arg("FILE", "-p")] = None
     """Prompt file: .txt, .csv, .tsv, .json, .jsonl (.gz too); - reads standard input."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("TEXT")] = ()
@@ -134,13 +129,19 @@ class JobConfig:
     limit: Annotated[Count | None, _arg("N")] = None
     """Take only the first N prompts."""
 
-    # How each image is generated
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How each image is generated, unless its prompt says otherwise."""
+
     seed: Annotated[Int, pydantic.Field(ge=0, lt=2**63), _arg("INT", default="0")] = 0
     """Image k has seed SEED + k unless its prompt sets one."""
     num_inference_steps: Annotated[Count | None, _arg("N", "--steps")] = None
     """Denoising steps. Default: the pipeline's own."""
     guidance_scale: Annotated[float | None, _arg("X")] = None
     """Guidance scale. Default: the pipeline's own."""
+    scheduler: Annotated[str | None, _arg("CLASS[:JSON]")] = None
+    """A diffusers scheduler, with settings of its own if any. Default: the pipeline's own."""
     height: Annotated[Count | None, _arg("PIXELS")] = None
     """Height in pixels. Default: the pipeline's own."""
     width: Annotated[Count | None, _arg("PIXELS")] = None
@@ -160,7 +161,11 @@ class JobConfig:
     audio_format: Literal["wav", "flac"] = "wav"
     """What sound without a video is saved as; both keep 16 bits."""
 
-    # On which ranks
+
+@dataclass(frozen=True)
+class RankOptions:
+    """Who generates which images."""
+
     nproc_per_node: Annotated[int | str | None, _arg("N|auto|gpu|cpu")] = None
     """Ranks on this machine. Default: one for each GPU, else one."""
     device: Annotated[str, _arg("auto|cpu|cuda", default="auto")] = "auto"
@@ -179,7 +184,11 @@ class JobConfig:
     shard: Annotated[str | None, _arg("K/N")] = None
     """Generate the K-th of N parts of the job (1/8 … 8/8), on machines that share nothing."""
 
-    # A model larger than a GPU
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """Models larger than a GPU."""
+
     placement: Annotated[Path | None, _arg("auto|balanced|staged|FILE.json")] = None
     """Place each rank's model on its GPUs, host memory and disk; staged: encode, denoise and decode
     one after another. Default: all on one device."""
@@ -191,7 +200,11 @@ class JobConfig:
     """Cut the denoiser into S stages, held by S neighbouring ranks; several
     images are in flight."""
 
-    # When something goes wrong
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """When something goes wrong."""
+
     max_restarts: Annotated[Int, pydantic.Field(ge=0), _arg("N", default="0")] = 0
     """Start the ranks again up to N times after one died. Under torchrun, torchrun does it."""
     grace_seconds: Annotated[Seconds, _arg("SECONDS", default="20")] = 20.0
@@ -200,7 +213,15 @@ class JobConfig:
     stuck_timeout: Annotated[Timeout | None, _arg("SECONDS")] = None
     """End a run when a rank makes no progress for so long, loading included. Default: warn only."""
 
-    # How the model is loaded
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the model is loaded and run."""
+
+    pipeline: Annotated[str | None, _arg("img2img|inpaint|text2img|CLASS")] = None
+    """Another diffusers pipeline over the same checkpoint. Default: what model_index.json names."""
+    component: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("NAME=FOLDER_OR_ID")] = ()
+    """A component from elsewhere, such as controlnet=… or vae=…; a repeated NAME gives several."""
     dtype: Annotated[str, _arg("auto|float32|float16|bfloat16", default="auto")] = "auto"
     """auto: float32 on CPU, else the checkpoint's own. By component: vae=float32,bfloat16."""
     variant: Annotated[str | None, _arg("NAME")] = None
@@ -222,7 +243,11 @@ class JobConfig:
     compile: bool = False
     """torch.compile the denoiser: its repeated blocks where it has them, else the whole."""
 
-    # What to do with the directory and the output
+
+@dataclass(frozen=True)
+class RunOptions:
+    """This run alone: the directory, what is printed, where options come from."""
+
     overwrite: bool = False
     """Delete the job in the output directory and start again; other files stay."""
     extend: bool = False
@@ -238,6 +263,13 @@ class JobConfig:
     print_config: bool = False
     """Print the resolved configuration as YAML and stop."""
 
+
+@dataclass(frozen=True)
+class JobConfig(
+    RunOptions, ModelOptions, RecoveryOptions, MemoryOptions, RankOptions, ImageOptions, JobOptions
+):
+    """Run a diffusers pipeline over many prompts on many GPUs: all options of a job, flat."""
+
     def __post_init__(self) -> None:
         for name, value in _validated(vars(self)).items():
             object.__setattr__(self, name, value)
@@ -249,6 +281,8 @@ class JobConfig:
                 "use one of them"
             )
         for name in self.pipeline_kwargs:
+            if name in PIPELINE_SETTINGS:
+                raise UsageError(f"--pipeline_kwargs {name}: it is an option, --{name}")
             if name in RESERVED_CALL_ARGUMENTS:
                 raise UsageError(f"--pipeline_kwargs {name}: {RESERVED_CALL_ARGUMENTS[name]}")
 
@@ -349,6 +383,7 @@ class JobConfig:
             "negative_prompt": self.negative_prompt,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            "scheduler": self.scheduler,
             "height": self.height,
             "width": self.width,
         }

@@ -24,6 +24,9 @@ CALL_FIELDS = ("width", "height", "num_inference_steps", "guidance_scale")
 #: Further texts of a prompt, for pipelines with several text encoders. A batch has a list of each.
 TEXT_ARGUMENT = re.compile(r"(negative_)?prompt_\d+")
 
+#: What a prompt may say that ddinfer sets on the pipeline, no arguments of its ``__call__``.
+PIPELINE_SETTINGS = ("scheduler", "lora")
+
 #: Arguments of ``__call__`` that ddinfer gives itself, so that no user may, and what to do instead.
 GIVEN_BY_DDINFER = {
     "generator": "every image has its own generator; use seed",
@@ -60,7 +63,8 @@ class Request:
         id: the user's name for it, unique in the job (default: the index, 8 digits).
         seed: plain diffusers with ``torch.Generator("cpu").manual_seed(seed)`` makes the same.
         width, height: pixels. ``None`` leaves the pipeline's own default.
-        kwargs: every other argument of the pipeline's ``__call__``. Image inputs
+        kwargs: every other argument of the pipeline's ``__call__``, and `PIPELINE_SETTINGS`.
+            Image inputs
             (``image``, ``mask_image`` …) are absolute paths here, or a program's objects.
         input_hashes: names of the image inputs and objects in ``kwargs`` → SHA-256 of the image
             file's bytes, or of the object's content.
@@ -118,7 +122,12 @@ class Request:
     def parameters(self) -> dict[str, Any]:
         """What the pipeline is called with beside prompt, negative prompt and generator."""
         named = {n: getattr(self, n) for n in CALL_FIELDS if getattr(self, n) is not None}
-        return {**named, **self.kwargs}
+        others = {n: v for n, v in self.kwargs.items() if n not in PIPELINE_SETTINGS}
+        return {**named, **others}
+
+    def settings(self) -> dict[str, Any]:
+        """What is set on the pipeline for this call: ``scheduler``, ``lora`` (name → weight)."""
+        return {name: self.kwargs[name] for name in PIPELINE_SETTINGS if name in self.kwargs}
 
     def texts(self) -> dict[str, str]:
         """``prompt_2``, ``negative_prompt_2``, …: they vary within a batch as ``prompt`` does."""
@@ -140,7 +149,7 @@ class Request:
         texts = self.texts()
         plain = {
             name: value
-            for name, value in self.parameters().items()
+            for name, value in {**self.parameters(), **self.settings()}.items()
             if name not in texts and name not in self.input_hashes
         }
         shared: list[Any] = [plain, {}, self.negative_prompt is None]

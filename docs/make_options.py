@@ -9,15 +9,15 @@ from pathlib import Path
 
 import tyro
 
-from ddinfer.config import JobConfig
+from ddinfer.cli.options import option_groups
 
 PAGE = Path(__file__).parent / "command-line.md"
 BEGIN, END = "<!-- options: made by make_options.py -->", "<!-- end of options -->"
 
 
-def options() -> list[tuple[str, str]]:
-    """(how it is spelt, what it does) for every option of the parser, in its order."""
-    parser = tyro.extras.get_parser(JobConfig, use_underscores=True)
+def options(group: type) -> list[tuple[str, str]]:
+    """(how it is spelt, what it does) for every option of a group, in its order."""
+    parser = tyro.extras.get_parser(group, use_underscores=True)
     found = []
     for action in parser._actions:
         if action.dest == "help" or "--help" in action.option_strings:
@@ -35,8 +35,11 @@ def options() -> list[tuple[str, str]]:
 
 
 def table() -> str:
-    rows = [f"| {spelt} | {text} |" for spelt, text in options()]
-    return "\n".join([BEGIN, "", "| option | |", "|---|---|", *rows, "", END])
+    lines = [BEGIN, ""]
+    for group in option_groups().values():
+        rows = [f"| {spelt} | {text} |" for spelt, text in options(group)]
+        lines += [f"**{group.__doc__}**", "", "| option | |", "|---|---|", *rows, ""]
+    return "\n".join([*lines, END])
 
 
 def page_with_table(page: str) -> str:

@@ -1,12 +1,13 @@
 """The three layers of configuration, and what each says about a mistake."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ddinfer.cli.options import parse_config
+from ddinfer.cli.options import option_groups, parse_config
 from ddinfer.config import JobConfig
 from ddinfer.errors import UsageError
 
@@ -91,11 +92,24 @@ def test_what_is_saved_runs_again_and_holds_no_token(tmp_path):
     ],
 )
 def test_bad_option_ends_with_code_2_and_says_what_is_right(argv, message, capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises((SystemExit, UsageError)) as ended:
         parse_config(argv, {})
-    assert ended.value.code == 2
+    error = ended.value
+    assert (error.code if isinstance(error, SystemExit) else error.exit_code) == 2
     printed = capsys.readouterr()
-    assert message in printed.out + printed.err
+    assert message in printed.out + printed.err + str(error)
+
+
+def test_every_option_stands_in_one_group_of_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], {})
+    text = capsys.readouterr().out
+    for title in ("What to generate", "Models larger than a GPU", "When something goes wrong"):
+        assert title in text
+    grouped = [f.name for group in option_groups().values() for f in fields(group)]
+    assert grouped == [f.name for f in fields(JobConfig)]
+    for name in grouped:
+        assert f"--{name}" in text, name
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_the_page_of_options_is_what_the_parser_takes():
     maker = make_options()
     page = maker.PAGE.read_text(encoding="utf-8")
     assert page == maker.page_with_table(page), "run: python docs/make_options.py"
-    assert len(maker.options()) > 30
+    assert page.count("| `--") > 30
 
 
 def test_every_command_stands_on_the_page_of_the_command_line():

@@ -340,6 +340,29 @@ class Repeated(nn.Module):
         return x
 
 
+class Slow(nn.Linear):
+    """As many bytes as a linear layer, two hundred times its work."""
+
+    def forward(self, x):
+        for _ in range(200):
+            x = torch.tanh(super().forward(x))
+        return x
+
+
+def balanced_on_ranks(group, balance):
+    torch.manual_seed(0)
+    model = nn.Sequential(Slow(64, 64), *(nn.Linear(64, 64) for _ in range(5))).eval()
+    x = rows_of(8, 64)
+    expected = model(x)
+    pipe = prepare_pipeline(model, (x,), num_chunks=1, balance=balance, gather_output=True)
+    return pipe.cuts, torch.equal(pipe(x), expected)
+
+
+def test_stages_are_balanced_by_bytes_or_by_measured_time_with_the_same_output():
+    assert run_ranks(balanced_on_ranks, 2, "bytes") == [(("3",), True)] * 2
+    assert run_ranks(balanced_on_ranks, 2, "time") == [(("1",), True)] * 2
+
+
 # --- outputs, arguments, groups -----------------------------------------------------------------
 
 
@@ -492,6 +515,7 @@ def refusals(group):
     refused("expected a torch.nn.Module", torch.relu)
     refused("num_chunks must be at least 1, found 0", make_mlp(), num_chunks=0)
     refused("no tensor with rows", make_mlp(), (3.0,))
+    refused('expected "bytes" or "time"', make_mlp(), balance="speed")
     refused("expected a tuple", make_mlp(), x)
     refused("do not fit forward", make_mlp(), (x, x))
     refused("no module named '11'", make_mlp(), split_points=["11"])
@@ -505,7 +529,7 @@ def refusals(group):
     refused("cannot be cut", Hopeless().eval(), batched=["x"])
     refused("say with checkpoint=", make_mlp().to("meta"))
     refused("no checkpoint", make_mlp(), checkpoint="nowhere")
-    refused("does not fall into rows", Mean().eval())
+    refused("has no batch dim", Mean().eval())
     pipe = prepare_pipeline(make_mlp(), (x,))
     for bad, match in ((rows_of(4, 9), "every dim but the batch"), (x[:0], "batch is empty")):
         with pytest.raises((UsageError, RankError), match=match):
@@ -524,7 +548,7 @@ class Mean(nn.Module):
 
 
 def test_what_cannot_be_right_is_refused_on_every_rank_before_anything_runs():
-    assert run_ranks(refusals, 2) == [17, 17]
+    assert run_ranks(refusals, 2) == [18, 18]
 
 
 # --- failures -----------------------------------------------------------------------------------

@@ -46,7 +46,9 @@ def dispatch(argv: Sequence[str]) -> int:
         return EXIT_OK
     quiet_libraries()
     try:
-        return importlib.import_module(f"ddinfer.cli.{name.replace('-', '_')}").main(rest)
+        code = importlib.import_module(f"ddinfer.cli.{name.replace('-', '_')}").main(rest)
+        sys.stdout.flush()  # here, where a reader that has ended is no surprise
+        return code
     except DdinferError as error:
         print(f"ddinfer: error: {_message(error)}", file=sys.stderr)
         return error.exit_code

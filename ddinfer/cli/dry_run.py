@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from ddinfer.cli.command import print_report
 from ddinfer.config import JobConfig
 from ddinfer.distributed.partition import Replica, slice_of_batches
 from ddinfer.errors import EXIT_OK
@@ -20,7 +21,7 @@ SHOWN_REQUESTS = 3
 def print_plan(config: JobConfig, num_ranks: int) -> int:
     """Check all input and print what each rank would do."""
     plan = plan_of(config, num_ranks)
-    print(json.dumps(plan) if config.json else "\n".join(plan_lines(plan)))
+    print_report(plan, plan_lines(plan), as_json=config.json)
     return EXIT_OK
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from ddinfer.cli.command import parse, print_report
 from ddinfer.cli.verify import exit_code, lines_of
 from ddinfer.errors import EXIT_OK
 from ddinfer.storage.files import Files
@@ -34,16 +34,13 @@ class MergeOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    options = tyro.cli(MergeOptions, prog="ddinfer merge", args=list(argv), use_underscores=True)
+    options = parse(MergeOptions, "merge", argv)
     files, target = Files(), os.path.abspath(options.output)
     parts = [os.path.abspath(part) for part in options.parts]
     report = merge(files, parts, target, notify=_print)
     found = verify(files, target)
-    if options.json:
-        print(json.dumps({**report.__dict__, "verify": found.to_dict()}))
-    else:
-        print("\n".join(lines_of(found, target)))
-    sys.stdout.flush()
+    data = {**report.__dict__, "verify": found.to_dict()}
+    print_report(data, lines_of(found, target), as_json=options.json)
     verified = exit_code(found)
     return report.exit_code if verified == EXIT_OK else verified
 

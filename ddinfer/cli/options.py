@@ -9,16 +9,69 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import tyro
+from tyro.conf import OmitArgPrefixes
 
-from ddinfer.config import TRUST_OPTIONS, JobConfig, OptionError, parse_json_object
+from ddinfer.config import (
+    TRUST_OPTIONS,
+    ImageOptions,
+    JobConfig,
+    JobOptions,
+    MemoryOptions,
+    ModelOptions,
+    OptionError,
+    RankOptions,
+    RecoveryOptions,
+    RunOptions,
+    parse_json_object,
+)
 from ddinfer.errors import UsageError
 
 ENVIRONMENT_PREFIX = "DDINFER_"
+
+
+@dataclass(frozen=True)
+class OptionGroups:
+    """Run a diffusers pipeline over many prompts on many GPUs.
+
+    Start with:  ddinfer --model MODEL --prompts FILE --output DIR   (again to resume)
+                 ddinfer plan MODEL            what fits which GPUs, before anything is loaded
+                 ddinfer report DIR            a page of the images and what they were made with
+    """
+
+    job: OmitArgPrefixes[JobOptions]
+    image: OmitArgPrefixes[ImageOptions]
+    rank: OmitArgPrefixes[RankOptions]
+    memory: OmitArgPrefixes[MemoryOptions]
+    recovery: OmitArgPrefixes[RecoveryOptions]
+    model: OmitArgPrefixes[ModelOptions]
+    run: OmitArgPrefixes[RunOptions]
+
+    @classmethod
+    def of(cls, config: JobConfig) -> OptionGroups:
+        """The options of a job by group, as ``--help`` shows them."""
+        return cls(
+            **{
+                name: group(**{f.name: getattr(config, f.name) for f in fields(group)})
+                for name, group in option_groups().items()
+            }
+        )
+
+    def config(self) -> JobConfig:
+        """The job that the options describe."""
+        values: dict[str, Any] = {}
+        for group in vars(self).values():
+            values |= vars(group)
+        return JobConfig(**values)
+
+
+def option_groups() -> dict[str, type]:
+    """The dataclass of each group, in the order of ``--help``."""
+    return get_type_hints(OptionGroups)
 
 
 def parse_config(
@@ -43,7 +96,13 @@ def parse_config(
         default = JobConfig(**layers)
     except OptionError as error:
         raise UsageError(f"{sources[error.option]}: {error}") from None
-    given = tyro.cli(JobConfig, prog=prog, args=list(argv), default=default, use_underscores=True)
+    given = tyro.cli(
+        OptionGroups,
+        prog=prog,
+        args=list(argv),
+        default=OptionGroups.of(default),
+        use_underscores=True,
+    ).config()
     for name in wanted_by_file:
         if not getattr(given, name):
             raise UsageError(

@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
+from ddinfer.cli.command import parse
 from ddinfer.errors import EXIT_OK
 from ddinfer.report.page import write_report
 from ddinfer.storage.files import Files
@@ -28,7 +29,7 @@ class ReportOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    options = tyro.cli(ReportOptions, prog="ddinfer report", args=list(argv), use_underscores=True)
+    options = parse(ReportOptions, "report", argv)
     path = os.path.abspath(options.output)
     with tqdm(desc="thumbnails", unit=" images", disable=None, leave=False, file=sys.stderr) as bar:
 
@@ -40,5 +41,4 @@ def main(argv: Sequence[str]) -> int:
     for notice in data["notices"]:
         print(f"ddinfer: {notice}", file=sys.stderr)
     print(os.path.join(path, REPORT_FILE))
-    sys.stdout.flush()
     return EXIT_OK

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ddinfer.cli.command import ModelOptions, parse
 from ddinfer.cli.run import run_configured
 from ddinfer.config import ONE_TIME_OPTIONS, JobConfig
 from ddinfer.errors import UsageError
@@ -17,22 +18,14 @@ from ddinfer.storage.job_folder import JobFolder
 from ddinfer.storage.metadata import JOB_FILE
 
 
-@dataclass(frozen=True)
-class RetryOptions:
+@dataclass(frozen=True, kw_only=True)
+class RetryOptions(ModelOptions):
     """Generate the failed prompts of a job again. Everything else is read from its folder."""
 
     output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """Output folder of a job."""
-    model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", aliases=("-m",))] = None
-    """Where the model is now. Default: where the job found it."""
     nproc_per_node: Annotated[str | None, tyro.conf.arg(metavar="N|auto|gpu|cpu")] = None
     """Ranks on this machine. Default: as many as the job was started with."""
-    token: Annotated[str | None, tyro.conf.arg(metavar="TOKEN")] = None
-    """Hub token; better set HF_TOKEN."""
-    trust_remote_code: bool = False
-    """Run pipeline code that the model's repository brings."""
-    allow_pickle: bool = False
-    """Load .bin weights, which can run code. Default: safetensors only."""
     accept_versions: bool = False
     """Continue although library versions have changed."""
     json: bool = False
@@ -40,9 +33,7 @@ class RetryOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    options = tyro.cli(
-        RetryOptions, prog="ddinfer retry-failed", args=list(argv), use_underscores=True
-    )
+    options = parse(RetryOptions, "retry-failed", argv)
     return run_configured(config_of(options), retry_failed=True)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ddinfer.cli.command import parse, print_report
 from ddinfer.errors import EXIT_OK
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobFolder
@@ -34,10 +33,9 @@ class StatusOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    options = tyro.cli(StatusOptions, prog="ddinfer status", args=list(argv), use_underscores=True)
+    options = parse(StatusOptions, "status", argv)
     status = status_of(Files(), os.path.abspath(options.output))
-    print(json.dumps(status) if options.json else "\n".join(lines_of(status)))
-    sys.stdout.flush()
+    print_report(status, lines_of(status), as_json=options.json)
     return EXIT_OK
 
 

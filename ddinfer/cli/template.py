@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ddinfer.cli.command import parse
 from ddinfer.cli.options import parse_config
 from ddinfer.config import JobConfig
 from ddinfer.errors import EXIT_OK, UsageError
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     if "--" in words:
         cut = words.index("--")
         ours, job = words[:cut], words[cut + 1 :]
-    options = tyro.cli(TemplateOptions, prog="ddinfer template", args=ours, use_underscores=True)
+    options = parse(TemplateOptions, "template", ours)
     sys.stdout.write(fill(options, job))
     return EXIT_OK
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
+from ddinfer.cli.command import parse, print_report
 from ddinfer.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_OK, list_some
 from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobFolder
@@ -33,12 +32,11 @@ class VerifyOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    options = tyro.cli(VerifyOptions, prog="ddinfer verify", args=list(argv), use_underscores=True)
+    options = parse(VerifyOptions, "verify", argv)
     files, path = Files(), os.path.abspath(options.output)
     changes = options.rebuild or options.repair
     report = _changed(files, path, options) if changes else verify(files, path)
-    print(json.dumps(report.to_dict()) if options.json else "\n".join(lines_of(report, path)))
-    sys.stdout.flush()
+    print_report(report.to_dict(), lines_of(report, path), as_json=options.json)
     return exit_code(report)
 
 

@@ -26,7 +26,7 @@ from ddinfer.engines.lockstep import (
     needs_equal_inputs,
     sharded_models,
 )
-from ddinfer.engines.pipeline_call import check_call
+from ddinfer.engines.pipeline_call import check_call, check_settings, split_settings
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import PromptsFailed, UsageError
 from ddinfer.prompts.files import prompt_from_fields
@@ -226,9 +226,12 @@ def _plan(
     takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     allowed = [n for n in parameters if n not in RESERVED_CALL_ARGUMENTS]
     requests = as_requests(prompts, seed, None if takes_anything else allowed)
-    given = set(call).union(*(r.parameters() for r in requests))
+    shared, arguments = split_settings(call)
+    given = set(arguments).union(*(r.parameters() for r in requests))
     given |= {"negative_prompt" for r in requests if r.negative_prompt is not None}
     check_call(type(pipe).__name__, parameters, given, batch_size)
+    if shared or any(request.settings() for request in requests):
+        check_settings(type(pipe), vars(pipe).get("scheduler"), requests, shared)
     content = hashlib.sha256("".join(map(_content_hash, requests)).encode())
     content.update(canonical_json({n: _plain(value) for n, value in call.items()}).encode())
     digest = f"{len(requests)} requests, {content.hexdigest()[:16]}, batch_size={batch_size}"

@@ -162,6 +162,7 @@ def check_lockstep(pipe: Any, ranks: Sequence[int], requests: Sequence[Request])
 def _pace(request: Request) -> str:
     """What may decide how many forwards a prompt needs."""
     parameters = {k: v for k, v in request.parameters().items() if k not in ("width", "height")}
+    parameters |= request.settings()
     parameters.update(dict.fromkeys((*request.texts(), *request.input_hashes), "given"))
     if request.negative_prompt is not None:
         parameters["negative_prompt"] = "given"

@@ -26,7 +26,8 @@ from ddinfer.errors import (
     is_environment_error,
 )
 from ddinfer.inputs import load_input
-from ddinfer.request import Request, Result
+from ddinfer.models.schedulers import check_scheduler, scheduler_set
+from ddinfer.request import PIPELINE_SETTINGS, Request, Result
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,18 @@ def call_pipeline(
 
     Args:
         requests: of one batch key.
-        arguments: further arguments of ``__call__``; those of the Requests replace them.
+        arguments: further arguments of ``__call__`` and settings of the pipeline; those of the
+            Requests replace them.
 
     Raises:
         torch.AcceleratorError: the device is lost.
         StorageError: the disk is full or a file cannot be read, whatever the prompt.
     """
     try:
-        arguments = {**arguments, **_arguments(pipe, requests)}
-        with _vae_types_restored(pipe):
+        settings, arguments = split_settings(arguments)
+        settings |= requests[0].settings()
+        arguments |= _arguments(pipe, requests)
+        with _vae_types_restored(pipe), scheduler_set(pipe, settings.get("scheduler")):
             return _pictures(pipe, pipe(**arguments), len(requests))
     except torch.AcceleratorError:
         raise  # sticky: no later call on this device can succeed
@@ -115,6 +119,38 @@ def call_pipeline(
             path = "" if error.filename is None else f"{error.filename}: "
             raise StorageError(f"the pipeline met {path}{describe_os_error(error)}") from error
         return CallFailure(ErrorRecord.of(error), _is_out_of_memory(error))
+
+
+def split_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """→ (what is set on the pipeline for a call, arguments of its ``__call__``)."""
+    settings = {n: v for n, v in arguments.items() if n in PIPELINE_SETTINGS}
+    return settings, {n: v for n, v in arguments.items() if n not in PIPELINE_SETTINGS}
+
+
+def check_settings(
+    kind: type, scheduler: Any, requests: Iterable[Request], shared: Mapping[str, Any]
+) -> None:
+    """Check what prompts set on the pipeline; each scheduler once.
+
+    Args:
+        kind: the pipeline's class.
+        scheduler: its own.
+        shared: settings for all prompts that say nothing else.
+
+    Raises:
+        UsageError: a scheduler that the pipeline cannot use; names the first prompt.
+    """
+    seen: set[tuple[str, frozenset[str]]] = set()
+    for request in requests:
+        text = {**shared, **request.settings()}.get("scheduler")
+        given = frozenset({"sigmas", "timesteps"}.intersection(request.kwargs))
+        if text is None or (text, given) in seen:
+            continue
+        seen.add((text, given))
+        try:
+            check_scheduler(kind, scheduler, text, given)
+        except UsageError as error:
+            raise UsageError(f"prompt {request.index} (id {request.id}): {error}") from None
 
 
 def results_of(

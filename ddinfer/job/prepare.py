@@ -151,6 +151,7 @@ def prepare(
         notes += _demonstration_note(requests) if model_name in tiny.PIPELINES else []
         notes.append(checker.note_nulls())
     check_call(pipeline, parameters, call_arguments(requests), config.batch_size)
+    check_job_settings(kind, configs, config, requests)
     check_placement(config, gpus)
     stages = check_stages(model, config)
     return Job(
@@ -163,6 +164,29 @@ def prepare(
         stages,
         tuple(filter(None, notes)),
     )
+
+
+def check_job_settings(
+    kind: type, path: str, config: JobConfig, requests: Sequence[Request]
+) -> None:
+    """Check what prompts set on the pipeline (`PIPELINE_SETTINGS`), by its configs alone.
+
+    Raises:
+        UsageError: the pipeline cannot use it.
+    """
+    if not any(request.settings() for request in requests):
+        return
+    import torch
+
+    from ddinfer.engines.pipeline_call import check_settings
+    from ddinfer.models.pipeline_folder import PipelineSource
+
+    hub = {"revision": config.revision, "token": config.token}
+    source = PipelineSource.for_planning(path, trust_remote_code=config.trust_remote_code, **hub)
+    own = None
+    if any(entry.name == "scheduler" for entry in source.index.entries):
+        own = source.load("scheduler", None, torch.device("cpu"))
+    check_settings(kind, own, requests, {})
 
 
 def check_dtypes(kind: Any, config: JobConfig) -> None:

@@ -155,7 +155,13 @@ def configs_folder(
     folder = local_folder(path)
     if folder is not None:
         return folder
-    patterns = [MODEL_INDEX, "*/config.json", "*/*.index.json", "*/*.index.*.json"]
+    patterns = [
+        MODEL_INDEX,
+        "*/config.json",
+        "*/scheduler_config.json",
+        "*/*.index.json",
+        "*/*.index.*.json",
+    ]
     return fetch_files(os.fspath(path), patterns, revision=revision, token=token)
 
 

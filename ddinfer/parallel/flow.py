@@ -10,6 +10,7 @@ each value to where it is used.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ddinfer.errors import DdinferError, UsageError
-from ddinfer.parallel.blocks import faked
+from ddinfer.parallel.blocks import faked, substituted
 from ddinfer.parallel.labels import Tracker
 from ddinfer.parallel.packing import Layout, layout_of
 from ddinfer.parallel.tensor_tree import (
@@ -29,6 +30,9 @@ from ddinfer.parallel.tensor_tree import (
     fingerprint,
     tensors_of,
 )
+
+#: Runs of each block where stages are balanced by time; the shortest counts.
+NUM_TIMED_RUNS = 5
 
 
 class PlanError(DdinferError):
@@ -139,12 +143,18 @@ class StagedModel:
         edges = self._edges(call, arguments, tracker.labels(output), inspected)
         return Plan(arguments, call.made, made, edges, back), inspected
 
-    def run_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    def run_order(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_timed: bool = False
+    ) -> list[tuple[int, float]]:
         """Numbers of the blocks in the order in which a call runs them, each as often as it runs.
 
         As for `plan`, blocks return zeros and need no weights.
+
+        Args:
+            is_timed: also measure each block, in seconds (else 0), with weights of zeros that it
+                holds for that time only.
         """
-        call = _Ordering(self)
+        call = _Ordering(self, is_timed)
         with torch.no_grad():
             self._run(call, args, kwargs)
         return call.order
@@ -310,16 +320,39 @@ class _Planning:
 
 
 class _Ordering:
-    """Answers block calls with zeros and notes their order."""
+    """Answers block calls with zeros and notes their order and duration."""
 
-    def __init__(self, owner: StagedModel):
-        self.owner = owner
-        self.order: list[int] = []
+    def __init__(self, owner: StagedModel, is_timed: bool):
+        self.owner, self.is_timed = owner, is_timed
+        self.order: list[tuple[int, float]] = []
+        self._seconds: dict[Any, float] = {}
 
     def block(self, number: int, args: Any, kwargs: Any) -> Any:
-        self.order.append(number)
+        seconds = self._measured(number, args, kwargs) if self.is_timed else 0.0
+        self.order.append((number, seconds))
         made, zeros = self.owner.zeros(number, args, kwargs)
         return made.unflatten(zeros)
+
+    def _measured(self, number: int, args: Any, kwargs: Any) -> float:
+        """The shortest of a few runs, measured once for blocks that are alike."""
+        owner, module = self.owner, self.owner._modules[number]
+        key = _shape_key(module, args, kwargs) or number
+        if key not in self._seconds:
+            runs = []
+            with _paused(), substituted(module, lambda t: torch.zeros_like(t, device=owner.device)):
+                for _ in range(NUM_TIMED_RUNS):
+                    _synchronize(owner.device)
+                    start = time.perf_counter()
+                    owner._forwards[number](*args, **kwargs)
+                    _synchronize(owner.device)
+                    runs.append(time.perf_counter() - start)
+            self._seconds[key] = min(runs)
+        return self._seconds[key]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class _Running:

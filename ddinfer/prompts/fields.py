@@ -11,10 +11,20 @@ from typing import Any
 
 from ddinfer.errors import InputError
 from ddinfer.inputs import MEDIA_INPUTS, check_media_file, is_plain, join_hashes, load_input
-from ddinfer.request import CALL_FIELDS, GIVEN_BY_DDINFER, MAX_SEED, Prompt
+from ddinfer.request import (
+    CALL_FIELDS,
+    GIVEN_BY_DDINFER,
+    MAX_SEED,
+    PIPELINE_SETTINGS,
+    Prompt,
+)
 
 #: Fields that every prompt may have, whatever the pipeline.
-STANDARD_FIELDS = ("prompt", "id", "negative_prompt", "seed", "num_images", *CALL_FIELDS)
+STANDARD_FIELDS = (
+    *("prompt", "id", "negative_prompt", "seed", "num_images"),
+    *CALL_FIELDS,
+    *PIPELINE_SETTINGS,
+)
 
 #: Call arguments of diffusers' text-driven pipelines that a file can hold. They are what may be
 #: written when the pipeline is not known yet; a known pipeline's own signature decides instead.
@@ -85,7 +95,7 @@ def text_problem(text: str) -> str | None:
 
 def is_text_field(name: str) -> bool:
     """Whether a csv cell of this column is text as it stands, never a number or JSON."""
-    return name in ("id",) or name.rstrip("_234").endswith("prompt")
+    return name in ("id", "scheduler") or name.rstrip("_234").endswith("prompt")
 
 
 class FieldChecker:
@@ -114,7 +124,7 @@ class FieldChecker:
         self.counts_items = False  # rows are items of a JSON list rather than lines
         self._ids: dict[str, int | None] = {}
         self._file_hashes: dict[str, str] = {}
-        own = ("prompt", "id", "seed", "num_images")
+        own = ("prompt", "id", "seed", "num_images", *PIPELINE_SETTINGS)
         if self.call_parameters is None:
             known = {*STANDARD_FIELDS, *COMMON_CALL_ARGUMENTS, *MEDIA_INPUTS}
         else:
@@ -305,7 +315,15 @@ def _finite(value: Any) -> float:
     raise _WrongType("must be a finite number")
 
 
+def _weights(value: Any) -> dict[str, float]:
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: _finite(weight) for name, weight in sorted(value.items())}
+    raise _WrongType('must be weights by name, such as {"pixel": 0.8}')
+
+
 _CHECKS: dict[str, Callable[[Any], Any]] = {
+    "scheduler": _text,
+    "lora": _weights,
     "prompt": _text,
     "negative_prompt": _text,
     "id": _id,

@@ -89,8 +89,9 @@ def parameters_text(
     defaults = info.get("call_defaults", {})
     asked = {**defaults, **request.parameters()}
     settings["Steps"] = asked.pop("num_inference_steps", None)
-    scheduler = info.get("scheduler")
-    settings["Sampler"] = _SAMPLERS.get(str(scheduler), scheduler)
+    scheduler = request.settings().get("scheduler", info.get("scheduler"))
+    scheduler = None if scheduler is None else str(scheduler).partition(":")[0]
+    settings["Sampler"] = _SAMPLERS.get(scheduler, scheduler) if scheduler else None
     settings["CFG scale"] = asked.pop("guidance_scale", None)
     settings["Seed"] = request.seed
     settings["Size"] = None if size is None else f"{size[0]}x{size[1]}"

@@ -19,7 +19,7 @@ from ddinfer.parallel.communicator import Communicator, ConnectionLost, Sending
 from ddinfer.parallel.packing import Layout, layout_of
 from ddinfer.parallel.prepare.batching import infer_batch_dims
 from ddinfer.parallel.prepare.partition import Partition
-from ddinfer.parallel.prepare.rows import Inputs, Outputs
+from ddinfer.parallel.prepare.rows import Inputs, Outputs, Tensors
 from ddinfer.parallel.prepare.stages import Stages, plan_stages
 from ddinfer.parallel.prepare.weights import Weights
 
@@ -35,6 +35,7 @@ def prepare_pipeline(
     checkpoint: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
     batched: Sequence[str] | None = None,
+    balance: Literal["bytes", "time"] = "bytes",
 ) -> PipelinedModel:
     """Cut ``model`` over the ranks of a group, one stage a rank, to run batches as a pipeline.
 
@@ -59,6 +60,9 @@ def prepare_pipeline(
         device: where this rank computes (default: the current CUDA device with NCCL, else CPU).
         batched: names of the arguments whose tensors are cut along their first dim, for a model
             that keeps rows apart by operations that are not known to. Nothing is checked then.
+        balance: what stages are balanced by: the ``"bytes"`` of their weights, or the ``"time"``
+            that the first rank measures for the example, each module by itself, with weights of
+            zeros. The outputs are the same.
 
     Returns:
         A callable with the model's signature. The first rank's arguments count, the others' are
@@ -73,11 +77,11 @@ def prepare_pipeline(
         if not isinstance(model, nn.Module):
             raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
         kwargs = _without_cache(model, dict(example_kwargs or {}))
-        inputs, example = _checked_inputs(
-            model, example_args, kwargs, num_chunks or comm.size, num_chunks, checkpoint
-        )
+        _check_options(model, example_args, num_chunks, checkpoint, balance)
         points = _checked_points(model, split_points, comm.size)
-        example = [_to(leaf, comm.device) for leaf in example]
+        inputs = Inputs.of(model.forward, example_args, kwargs, num_chunks or comm.size)
+        example, _ = inputs.flatten(example_args, kwargs)
+        example = {k: tensor.to(comm.device) for k, tensor in example.items()}
         outputs = None
         if batched is None:
             inputs, outputs = infer_batch_dims(model, inputs, comm.device)
@@ -86,8 +90,10 @@ def prepare_pipeline(
         weights = Weights(model, checkpoint)
         stages = Stages([], [range(0)])
         if comm.is_first and comm.size > 1:
-            args, kwargs = inputs.rebuild(example)
-            stages = plan_stages(model, weights, args, kwargs, points, comm.size, comm.device)
+            args, kwargs = inputs.tree.unflatten(example)
+            stages = plan_stages(
+                model, weights, args, kwargs, points, comm.size, balance, comm.device
+            )
     with _agreed(comm):
         stages = comm.broadcast_object(stages)
         partition = Partition(model, inputs, weights, stages, comm.group_rank, comm.device)
@@ -167,18 +173,18 @@ class PipelinedModel:
         comm.agree(call.error, "running a pipeline")
         self._partition.confirm(call.plans)
         if not self.gather_output:
-            return self._outputs.build(call.joined) if comm.is_last else None
+            return self._outputs.tree.unflatten(call.joined) if comm.is_last else None
         return self._gathered(call)
 
     def _plan(
         self, call: _CallState, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[int, list[int], dict[int, bytes]]:
         """On the first rank: rows, the plan of each microbatch, and what others must know of it."""
-        leaves, rows = self.inputs.flatten(args, kwargs)
-        leaves = [_to(leaf, self._comm.device) for leaf in leaves]
+        tensors, rows = self.inputs.flatten(args, kwargs)
+        tensors = {k: tensor.to(self._comm.device) for k, tensor in tensors.items()}
         plans: list[int] = []
         for number in range(self.inputs.num_chunks(rows)):
-            call.chunks.append(self.inputs.chunk(leaves, number, rows))
+            call.chunks.append(self.inputs.chunk(tensors, number, rows))
             plans.append(self._partition.plan(call.chunks[-1], plans))
         return rows, plans, self._partition.metadata(plans)
 
@@ -189,14 +195,13 @@ class PipelinedModel:
         nobody waits for what will not come.
         """
         comm, partition = self._comm, self._partition
-        made: list[dict[int, torch.Tensor]] = []
+        made: list[Tensors] = []
         for number, plan in enumerate(call.plans):
             values: dict[Any, Any] = {}
             if not comm.is_first:
                 values = self._receive(call, partition.edge(plan, comm.group_rank - 1))
             elif call.error is None:
-                leaves = enumerate(call.chunks[number])
-                values = {("input", k): t for k, t in leaves if isinstance(t, torch.Tensor)}
+                values = {("input", k): t for k, t in call.chunks[number].items()}
             found: dict[Any, Any] = {}
             if call.error is None and not call.upstream_failed:
                 found = call.run(functools.partial(partition.run, plan, values)) or {}
@@ -245,7 +250,7 @@ class PipelinedModel:
 
     def _gathered(self, call: _CallState) -> Any:
         comm, outputs = self._comm, self._outputs
-        layout = layout_of(outputs.shaped(call.rows))
+        layout = layout_of(outputs.joined_shapes(call.rows))
         tensors = call.joined
         try:
             if comm.is_last:
@@ -259,7 +264,7 @@ class PipelinedModel:
             record = ErrorRecord("ConnectionLost", str(lost))
             gone = comm.ranks[lost.group_rank]
             raise RankError(gone, "gathering a pipeline's output", record) from lost
-        return outputs.build(tensors)
+        return outputs.tree.unflatten(tensors)
 
 
 @dataclass
@@ -267,9 +272,9 @@ class _CallState:
     """One rank's state of one call."""
 
     rows: int = 0
-    chunks: list[list[Any]] = field(default_factory=list)
+    chunks: list[Tensors] = field(default_factory=list)
     plans: list[int] = field(default_factory=list)
-    joined: dict[int, torch.Tensor] = field(default_factory=dict)
+    joined: Tensors = field(default_factory=dict)
     sending: list[Sending] = field(default_factory=list)
     error: BaseException | None = None
     upstream_failed: bool = False
@@ -304,15 +309,15 @@ def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _checked_inputs(
+def _check_options(
     model: nn.Module,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    chunks: int,
+    example_args: Sequence[Any],
     num_chunks: int | None,
     checkpoint: Any,
-) -> tuple[Inputs, list[Any]]:
-    """What calls look like, and the example's leaves."""
+    balance: str,
+) -> None:
+    if balance not in ("bytes", "time"):
+        raise UsageError(f'balance is {balance!r}; expected "bytes" or "time"')
     if model.training:
         raise UsageError(
             f"{type(model).__name__} is in training mode; a pipeline is for inference: call "
@@ -320,7 +325,7 @@ def _checked_inputs(
         )
     if num_chunks is not None and num_chunks < 1:
         raise UsageError(f"num_chunks must be at least 1, found {num_chunks}")
-    if isinstance(args, torch.Tensor):
+    if isinstance(example_args, torch.Tensor):
         raise UsageError("example_args is a tensor; expected a tuple of arguments: (tensor,)")
     on_meta = [name for name, p in model.named_parameters() if p.is_meta]
     if on_meta and checkpoint is None:
@@ -328,7 +333,6 @@ def _checked_inputs(
             f"{len(on_meta)} parameters are on the meta device ({on_meta[0]}, …); say with "
             "checkpoint= where their weights are"
         )
-    return Inputs.of(model.forward, args, kwargs, chunks)
 
 
 def _checked_points(
@@ -348,7 +352,3 @@ def _checked_points(
             f"expected {num_stages - 1} names, or a group of {len(points) + 1} ranks"
         )
     return points
-
-
-def _to(leaf: Any, device: torch.device) -> Any:
-    return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ddinfer.errors import UsageError
 from ddinfer.parallel.blocks import faked
@@ -129,11 +128,11 @@ class _FakeRuns:
         self, inputs: Inputs, rows: int, others: Mapping[int, int], watching: Recorder | RowFlow
     ) -> Any:
         with self.mode:
-            args, kwargs = inputs.sample(rows, self.device, others)
+            tensors = inputs.zeros(rows, self.device, others)
+        args, kwargs = inputs.tree.unflatten(tensors)
         if isinstance(watching, RowFlow):
-            leaves = pytree.tree_leaves((args, kwargs))
             for k in inputs.batched:
-                watching.mark(leaves[k])
+                watching.mark(tensors[k])
         try:
             with self.mode, watching, torch.no_grad():
                 return self.model(*args, **kwargs)
@@ -144,8 +143,7 @@ class _FakeRuns:
 
 def _unused_sizes(model: nn.Module, inputs: Inputs) -> list[int]:
     """The three smallest numbers from 2 on that are no dim of a parameter or an argument."""
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [leaf for leaf in inputs.leaves if isinstance(leaf, torch.Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *inputs.tree.empty.values()]
     taken = {size for tensor in tensors for size in tensor.shape}
     return list(itertools.islice((n for n in itertools.count(2) if n not in taken), 3))
 

@@ -13,7 +13,7 @@ from ddinfer.errors import UsageError
 from ddinfer.parallel.flow import StagedModel, call_key
 from ddinfer.parallel.packing import Layout
 from ddinfer.parallel.plans import PlanCache
-from ddinfer.parallel.prepare.rows import Inputs, Outputs
+from ddinfer.parallel.prepare.rows import Inputs, Outputs, Tensors
 from ddinfer.parallel.prepare.stages import Stages
 from ddinfer.parallel.prepare.weights import Weights
 
@@ -43,8 +43,8 @@ class Partition:
         if len(stages.ranges) > 1:
             self._staged = StagedModel(model, stages.units, stages.ranges, stage, device)
 
-    def outputs(self, example: Sequence[Any]) -> Outputs:
-        """How outputs are put together, found by running the example: only blocks are left out.
+    def outputs(self, example: Tensors) -> Outputs:
+        """How outputs are put together, found by running the example, without a stage's modules.
 
         Raises:
             UsageError: it does not run with another number of rows, or an output has no batch dim.
@@ -52,7 +52,7 @@ class Partition:
         name, rows = type(self.module).__name__, (self.inputs.rows, self.inputs.rows + 1)
         made = []
         for count in rows:
-            args, kwargs = self.inputs.rebuild(self.inputs.with_rows(example, count))
+            args, kwargs = self.inputs.tree.unflatten(self.inputs.with_rows(example, count))
             try:
                 made.append(self._output(args, kwargs))
             except Exception as error:
@@ -69,21 +69,22 @@ class Partition:
         plan, _ = self._staged.plan(args, kwargs)
         return plan.output.unflatten(plan.output.empty)
 
-    def plan(self, leaves: Sequence[Any], in_use: Sequence[int]) -> int:
-        """On the first rank: the number of the plan that a microbatch with these leaves follows.
+    def plan(self, tensors: Tensors, in_use: Sequence[int]) -> int:
+        """On the first rank: the number of the plan that a microbatch follows.
 
         Args:
             in_use: numbers of plans that must not be dropped.
         """
         if self._staged is None:
             return 0
-        args, kwargs = self.inputs.rebuild(leaves)
+        args, kwargs = self.inputs.tree.unflatten(tensors)
         number = self._plans.find(call_key(args, kwargs, self._inspected))
-        if number is not None:
-            return number
-        plan, inspected = self._staged.plan(args, kwargs)
-        self._inspected |= inspected
-        return self._plans.add(call_key(args, kwargs, self._inspected), plan, in_use)
+        if number is None:
+            plan, inspected = self._staged.plan(args, kwargs)
+            self._inspected |= inspected
+            key = call_key(args, kwargs, self._inspected)
+            number = self._plans.add(key, plan, in_use)
+        return number
 
     def metadata(self, numbers: Sequence[int]) -> dict[int, bytes]:
         """What the other ranks must know of these plans."""
@@ -110,7 +111,7 @@ class Partition:
         """This stage on one microbatch's values: what the next needs, or the output's leaves."""
         if self._staged is not None:
             return self._staged.run(self._plans[number], number, values)
-        leaves = [values.get(("input", k), leaf) for k, leaf in enumerate(self.inputs.leaves)]
-        args, kwargs = self.inputs.rebuild(leaves)
-        made = pytree.tree_leaves(self.module(*args, **kwargs))
-        return {("output", k): leaf for k, leaf in enumerate(made)}
+        tensors = {k: values["input", k] for k in self.inputs.tree.empty}
+        args, kwargs = self.inputs.tree.unflatten(tensors)
+        leaves = pytree.tree_leaves(self.module(*args, **kwargs))
+        return {("output", k): leaf for k, leaf in enumerate(leaves)}

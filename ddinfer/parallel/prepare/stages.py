@@ -51,6 +51,7 @@ def plan_stages(
     kwargs: dict[str, Any],
     split_points: Sequence[str] | None,
     num_stages: int,
+    balance_by: str,
     device: torch.device,
 ) -> Stages:
     """The stages of ``model``, found by running it without the weights of its units.
@@ -61,15 +62,17 @@ def plan_stages(
     Args:
         args, kwargs: an example.
         split_points: names of the modules that begin the stages after the first; ``None``
-            balances the stages by bytes.
+            balances the stages.
+        balance_by: ``"bytes"`` of the weights, or measured ``"time"``.
 
     Raises:
         UsageError: the model cannot be cut so.
     """
     candidates = find_units(model, split_points or ())
-    order, lent = _record_order(model, candidates, weights, args, kwargs, device)
-    counts = Counter(order)
-    units = [unit for unit in order if counts[unit] == 1 and unit not in lent]
+    is_timed = balance_by == "time"
+    order, lent = _record_order(model, candidates, weights, args, kwargs, is_timed, device)
+    seconds, counts = dict(order), Counter(unit for unit, _ in order)
+    units = [unit for unit, _ in order if counts[unit] == 1 and unit not in lent]
     if len(units) < num_stages:
         reasons = [f"{unit} runs {n} times" for unit, n in counts.items() if n > 1]
         reasons += [f"the weights of {unit} are used outside of it" for unit in lent]
@@ -79,7 +82,9 @@ def plan_stages(
             "ranks, or name finer split_points"
         )
     if split_points is None:
-        sizes = [module_bytes(model.get_submodule(unit)) for unit in units]
+        sizes = [
+            seconds[unit] if is_timed else module_bytes(model.get_submodule(unit)) for unit in units
+        ]
         return Stages(units, balance(sizes, num_stages))
     starts = sorted(_start(units, point) for point in split_points)
     return Stages(units, [range(a, b) for a, b in itertools.pairwise([0, *starts, len(units)])])
@@ -106,9 +111,10 @@ def _record_order(
     weights: Weights,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    is_timed: bool,
     device: torch.device,
-) -> tuple[list[str], list[str]]:
-    """The units in the order in which they run, and those whose weights others use."""
+) -> tuple[list[tuple[str, float]], list[str]]:
+    """The units and their seconds in run order, and those whose weights others use."""
     real = weights.by_identity(weights.read(names_outside(model, units), device))
 
     def placeholder(tensor: torch.Tensor) -> torch.Tensor:
@@ -120,10 +126,12 @@ def _record_order(
         with substituted(model, placeholder):
             memory = {unit: _storages(model.get_submodule(unit)) for unit in units}
             with _UsedStorages() as used:
-                order = staged.run_order(args, kwargs)
+                order = staged.run_order(args, kwargs, is_timed=is_timed)
     finally:
         staged.detach()
-    return [units[k] for k in order], [unit for unit in units if memory[unit] & used.found]
+    return [(units[k], seconds) for k, seconds in order], [
+        unit for unit in units if memory[unit] & used.found
+    ]
 
 
 class _UsedStorages(TorchDispatchMode):
