@@ -81,6 +81,20 @@ class Hopeless(nn.Module):
         return x
 
 
+class InPlace(nn.Module):
+    """Writes into what a block made, which the next rank would do again."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            x += 1
+        return x
+
+
 def make_model(kind):
     torch.manual_seed(0)
     if kind in ("classification", "lm"):
@@ -527,6 +541,7 @@ def refusals(group):
     refused("expected a module that runs exactly", Unusual().eval(), (ids,), split_points=["twice"])
     refused("cannot be run on fake tensors", Hopeless().eval())
     refused("cannot be cut", Hopeless().eval(), batched=["x"])
+    refused("InPlace writes into the output of block", InPlace().eval())
     refused("say with checkpoint=", make_mlp().to("meta"))
     refused("no checkpoint", make_mlp(), checkpoint="nowhere")
     refused("has no batch dim", Mean().eval())
@@ -548,7 +563,7 @@ class Mean(nn.Module):
 
 
 def test_what_cannot_be_right_is_refused_on_every_rank_before_anything_runs():
-    assert run_ranks(refusals, 2) == [18, 18]
+    assert run_ranks(refusals, 2) == [19, 19]
 
 
 # --- failures -----------------------------------------------------------------------------------

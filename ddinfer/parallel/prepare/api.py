@@ -1,4 +1,4 @@
-"""`prepare_pipeline`: any module cut over ranks, one stage a rank, exact."""
+"""`prepare_pipeline`: any module split across ranks, one stage per rank, exact."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.parallel.blocks import check_names
 from ddinfer.parallel.communicator import Communicator, ConnectionLost, Sending
+from ddinfer.parallel.flow import PlanError
 from ddinfer.parallel.packing import Layout, layout_of
 from ddinfer.parallel.prepare.batching import infer_batch_dims
 from ddinfer.parallel.prepare.partition import Partition
@@ -37,29 +38,27 @@ def prepare_pipeline(
     batched: Sequence[str] | None = None,
     balance: Literal["bytes", "time"] = "bytes",
 ) -> PipelinedModel:
-    """Cut ``model`` over the ranks of a group, one stage a rank, to run batches as a pipeline.
+    """Split ``model`` across the ranks of a group, one stage per rank, as a pipeline for batches.
 
-    Every rank of the group calls this with the same arguments. Afterwards each holds the weights
-    of its own stage only; in ``model`` itself the others are on the meta device. Nothing is
-    computed before the first call.
+    Every rank of the group calls this with the same arguments. Afterwards each holds the weights of
+    its own stage only; in ``model`` itself the others are on the meta device.
 
     Args:
         model: in eval mode. With ``checkpoint`` its parameters may be on the meta device.
         example_args, example_kwargs: a whole batch as calls will give it; they fix every dim but
             the batch, which is the first dim of the first tensor, and every argument that is no
-            tensor. Tensors with another first dim go whole to every microbatch, and those that
-            have as many rows by chance.
-        split_points: names of the modules that begin the stages after the first; ``"auto"`` cuts
-            between blocks so that stages are balanced by bytes.
-        num_chunks: microbatches that the example batch is cut into (default: number of ranks).
+            tensor. Tensors without a batch dim are replicated to every microbatch.
+        split_points: names of the modules that begin the stages after the first; ``"auto"``
+            balances the stages.
+        num_chunks: microbatches that the example batch is split into (default: number of ranks).
             A microbatch has ceil(example batch / num_chunks) rows, and a call takes as many as
-            its rows need; the last is filled by repeating its last row, which is cut off again.
+            its rows need; the last is padded by repeating its last row, which is cut off again.
         gather_output: return the output on every rank, not on the last one alone.
         group: process group (default: all ranks; one rank where there is no process group).
-        checkpoint: folder or file of safetensors from which each rank reads its own weights.
+        checkpoint: file or directory of safetensors from which each rank reads its own weights.
         device: where this rank computes (default: the current CUDA device with NCCL, else CPU).
-        batched: names of the arguments whose tensors are cut along their first dim, for a model
-            that keeps rows apart by operations that are not known to. Nothing is checked then.
+        batched: names of the arguments whose tensors have a batch dim, for a model that keeps rows
+            independent by operations that are not known to. Nothing is checked then.
         balance: what stages are balanced by: the ``"bytes"`` of their weights, or the ``"time"``
             that the first rank measures for the example, each module by itself, with weights of
             zeros. The outputs are the same.
@@ -69,7 +68,7 @@ def prepare_pipeline(
         not looked at.
 
     Raises:
-        UsageError: something that cannot be right; on every rank, before anything runs.
+        UsageError: the model cannot be split so, or an argument is wrong; on some rank.
         RankError: on the other ranks, when one of them failed.
     """
     comm = Communicator.of(group, device)
@@ -98,22 +97,26 @@ def prepare_pipeline(
         stages = comm.broadcast_object(stages)
         partition = Partition(model, inputs, weights, stages, comm.group_rank, comm.device)
         outputs = outputs or partition.outputs(example)
+        if comm.is_first:
+            partition.plan(inputs.chunk(example, 0, inputs.example_rows), [])  # or refuse it now
     return PipelinedModel(model, partition, outputs, comm, gather_output)
 
 
 @contextlib.contextmanager
 def _agreed(comm: Communicator) -> Iterator[None]:
     """Raises on every rank what one of them raises inside."""
-    error = None
+    error: Exception | None = None
     try:
         yield
+    except PlanError as failure:
+        error = UsageError(f"the model cannot be split across ranks: {failure}")
     except Exception as failure:  # noqa: BLE001 - raised again, on every rank
         error = failure
     comm.agree(error, "preparing a pipeline")
 
 
 class PipelinedModel:
-    """A model cut over ranks. Call it on every rank, with the arguments on the first.
+    """A model split across ranks. Call it on every rank, with the arguments on the first.
 
     Attributes:
         stage: the model, with the weights of this rank's stage.
@@ -162,8 +165,8 @@ class PipelinedModel:
         comm, call = self._comm, _CallState()
         header = None
         if comm.is_first:
-            header = call.run(lambda: self._plan(call, args, kwargs))
-        received = call.run(lambda: comm.broadcast_object(header))
+            header = call.run_or_record_error(lambda: self._plan(call, args, kwargs))
+        received = call.run_or_record_error(lambda: comm.broadcast_object(header))
         header = header if comm.is_first else received
         if header is not None:  # None: the first rank refused the arguments, or is gone
             call.rows, call.plans, metadata = header
@@ -204,15 +207,19 @@ class PipelinedModel:
                 values = {("input", k): t for k, t in call.chunks[number].items()}
             found: dict[Any, Any] = {}
             if call.error is None and not call.upstream_failed:
-                found = call.run(functools.partial(partition.run, plan, values)) or {}
+                found = (
+                    call.run_or_record_error(functools.partial(partition.run, plan, values)) or {}
+                )
             if not comm.is_last:
                 self._send(call, partition.edge(plan, comm.group_rank), found)
             elif found:
                 made.append({k: found["output", k] for k in self._outputs.dims})
         for sending in call.sending:
-            call.run(sending.wait)
+            call.run_or_record_error(sending.wait)
         if comm.is_last and call.error is None and not call.upstream_failed:
-            call.joined = call.run(lambda: self._outputs.join(made, call.rows)) or {}
+            call.joined = (
+                call.run_or_record_error(lambda: self._outputs.join(made, call.rows)) or {}
+            )
 
     def _receive(self, call: _CallState, layout: Layout) -> dict[Any, Any]:
         comm, source = self._comm, self._comm.group_rank - 1
@@ -228,14 +235,14 @@ class PipelinedModel:
             comm.receive(buffer, source)
             return layout.unpack(buffer.to(comm.device))
         except ConnectionLost as lost:
-            call.lose(lost)
+            call.record_lost_peer(lost)
             return {}
 
     def _send(self, call: _CallState, layout: Layout, values: dict[Any, Any]) -> None:
         comm, to = self._comm, self._comm.group_rank + 1
         buffer = None
         if values and call.error is None:
-            buffer = call.run(lambda: layout.pack(values, comm.wire_device))
+            buffer = call.run_or_record_error(lambda: layout.pack(values, comm.wire_device))
         if call.lost is not None and call.lost.group_rank == to:
             return
         try:
@@ -246,7 +253,7 @@ class PipelinedModel:
             while len(call.sending) > 4:  # two microbatches under way are enough
                 call.sending.pop(0).wait()
         except ConnectionLost as lost:
-            call.lose(lost)
+            call.record_lost_peer(lost)
 
     def _gathered(self, call: _CallState) -> Any:
         comm, outputs = self._comm, self._outputs
@@ -283,11 +290,11 @@ class _CallState:
     def lost(self) -> ConnectionLost | None:
         return self.error if isinstance(self.error, ConnectionLost) else None
 
-    def lose(self, lost: ConnectionLost) -> None:
+    def record_lost_peer(self, lost: ConnectionLost) -> None:
         self.error = self.error or lost
         self.upstream_failed = True
 
-    def run(self, step: Callable[[], Any]) -> Any:
+    def run_or_record_error(self, step: Callable[[], Any]) -> Any:
         """What ``step()`` returns; a failure is kept, the first one counts."""
         try:
             return step()

@@ -110,7 +110,7 @@ class _FakeRuns:
         flow = RowFlow(first, (few, more))
         greater = self._run(inputs, more, others, flow)
         outputs = Outputs.of(fewer, greater, (few, more), self.name)
-        operation = flow.culprit(greater)
+        operation = flow.offending_op(greater)
         for rows in {inputs.rows, inputs.example_rows} if operation is None else ():
             again = Recorder()  # a branch may ask for the batch size
             self._run(inputs, rows, others, again)

@@ -91,7 +91,7 @@ class RowFlow(Recorder):
         self._alive.append(tensor)
         self._states[id(tensor)] = Rows(-tensor.dim())
 
-    def culprit(self, values: Any) -> str | None:
+    def offending_op(self, values: Any) -> str | None:
         """The operation that may have mixed rows in what ``values`` depend on, if there is one."""
         if self._diverged is None and len(self.operations) != len(self.first):
             return "the number of operations depends on the batch size"
