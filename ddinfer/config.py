@@ -202,6 +202,17 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True)
+class TeamOptions:
+    """One image on several ranks."""
+
+    cfg_parallel: Annotated[Count, _arg("C", default="1")] = 1
+    """Distribute the guidance calls of a step over C teams of ranks. One rank alone makes the same
+    images."""
+    sequence_parallel: Annotated[Count, _arg("P", default="1")] = 1
+    """Split the tokens of a transformer's calls over P neighbouring ranks."""
+
+
+@dataclass(frozen=True)
 class RecoveryOptions:
     """When something goes wrong."""
 
@@ -266,7 +277,14 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class JobConfig(
-    RunOptions, ModelOptions, RecoveryOptions, MemoryOptions, RankOptions, ImageOptions, JobOptions
+    RunOptions,
+    ModelOptions,
+    RecoveryOptions,
+    TeamOptions,
+    MemoryOptions,
+    RankOptions,
+    ImageOptions,
+    JobOptions,
 ):
     """Run a diffusers pipeline over many prompts on many GPUs: all options of a job, flat."""
 
@@ -274,6 +292,7 @@ class JobConfig(
         for name, value in _validated(vars(self)).items():
             object.__setattr__(self, name, value)
         self._check_placement()
+        self._check_team()
         _ = self.shard_of, self.dtypes, self.components  # raise
         if self.prompts is not None and self.prompt:
             raise UsageError(
@@ -322,6 +341,40 @@ class JobConfig(
                 "--compile does not go with --placement: weights that come and go would be "
                 "compiled again; leave one out"
             )
+
+    def _check_team(self) -> None:
+        """What does not go with several ranks for one image."""
+        options = self.team_options
+        if not options:
+            return
+        others = {
+            f"--pipeline_parallel {self.pipeline_parallel}": self.pipeline_parallel > 1,
+            f"--placement {self.placement}": self.placement is not None,
+            "--compile": self.compile,
+        }
+        for other, is_given in others.items():
+            if is_given:
+                raise UsageError(
+                    f"{options} does not go with {other}: every rank of a replica runs the "
+                    "denoiser's own code on its device; leave one out"
+                )
+        backend = self.attention_backend or "native"
+        if self.sequence_parallel > 1 and "native" not in backend:
+            raise UsageError(
+                f"--sequence_parallel {self.sequence_parallel} exchanges what torch's own "
+                f"attention is given; --attention_backend {backend} is another one: leave it out"
+            )
+
+    @property
+    def team_options(self) -> str:
+        """The options by which several ranks make one image, as they are spelt; or nothing."""
+        names = ("cfg_parallel", "sequence_parallel")
+        return " ".join(f"--{n} {getattr(self, n)}" for n in names if getattr(self, n) > 1)
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that hold one model together."""
+        return self.pipeline_parallel * self.cfg_parallel * self.sequence_parallel
 
     @property
     def shard_of(self) -> tuple[int, int] | None:

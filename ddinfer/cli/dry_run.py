@@ -30,15 +30,15 @@ def plan_of(config: JobConfig, num_ranks: int) -> dict[str, Any]:
     images = job.images()
     requests = job.requests[images.start : images.stop]
     all_batches = [batch for batch in job.batches() if batch.start in images]
-    num_stages = config.pipeline_parallel
-    num_replicas = Replica.of(0, num_ranks, num_stages).num_replicas
+    replica = Replica.of_job(0, num_ranks, config)
+    num_replicas, size = replica.num_replicas, len(replica.ranks)
     slices = []
     for part in range(num_replicas):
         batches = slice_of_batches(all_batches, num_replicas, part)
         first, last = (batches[0].start, batches[-1].stop - 1) if batches else (None, None)
         slices.append(
             {
-                "ranks": list(range(part * num_stages, (part + 1) * num_stages)),
+                "ranks": list(range(part * size, (part + 1) * size)),
                 "images": sum(map(len, batches)),
                 "batches": len(batches),
                 "first_image": first,

@@ -27,6 +27,7 @@ from ddinfer.config import (
     RankOptions,
     RecoveryOptions,
     RunOptions,
+    TeamOptions,
     parse_json_object,
 )
 from ddinfer.errors import UsageError
@@ -47,6 +48,7 @@ class OptionGroups:
     image: OmitArgPrefixes[ImageOptions]
     rank: OmitArgPrefixes[RankOptions]
     memory: OmitArgPrefixes[MemoryOptions]
+    team: OmitArgPrefixes[TeamOptions]
     recovery: OmitArgPrefixes[RecoveryOptions]
     model: OmitArgPrefixes[ModelOptions]
     run: OmitArgPrefixes[RunOptions]

@@ -84,7 +84,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _config_of(record: ImageRecord, options: ReplayOptions) -> JobConfig:
     """How the model was loaded, by the record; what of it may run, by the options alone."""
-    names = ("variant", "revision", "attention_backend", "vae_tiling", "vae_slicing", "compile")
+    names = (
+        "variant",
+        "revision",
+        "attention_backend",
+        "vae_tiling",
+        "vae_slicing",
+        "compile",
+        "cfg_parallel",
+    )  # one rank makes its calls one after another; tokens stay whole
     found = _found_by_job(record, options.image)
     return JobConfig(
         model=options.model or found.get("model") or record.model,
@@ -145,10 +153,11 @@ def _generate(
 ) -> Result:
     import torch
 
-    from ddinfer.engines.whole import load_whole_engine
+    from ddinfer.distributed.partition import Replica
+    from ddinfer.engines.select import load_engine
 
     torch.set_num_threads(record.num_threads)
-    engine = load_whole_engine(model, config, world=World(device=device))
+    engine = load_engine(model, config, World(device=device), Replica.of_job(0, 1, config))
     wanted = record.request["index"]
     (result,) = (r for r in engine.run([batch]) if r.index == wanted)
     if result.error is not None:
@@ -199,6 +208,8 @@ def _changes(record: ImageRecord, model: str, config: JobConfig, device: str) ->
     for name, version in record.versions.items():
         if now.get(name) != version:
             lines.append(f"{name}: {version} then, {now.get(name)} now")
+    if record.sequence_parallel > 1:
+        lines.append(f"sequence_parallel: {record.sequence_parallel} ranks then, 1 now")
     kind = device.split(":")[0]
     if kind != record.device:
         lines.append(f"device: {record.device} then, {kind} now")

@@ -51,7 +51,7 @@ def run_configured(config: JobConfig, *, retry_failed: bool = False) -> int:
     plan = plan_launch(
         config.nproc_per_node, config.device, os.environ, gpus_per_rank=config.gpus_per_rank
     )
-    Replica.of(0, plan.num_ranks, config.pipeline_parallel)  # raises before ranks are started
+    Replica.of_job(0, plan.num_ranks, config)  # raises before ranks are started
     if plan.note and _is_first_rank():
         print(f"ddinfer: {plan.note}", file=sys.stderr)
     if config.dry_run:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import datetime
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddinfer.errors import UsageError
+
+if TYPE_CHECKING:
+    from ddinfer.config import JobConfig
 
 B = TypeVar("B")
 
@@ -62,13 +65,14 @@ def slice_of_batches(batches: Sequence[B], num_parts: int, part: int) -> Sequenc
 
 @dataclass(frozen=True)
 class Replica:
-    """This rank's place in the mesh of dp × pp.
+    """This rank's place in the mesh of replicas: dp × pp, or dp × cfg × sp.
 
     Attributes:
         number: of the replica, hence its slice of the job's batches.
         num_replicas: in the job.
-        stage: of the denoiser that this rank holds; stage 0 makes the Results.
-        ranks: global ranks of the replica, in stage order.
+        stage: this rank's place in its replica; rank 0 of it makes the Results. With
+            ``--pipeline_parallel`` the stage of the denoiser that it holds.
+        ranks: global ranks of the replica, in order.
     """
 
     number: int
@@ -77,22 +81,37 @@ class Replica:
     ranks: tuple[int, ...]
 
     @classmethod
-    def of(cls, rank: int, world_size: int, num_stages: int) -> Replica:
-        """Blocks of ``num_stages`` neighbours are a replica.
+    def of(cls, rank: int, world_size: int, num_ranks: int, options: str = "") -> Replica:
+        """Blocks of ``num_ranks`` neighbours are a replica.
+
+        Args:
+            options: that ask for it, for the message.
 
         Raises:
             UsageError: the ranks do not come out even.
         """
-        if num_stages < 1 or world_size % num_stages:
+        if num_ranks < 1 or world_size % num_ranks:
             raise UsageError(
-                f"--pipeline_parallel {num_stages} needs a number of ranks that {num_stages} "
-                f"divides; found {world_size}: say --nproc_per_node "
-                f"{max(num_stages, world_size // num_stages * num_stages)}"
+                f"{options or f'--pipeline_parallel {num_ranks}'} needs a number of ranks that "
+                f"{num_ranks} divides; found {world_size}: say --nproc_per_node "
+                f"{max(num_ranks, world_size // num_ranks * num_ranks)}"
             )
-        number, stage = divmod(rank, num_stages)
-        first = number * num_stages
-        ranks = tuple(range(first, first + num_stages))
-        return cls(number, world_size // num_stages, stage, ranks)
+        number, stage = divmod(rank, num_ranks)
+        first = number * num_ranks
+        ranks = tuple(range(first, first + num_ranks))
+        return cls(number, world_size // num_ranks, stage, ranks)
+
+    @classmethod
+    def of_job(cls, rank: int, world_size: int, config: JobConfig) -> Replica:
+        """As a job's options say. One rank alone makes all guidance calls of ``--cfg_parallel``.
+
+        Raises:
+            UsageError: the ranks do not come out even.
+        """
+        size = config.ranks_per_replica
+        if world_size == 1 and size == config.cfg_parallel:
+            size = 1
+        return cls.of(rank, world_size, size, config.team_options)
 
     @property
     def makes_results(self) -> bool:

@@ -19,6 +19,7 @@ from ddinfer.distributed.collectives import place_by_index, require_same
 from ddinfer.distributed.partition import contiguous_slice, cut_batches
 from ddinfer.distributed.process_group import Group
 from ddinfer.embed.inference_state import inference_state
+from ddinfer.embed.team import check_team, run_team
 from ddinfer.engines.base import Batch
 from ddinfer.engines.lockstep import (
     LockstepEngine,
@@ -44,6 +45,8 @@ def generate(
     group: Any = None,
     gather: Literal["all", "first", "none"] = "all",
     errors: Literal["raise", "return"] = "raise",
+    cfg_parallel: int = 1,
+    sequence_parallel: int = 1,
     **call: Any,
 ) -> list[Result]:
     """Generate an image for every prompt, each rank its contiguous slice.
@@ -63,6 +66,9 @@ def generate(
         gather: "all": every rank gets every Result with its image; "first": rank 0 of the group
             does, others get ``[]``; "none": each rank keeps its own slice.
         errors: "raise" raises after everything has run; "return" leaves errors in the Results.
+        cfg_parallel: C, over which the guidance calls of a step are distributed.
+        sequence_parallel: P, ranks over which the tokens of a transformer's call are split. C × P
+            neighbouring ranks make each image; the first of them has its Result.
         call: arguments of the pipeline's ``__call__`` for all prompts, passed as they are.
 
     Returns:
@@ -80,11 +86,18 @@ def generate(
         if errors not in ("raise", "return"):
             raise UsageError(f"errors={errors!r} must be 'raise' or 'return'")
         options = f"gather={gather}, errors={errors}"
+        if is_team:
+            check_team(pipe, ranks, cfg_parallel, sequence_parallel)
+            options += f", cfg_parallel={cfg_parallel}, sequence_parallel={sequence_parallel}"
         return _plan(ranks, pipe, prompts, seed, batch_size, call, options)
 
-    ranks = Group.borrow(group)
+    ranks, is_team = Group.borrow(group), (cfg_parallel, sequence_parallel) != (1, 1)
     plan = _plan_on_all_ranks(ranks, check)
-    mine = [_without_inputs(result) for result in _run_slice(ranks, pipe, plan, call)]
+    if is_team:
+        made = _run_in_teams(ranks, pipe, plan, call, cfg_parallel, sequence_parallel, group)
+    else:
+        made = list(_run_slice(ranks, pipe, plan, call))
+    mine = [_without_inputs(result) for result in made]
     ranks.enter("gathering")
     pictures = gather == "all"
     gathered = ranks.all_gather_object(mine if pictures else [r.without_pictures() for r in mine])
@@ -273,6 +286,24 @@ def _plan_on_all_ranks(ranks: Group, check: Callable[[], _Plan]) -> _Plan:
     require_same(ranks, "prompts and arguments", digest, failure)
     assert plan is not None
     return plan
+
+
+def _run_in_teams(
+    ranks: Group,
+    pipe: Any,
+    plan: _Plan,
+    call: Mapping[str, Any],
+    cfg_parallel: int,
+    sequence_parallel: int,
+    group: Any,
+) -> list[Result]:
+    if plan.is_sharded:
+        raise UsageError(
+            "a model of the pipeline is sharded over the group's ranks, whose forwards are "
+            "exchanges already; leave cfg_parallel and sequence_parallel out"
+        )
+    batches = [[plan.requests[i] for i in batch] for batch in plan.batches]
+    return run_team(ranks, pipe, batches, call, cfg_parallel, sequence_parallel, group)
 
 
 def _run_slice(ranks: Group, pipe: Any, plan: _Plan, call: Mapping[str, Any]) -> Iterator[Result]:

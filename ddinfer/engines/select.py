@@ -38,6 +38,12 @@ def load_engine(
         return load_continuous_engine(
             model, config, replica, device=world.device, rank=world.rank, group=group
         )
+    if config.team_options:
+        from ddinfer.engines.team import load_team_engine
+
+        return load_team_engine(
+            model, config, replica, device=world.device, rank=world.rank, group=group
+        )
     if config.placement == "staged":
         from ddinfer.engines.staged import load_staged_engine
 
@@ -69,9 +75,10 @@ def check_stages(model: str, config: JobConfig) -> dict[str, list[StagePlan]]:
     fetched. Nothing where it is not cut.
 
     Raises:
-        UsageError: it cannot be cut into so many stages, or ``--placement staged`` cannot run it.
+        UsageError: it cannot be cut into so many stages; ``--placement staged``, or several ranks
+            for one image, cannot run it.
     """
-    if config.pipeline_parallel == 1 and config.placement != "staged":
+    if config.ranks_per_replica == 1 and config.placement != "staged":
         return {}
     from ddinfer.engines.continuous import plan_stages
     from ddinfer.models.pipeline_folder import PipelineSource
@@ -85,6 +92,11 @@ def check_stages(model: str, config: JobConfig) -> dict[str, list[StagePlan]]:
     )
     if config.placement == "staged":
         components_by_stage(source)
+        return {}
+    if config.team_options:
+        from ddinfer.engines.team import check_team
+
+        check_team(source, config)
         return {}
     return plan_stages(source, config.pipeline_parallel)
 

@@ -305,6 +305,8 @@ def job_identity(
         "vae_tiling": config.vae_tiling,
         "vae_slicing": config.vae_slicing,
         "compile": config.compile,
+        "cfg_parallel": config.cfg_parallel,
+        "sequence_parallel": config.sequence_parallel,
         "fps": config.fps,
         "image_format": config.image_format,
         "video_format": config.video_format,

@@ -77,6 +77,6 @@ def attempt_id(run_id: str, restart_count: int) -> str:
 def _journal_crashes(config: JobConfig, attempt: str, deaths: dict[int, int]) -> None:
     if deaths and os.path.isdir(config.output):
         try:
-            record_deaths(Files(), config.output, attempt, deaths, config.pipeline_parallel)
+            record_deaths(Files(), config.output, attempt, deaths, config.ranks_per_replica)
         except StorageError as error:  # report the death, not only the failed write
             raise StorageError(f"after a rank died: {error}") from error

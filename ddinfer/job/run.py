@@ -69,7 +69,7 @@ def run_job(
                 "others; start this program with torchrun, or call run_job in what "
                 "ddinfer.launch starts"
             )
-    replica = Replica.of(world.rank, world.world_size, config.pipeline_parallel)
+    replica = Replica.of_job(world.rank, world.world_size, config)
     with process_group(world) as group:
         group.enter("preparing")
         leader = Leader(config, world, stdin, retry_failed) if group.group_rank == 0 else None

@@ -144,6 +144,8 @@ class ImageRecord:
     image_format: Literal["png", "jpg", "webp"] = "png"
     video_format: Literal["mp4", "webm", "apng", "frames"] = "apng"
     audio_format: Literal["wav", "flac"] = "wav"
+    cfg_parallel: int = 1
+    sequence_parallel: int = 1
 
 
 def read_metadata(path: str) -> ImageRecord:
