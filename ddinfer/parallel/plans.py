@@ -8,9 +8,11 @@ another one has received, also after calls that failed or were dropped.
 from __future__ import annotations
 
 import pickle
+from collections import defaultdict
 from collections.abc import Collection, Hashable
+from typing import Any
 
-from ddinfer.parallel.flow import Plan
+from ddinfer.parallel.flow import Plan, StagedModel, call_key
 
 #: Plans kept per rank, the least recently used dropped first.
 MAX_PLANS = 1000
@@ -24,12 +26,37 @@ class PlanCache:
         self._numbers: dict[Hashable, int] = {}  # first rank: least recently used first
         self._everywhere: set[int] = set()
         self._num_made = 0
+        self._inspected: defaultdict[int, frozenset[int]] = defaultdict(frozenset)
 
     def __getitem__(self, number: int) -> Plan:
         return self._plans[number]
 
     def __len__(self) -> int:
         return len(self._plans)
+
+    def number_of(
+        self,
+        staged: StagedModel,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        in_flight: Collection[int],
+        model: int = 0,
+    ) -> int:
+        """The number of the plan that a call follows, which is made if there is none yet.
+
+        Runs on the first rank.
+
+        Args:
+            in_flight: numbers of plans that must not be dropped.
+            model: which of several models is called.
+        """
+        number = self.find((model, call_key(args, kwargs, self._inspected[model])))
+        if number is None:
+            plan, inspected = staged.plan(args, kwargs)
+            self._inspected[model] |= inspected
+            key = (model, call_key(args, kwargs, self._inspected[model]))
+            number = self.add(key, plan, in_flight)
+        return number
 
     def find(self, key: Hashable) -> int | None:
         """The number of the plan for calls of this kind, on the first rank."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ddinfer.errors import UsageError
-from ddinfer.parallel.flow import StagedModel, call_key
+from ddinfer.parallel.flow import StagedModel
 from ddinfer.parallel.packing import Layout
 from ddinfer.parallel.plans import PlanCache
 from ddinfer.parallel.prepare.rows import Inputs, Outputs, Tensors
@@ -37,8 +37,8 @@ class Partition:
         device: torch.device,
     ):
         self.module, self.inputs, self.cuts = model, inputs, stages.cuts
-        weights.keep_only(weights.read(stages.tensor_names(model, stage), device), device)
-        self._plans, self._inspected = PlanCache(), frozenset[int]()
+        weights.keep_only(weights.read(stages.tensor_ids(model, stage), device), device)
+        self._plans = PlanCache()
         self._staged: StagedModel | None = None
         if len(stages.ranges) > 1:
             self._staged = StagedModel(model, stages.units, stages.ranges, stage, device)
@@ -78,13 +78,7 @@ class Partition:
         if self._staged is None:
             return 0
         args, kwargs = self.inputs.tree.unflatten(tensors)
-        number = self._plans.find(call_key(args, kwargs, self._inspected))
-        if number is None:
-            plan, inspected = self._staged.plan(args, kwargs)
-            self._inspected |= inspected
-            key = call_key(args, kwargs, self._inspected)
-            number = self._plans.add(key, plan, in_use)
-        return number
+        return self._plans.number_of(self._staged, args, kwargs, in_use)
 
     def metadata(self, numbers: Sequence[int]) -> dict[int, bytes]:
         """What the other ranks must know of these plans."""

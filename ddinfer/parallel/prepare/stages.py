@@ -38,10 +38,10 @@ class Stages:
         """The units that begin the stages after the first."""
         return tuple(self.units[stage.start] for stage in self.ranges[1:])
 
-    def tensor_names(self, model: nn.Module, stage: int) -> list[str]:
-        """Names of the parameters and buffers that a stage's rank needs."""
+    def tensor_ids(self, model: nn.Module, stage: int) -> set[int]:
+        """The `id` of each parameter and buffer that a stage's rank needs."""
         own = [self.units[k] for k in self.ranges[stage]]
-        return names_outside(model, [u for u in self.units if u not in own], own)
+        return ids_outside(model, [u for u in self.units if u not in own], own)
 
 
 def plan_stages(
@@ -115,7 +115,7 @@ def _record_order(
     device: torch.device,
 ) -> tuple[list[tuple[str, float]], list[str]]:
     """The units and their seconds in run order, and those whose weights others use."""
-    real = weights.by_identity(weights.read(names_outside(model, units), device))
+    real = weights.read(ids_outside(model, units), device)
 
     def placeholder(tensor: torch.Tensor) -> torch.Tensor:
         empty = torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape)
@@ -146,20 +146,19 @@ class _UsedStorages(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def names_outside(model: nn.Module, units: Sequence[str], own: Sequence[str] = ()) -> list[str]:
-    """Names of the parameters and buffers that are not in ``units``, or also in ``own``."""
+def ids_outside(model: nn.Module, units: Sequence[str], own: Sequence[str] = ()) -> set[int]:
+    """The `id` of each parameter and buffer that is not in ``units``, or is also in ``own``."""
 
     def modules(names: Sequence[str]) -> set[int]:
         return {id(module) for name in names for module in model.get_submodule(name).modules()}
 
     inside = modules(units) - modules(own)
-    return [
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules(remove_duplicate=False)
+    return {
+        id(tensor)
+        for module in model.modules()
         if id(module) not in inside
-        for name in (*module._parameters, *module._buffers)
-        if getattr(module, name) is not None
-    ]
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
 
 
 def _storages(module: nn.Module) -> set[int]:

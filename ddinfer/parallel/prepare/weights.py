@@ -17,10 +17,10 @@ from ddinfer.models.meta_model import match_checkpoint, tied_names
 
 
 class Weights:
-    """Where every parameter and buffer of a model is to be had, by any of its names.
+    """Where to get every parameter and buffer of a model, by the `id` that it has in the model.
 
     Args:
-        checkpoint: folder or file of safetensors; ``None`` takes the model's own tensors.
+        checkpoint: file or directory of safetensors; ``None`` takes the model's own tensors.
 
     Raises:
         UsageError: no such checkpoint, or its tensors are not this model's.
@@ -28,81 +28,68 @@ class Weights:
 
     def __init__(self, model: nn.Module, checkpoint: str | os.PathLike[str] | None):
         self.model = model
-        self._held: dict[str, torch.Tensor] = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
-        self._ties = tied_names(model)
         self._stored = {} if checkpoint is None else _stored(model, Path(checkpoint))
+        self._held: dict[int, torch.Tensor] = {}
+        self._names: dict[int, list[str]] = {}
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ):
+            self._held[id(tensor)] = tensor
+            self._names.setdefault(id(tensor), []).append(name)
 
-    def read(self, names: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
-        """The tensors of these names on ``device``, in the model's own dtypes.
+    def read(self, wanted: Collection[int], device: torch.device) -> dict[int, torch.Tensor]:
+        """These tensors on ``device``, in the model's own dtypes.
 
         Raises:
             UsageError: one is neither in the checkpoint nor held by the model.
         """
-        found: dict[str, torch.Tensor] = {}
-        wanted: list[tuple[str, StoredTensor]] = []
-        for name in names:
-            stored = self._find(name)
-            if stored is not None:
-                wanted.append((name, stored))
-            elif name in self._held:
-                held = self._held[name]
-                if held.is_meta:
-                    raise UsageError(
-                        f"{name} is on the meta device and in no checkpoint; build the model with "
-                        "only its parameters on meta (buffers are computed), or give a checkpoint "
-                        "that has it"
-                    )
-                found[name] = held.detach().to(device)
-        wanted.sort(key=lambda item: (str(item[1].file), item[1].key))
-        for (name, _), tensor in zip(wanted, read_tensors(s for _, s in wanted), strict=True):
+        found: dict[int, torch.Tensor] = {}
+        stored: list[tuple[int, StoredTensor]] = []
+        for key in wanted:
+            held, names = self._held[key], self._names[key]
+            name = next((name for name in names if name in self._stored), None)
+            if name is not None:
+                stored.append((key, self._stored[name]))
+            elif held.is_meta:
+                raise UsageError(
+                    f"{names[0]} is on the meta device and in no checkpoint; build the model with "
+                    "only its parameters on meta (buffers are computed), or give a checkpoint that "
+                    "has it"
+                )
+            else:
+                found[key] = held.detach().to(device)
+        stored.sort(key=lambda item: (str(item[1].file), item[1].key))
+        for (key, _), tensor in zip(stored, read_tensors(s for _, s in stored), strict=True):
             # A copy, even on the CPU: mapped weights lie unaligned, which can round differently.
-            held = self._held[name]
-            found[name] = torch.empty_like(tensor, dtype=held.dtype, device=device).copy_(tensor)
+            dtype = self._held[key].dtype
+            found[key] = torch.empty_like(tensor, dtype=dtype, device=device).copy_(tensor)
         return found
 
-    def by_identity(self, found: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """These tensors by the `id` of the model's own."""
-        return {id(self._held[name]): tensor for name, tensor in found.items()}
-
-    def keep_only(self, kept: dict[str, torch.Tensor], device: torch.device) -> None:
+    def keep_only(self, kept: dict[int, torch.Tensor], device: torch.device) -> None:
         """The model holds these tensors from now on; its other parameters go to meta.
 
         Models ask the first parameter of a module for their device and dtype, so where that is one
         of the others it becomes NaN on ``device``, one element large.
         """
         asked = {id(next(m.parameters(), None)) for m in self.model.modules() if [*m.children()]}
-        by_name = {
-            alias: tensor for name, tensor in kept.items() for alias in self._ties.get(name, ())
-        }
-        memo: dict[int, nn.Parameter] = {}  # tied ones stay one object; _held keeps ids unique
-        for module_name, module in self.model.named_modules():
-            prefix = f"{module_name}." if module_name else ""
-            for leaf, held in module._parameters.items():
-                if held is None:
-                    continue
-                if id(held) not in memo:
-                    tensor = by_name.get(prefix + leaf)
-                    if tensor is None:
-                        tensor = torch.empty_like(held, device="meta")
-                        if id(held) in asked:
-                            value = math.nan if held.is_floating_point() else 0
-                            tensor = torch.full((), value, dtype=held.dtype, device=device)
-                            tensor = tensor.expand(held.shape)
-                    memo[id(held)] = nn.Parameter(tensor.detach(), requires_grad=False)
-                module._parameters[leaf] = memo[id(held)]
-            for leaf in module._buffers:
-                if prefix + leaf in kept:
-                    module._buffers[leaf] = kept[prefix + leaf]
+        made: dict[int, torch.Tensor] = {}
+        for key, held in self._held.items():
+            tensor = kept.get(key)
+            if not isinstance(held, nn.Parameter):
+                made[key] = held if tensor is None else tensor
+                continue
+            if tensor is None and key in asked:
+                value = math.nan if held.is_floating_point() else 0
+                tensor = torch.full((), value, dtype=held.dtype, device=device).expand(held.shape)
+            elif tensor is None:
+                tensor = torch.empty_like(held, device="meta")
+            made[key] = nn.Parameter(tensor, requires_grad=False)
+        for module in self.model.modules():
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                table.update({n: made[id(held)] for n, held in table.items() if held is not None})
         self._held.clear()
-
-    def _find(self, name: str) -> StoredTensor | None:
-        for alias in self._ties.get(name, (name,)):
-            if alias in self._stored:
-                return self._stored[alias]
-        return None
 
 
 def _stored(model: nn.Module, path: Path) -> dict[str, StoredTensor]:
