@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import pydantic
 import tyro
@@ -62,6 +62,46 @@ def parse_json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+class LoraOption(NamedTuple):
+    """A ``--lora``: where its file is, its name, the denoiser it is for, its default weight."""
+
+    where: str
+    name: str
+    component: str | None
+    weight: float
+
+    def text(self, where: str) -> str:
+        """As the option, with everything said."""
+        component = f"@{self.component}" if self.component else ""
+        return f"{where}={self.name}{component}:{self.weight!r}"
+
+
+def parse_lora(text: str) -> LoraOption:
+    """``PATH_OR_ID[=NAME][@COMPONENT][:WEIGHT]``; the name is the file's by default.
+
+    Raises:
+        OptionError: no place, or a name that cannot be one.
+    """
+    found = re.fullmatch(
+        r"(?P<where>.+?)(=(?P<name>[^=/]*?))?(@(?P<component>\w+))?(:(?P<weight>[-+.\de]+))?", text
+    )
+    weight = 1.0
+    try:
+        if found is not None and found["weight"] is not None:
+            weight = float(found["weight"])
+    except ValueError:
+        found = None
+    if found is None:
+        raise OptionError("lora", f"--lora {text}: expected PATH_OR_ID[=NAME][@COMPONENT][:WEIGHT]")
+    stem = os.path.basename(found["where"].rstrip("/")).removesuffix(".safetensors")
+    name = re.sub(r"\W+", "_", stem) if found["name"] is None else found["name"]
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise OptionError(
+            "lora", f"--lora {text}: the name {name!r} may have letters, digits, _ and - only"
+        )
+    return LoraOption(found["where"], name, found["component"], weight)
 
 
 def _arg(metavar: str, *aliases: str, default: str = "") -> Any:
@@ -233,6 +273,10 @@ class ModelOptions:
     """Another diffusers pipeline over the same checkpoint. Default: what model_index.json names."""
     component: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("NAME=FOLDER_OR_ID")] = ()
     """A component from elsewhere, such as controlnet=… or vae=…; a repeated NAME gives several."""
+    lora: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, _arg("PATH_OR_ID[=NAME][@COMPONENT][:WEIGHT]")
+    ] = ()
+    """A LoRA, beside the model's own weights; repeat for several. A prompt's "lora" says which."""
     dtype: Annotated[str, _arg("auto|float32|float16|bfloat16", default="auto")] = "auto"
     """auto: float32 on CPU, else the checkpoint's own. By component: vae=float32,bfloat16."""
     variant: Annotated[str | None, _arg("NAME")] = None
@@ -293,7 +337,9 @@ class JobConfig(
             object.__setattr__(self, name, value)
         self._check_placement()
         self._check_team()
-        _ = self.shard_of, self.dtypes, self.components  # raise
+        _ = self.shard_of, self.dtypes, self.components, self.loras  # raise
+        if self.compile and self.lora:
+            raise UsageError("--compile does not go with --lora; leave one out")
         if self.prompts is not None and self.prompt:
             raise UsageError(
                 f"--prompts {self.prompts} and --prompt {self.prompt[0]!r} were both given; "
@@ -430,6 +476,20 @@ class JobConfig(
             found.setdefault(name, []).append(where)
         return found
 
+    @property
+    def loras(self) -> list[LoraOption]:
+        """``--lora``, one after the other.
+
+        Raises:
+            UsageError: one that is none, or a name used twice.
+        """
+        found = [parse_lora(text) for text in self.lora]
+        names = [lora.name for lora in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise OptionError("lora", f"--lora: {name} is given twice; name them: PATH=NAME")
+        return found
+
     def call_defaults(self) -> dict[str, Any]:
         """Call arguments that hold for every prompt that does not say otherwise."""
         named = {
@@ -437,6 +497,7 @@ class JobConfig(
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "scheduler": self.scheduler,
+            "lora": {lora.name: lora.weight for lora in self.loras} or None,
             "height": self.height,
             "width": self.width,
         }
@@ -462,6 +523,10 @@ class JobConfig(
         changes["component"] = tuple(
             f"{name}={os.path.abspath(where) if os.path.isdir(where) else where}"
             for name, _, where in parts
+        )
+        changes["lora"] = tuple(
+            lora.text(os.path.abspath(lora.where) if os.path.exists(lora.where) else lora.where)
+            for lora in self.loras
         )
         return replace(self, **changes)
 

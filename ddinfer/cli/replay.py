@@ -18,7 +18,7 @@ from ddinfer.distributed.world import World
 from ddinfer.engines.options import open_source
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, UsageError
 from ddinfer.inputs import read_audio, read_frames
-from ddinfer.job.fingerprint import model_fingerprint
+from ddinfer.job.fingerprint import lora_hashes, model_fingerprint
 from ddinfer.job.prepare import library_versions, resolve_model
 from ddinfer.request import Request, Result
 from ddinfer.storage.files import Files
@@ -45,6 +45,12 @@ class ReplayOptions:
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=FOLDER_OR_ID")
     ] = ()
     """Where components from elsewhere are. Default: where the job found them."""
+    lora: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="PATH_OR_ID[=NAME][@COMPONENT]"),
+    ] = ()
+    """Where its LoRAs are. Default: where the job found them."""
     token: Annotated[str | None, tyro.conf.arg(metavar="TOKEN")] = None
     """Hub token; better set HF_TOKEN."""
     trust_remote_code: bool = False
@@ -98,6 +104,7 @@ def _config_of(record: ImageRecord, options: ReplayOptions) -> JobConfig:
         model=options.model or found.get("model") or record.model,
         pipeline=options.pipeline or found.get("pipeline"),
         component=options.component or found.get("component", ()),
+        lora=options.lora or found.get("lora", ()),
         dtype=record.dtype.replace("checkpoint", "auto"),
         token=options.token,
         trust_remote_code=options.trust_remote_code,
@@ -156,6 +163,12 @@ def _generate(
     from ddinfer.distributed.partition import Replica
     from ddinfer.engines.select import load_engine
 
+    named = {name for request in batch for name in request.settings().get("lora", ())}
+    if missing := sorted(named - {lora.name for lora in config.loras}):
+        raise UsageError(
+            f"it was generated with the LoRA {missing[0]}, whose file is not known without the "
+            f"job around it; give --lora PATH={missing[0]}"
+        )
     torch.set_num_threads(record.num_threads)
     engine = load_engine(model, config, World(device=device), Replica.of_job(0, 1, config))
     wanted = record.request["index"]
@@ -215,6 +228,12 @@ def _changes(record: ImageRecord, model: str, config: JobConfig, device: str) ->
         lines.append(f"device: {record.device} then, {kind} now")
     folder = open_source(model, config).folder
     now_hash = model_fingerprint(folder, variant=config.variant, allow_pickle=config.allow_pickle)
+    hashes = lora_hashes(open_source(model, config).loras)
+    lines += [
+        f"LoRA {name}: its file is not the one that it was generated with"
+        for name, said in record.loras.items()
+        if hashes.get(name) != said
+    ]
     if now_hash != record.model_hash:
         lines.append(f"model: the files of {model} are not those that it was generated with")
     return lines

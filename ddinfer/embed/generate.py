@@ -30,6 +30,7 @@ from ddinfer.engines.lockstep import (
 from ddinfer.engines.pipeline_call import check_call, check_settings, split_settings
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import PromptsFailed, UsageError
+from ddinfer.models.adapters import loras_of
 from ddinfer.prompts.files import prompt_from_fields
 from ddinfer.request import Prompt, Request, Result, canonical_json, resolve_requests
 
@@ -244,7 +245,8 @@ def _plan(
     given |= {"negative_prompt" for r in requests if r.negative_prompt is not None}
     check_call(type(pipe).__name__, parameters, given, batch_size)
     if shared or any(request.settings() for request in requests):
-        check_settings(type(pipe), vars(pipe).get("scheduler"), requests, shared)
+        own = vars(pipe).get("scheduler")
+        check_settings(type(pipe), own, loras_of(pipe), requests, shared)
     content = hashlib.sha256("".join(map(_content_hash, requests)).encode())
     content.update(canonical_json({n: _plain(value) for n, value in call.items()}).encode())
     digest = f"{len(requests)} requests, {content.hexdigest()[:16]}, batch_size={batch_size}"

@@ -19,6 +19,7 @@ from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
 from ddinfer.engines.pipeline_call import run_batch
 from ddinfer.errors import UsageError
+from ddinfer.models.adapters import send_with_calls
 from ddinfer.models.component_roles import DENOISER_NAMES
 from ddinfer.models.meta_model import OpenModel, build_on_meta
 from ddinfer.models.pipeline_folder import PipelineSource
@@ -140,6 +141,8 @@ def load_continuous_engine(
     denoisers = load_stage(source, config.dtypes, len(replica.ranks), replica.stage, target)
     for name, denoiser in denoisers.items():
         apply_to_denoiser(name, denoiser, config)
+        if source.loras:
+            send_with_calls(denoiser)
     pipe = encodings = None
     if replica.makes_results:
         types = source.dtypes(config.dtypes, target)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ddinfer.models.adapters import active_loras
+
 #: Answers that are kept, in bytes, wherever they lie: the negative prompt and a few neighbours.
 KEPT_BYTES = 64 * 10**6
 #: Inputs larger than this are no token ids, and are not compared.
@@ -77,7 +79,7 @@ class EncodingCache:
         if module.training or torch.is_grad_enabled():
             return forward(*args, **kwargs)
         try:
-            key = (name, _key(args), _key(kwargs))
+            key = (name, active_loras(), _key(args), _key(kwargs))
         except _NotComparable:
             return forward(*args, **kwargs)
         with self._lock:

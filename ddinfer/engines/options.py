@@ -8,6 +8,7 @@ from typing import Any
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.errors import UsageError
+from ddinfer.models.adapters import find_loras
 from ddinfer.models.composed import compose
 from ddinfer.models.index import configs_folder
 from ddinfer.models.pipeline_folder import PipelineSource, pipeline_folder
@@ -28,7 +29,13 @@ def open_source(model: str, config: JobConfig) -> PipelineSource:
         allow_pickle=config.allow_pickle,
     )
     folder = _composed(folder, config)
-    return PipelineSource(folder, config.variant, config.trust_remote_code, config.allow_pickle)
+    return PipelineSource(
+        folder,
+        config.variant,
+        config.trust_remote_code,
+        config.allow_pickle,
+        loras=find_loras(config.lora, token=config.token),
+    )
 
 
 def gpu_numbers(world: World) -> list[int]:

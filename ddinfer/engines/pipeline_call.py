@@ -6,7 +6,7 @@ import contextlib
 import gc
 import inspect
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from ddinfer.errors import (
     is_environment_error,
 )
 from ddinfer.inputs import load_input
+from ddinfer.models.adapters import loras_set
 from ddinfer.models.schedulers import check_scheduler, scheduler_set
 from ddinfer.request import PIPELINE_SETTINGS, Request, Result
 
@@ -107,7 +108,11 @@ def call_pipeline(
         settings, arguments = split_settings(arguments)
         settings |= requests[0].settings()
         arguments |= _arguments(pipe, requests)
-        with _vae_types_restored(pipe), scheduler_set(pipe, settings.get("scheduler")):
+        with (
+            _vae_types_restored(pipe),
+            scheduler_set(pipe, settings.get("scheduler")),
+            loras_set(settings.get("lora")),
+        ):
             return _pictures(pipe, pipe(**arguments), len(requests))
     except torch.AcceleratorError:
         raise  # sticky: no later call on this device can succeed
@@ -128,21 +133,34 @@ def split_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
 
 
 def check_settings(
-    kind: type, scheduler: Any, requests: Iterable[Request], shared: Mapping[str, Any]
+    kind: type,
+    scheduler: Any,
+    loras: Collection[str],
+    requests: Iterable[Request],
+    shared: Mapping[str, Any],
 ) -> None:
     """Check what prompts set on the pipeline; each scheduler once.
 
     Args:
         kind: the pipeline's class.
         scheduler: its own.
+        loras: names of those that are loaded.
         shared: settings for all prompts that say nothing else.
 
     Raises:
-        UsageError: a scheduler that the pipeline cannot use; names the first prompt.
+        UsageError: a scheduler that the pipeline cannot use, or a LoRA that is not loaded; names
+            the first prompt.
     """
     seen: set[tuple[str, frozenset[str]]] = set()
     for request in requests:
-        text = {**shared, **request.settings()}.get("scheduler")
+        settings = {**shared, **request.settings()}
+        for name in settings.get("lora") or ():
+            if name not in loras:
+                raise UsageError(
+                    f"prompt {request.index} (id {request.id}): no LoRA is called {name!r}; "
+                    f"loaded are {', '.join(sorted(loras)) or 'none (--lora PATH=NAME)'}"
+                )
+        text = settings.get("scheduler")
         given = frozenset({"sigmas", "timesteps"}.intersection(request.kwargs))
         if text is None or (text, given) in seen:
             continue

@@ -12,7 +12,7 @@ from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, gpu_numbers, open_source
 from ddinfer.engines.pipeline_call import run_batch
 from ddinfer.errors import UsageError
-from ddinfer.models.loading import denoisers, load_pipeline
+from ddinfer.models.loading import denoisers, load_source
 from ddinfer.models.placement import Placement
 from ddinfer.request import Result
 
@@ -80,16 +80,13 @@ def load_whole_engine(
     """
     is_placed = placement is not None
     source = open_source(model, config)
-    pipe = load_pipeline(
-        source.folder,
+    pipe = load_source(
+        source,
         dtype=config.dtypes,
         device=None if is_placed else world.device,
         placement=placement,
         max_memory=config.max_memory,
         gpus=gpu_numbers(world) if is_placed else None,
-        variant=config.variant,
-        trust_remote_code=config.trust_remote_code,
-        allow_pickle=config.allow_pickle,
     )
     apply_to_pipeline(pipe, config)
     if config.attention_backend is not None or config.compile:

@@ -6,9 +6,10 @@ import hashlib
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ddinfer.models.adapters import LoraFile
 from ddinfer.models.checkpoint import PICKLE_SUFFIXES, CheckpointError, weight_files
 from ddinfer.models.hub import MODEL_INDEX
 from ddinfer.models.index import read_model_index
@@ -45,6 +46,16 @@ def model_fingerprint(
             content = file.read_bytes()
         total.update(f"{name}\0{size}\0{hashlib.sha256(content).hexdigest()}\n".encode())
     return total.hexdigest()
+
+
+def lora_hashes(loras: Iterable[LoraFile]) -> dict[str, dict[str, str]]:
+    """LoRA's name → SHA-256 of its file, and the component that it is put into if one was named."""
+    found = {}
+    for lora in loras:
+        with lora.path.open("rb") as file:
+            said = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        found[lora.name] = said | ({"component": lora.component} if lora.component else {})
+    return found
 
 
 def _files_that_decide(folder: Path, variant: str | None, allow_pickle: bool) -> Iterator[Path]:

@@ -20,7 +20,7 @@ from ddinfer.distributed.world import World
 from ddinfer.engines.options import gpu_numbers, open_source
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, StorageError, exit_code_of
 from ddinfer.job.assignment import Assignment, IndexBatches
-from ddinfer.job.fingerprint import model_fingerprint
+from ddinfer.job.fingerprint import lora_hashes, model_fingerprint
 from ddinfer.job.prepare import job_identity, library_versions, prepare
 from ddinfer.job.restarts import attempt_id
 from ddinfer.models.index import scheduler_name
@@ -96,13 +96,15 @@ class Leader:
         if retry_failed:
             requests = JobFolder.look(self.files, config.output).all_requests
         self.job = prepare(config, stdin=stdin, requests=requests, gpus=gpu_numbers(world))
-        model_folder = open_source(self.job.model, config).folder
+        source = open_source(self.job.model, config)
+        model_folder = source.folder
         self.num_threads = self._num_threads()
         identity = job_identity(
             self.job,
             model_hash=model_fingerprint(
                 model_folder, variant=config.variant, allow_pickle=config.allow_pickle
             ),
+            loras=lora_hashes(source.loras),
             device_type=world.device.split(":")[0],
             num_threads=self.num_threads,
         )

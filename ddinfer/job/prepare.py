@@ -174,11 +174,12 @@ def check_job_settings(
     Raises:
         UsageError: the pipeline cannot use it.
     """
-    if not any(request.settings() for request in requests):
+    if not config.loras and not any(request.settings() for request in requests):
         return
     import torch
 
     from ddinfer.engines.pipeline_call import check_settings
+    from ddinfer.models.adapters import find_loras
     from ddinfer.models.pipeline_folder import PipelineSource
 
     hub = {"revision": config.revision, "token": config.token}
@@ -186,7 +187,9 @@ def check_job_settings(
     own = None
     if any(entry.name == "scheduler" for entry in source.index.entries):
         own = source.load("scheduler", None, torch.device("cpu"))
-    check_settings(kind, own, requests, {})
+    loras = find_loras(config.lora, token=config.token)
+    replace(source, loras=loras).check_loras()
+    check_settings(kind, own, {lora.name for lora in loras}, requests, {})
 
 
 def check_dtypes(kind: Any, config: JobConfig) -> None:
@@ -277,7 +280,12 @@ def _demonstration_note(requests: Sequence[Request]) -> list[str]:
 
 
 def job_identity(
-    job: Job, *, model_hash: str, device_type: str, num_threads: int
+    job: Job,
+    *,
+    model_hash: str,
+    loras: Mapping[str, Mapping[str, Any]],
+    device_type: str,
+    num_threads: int,
 ) -> dict[str, Any]:
     """What makes two jobs the same: equal identities mean equal images.
 
@@ -297,6 +305,7 @@ def job_identity(
             name: [os.path.basename(where) if os.path.isdir(where) else where for where in places]
             for name, places in config.components.items()
         },
+        "loras": {name: dict(said) for name, said in loras.items()},
         "dtype": _dtype_text(dtypes),
         "device": device_type,
         "batch_size": config.batch_size,

@@ -64,6 +64,21 @@ def fetch_files(
         )
 
 
+def list_files(repo: str, suffix: str, *, token: str | None = None) -> list[str]:
+    """Names of a repository's files with this ending; offline, of those in the cache.
+
+    Raises:
+        UsageError, HubError: see `fetch_file`.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        folder = fetch_files(repo, [f"*{suffix}"], token=token)
+        return sorted(str(p.relative_to(folder)) for p in folder.rglob(f"*{suffix}"))
+    with _hub_errors(repo, None):
+        return [name for name in HfApi(token=token).list_repo_files(repo) if name.endswith(suffix)]
+
+
 def fetch_pipeline(
     repo: str,
     *,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
+from ddinfer.models.adapters import find_loras
 from ddinfer.models.component_roles import DENOISER_NAMES
 from ddinfer.models.composed import compose
 from ddinfer.models.devices import CPU, DISK, MaxMemory
@@ -118,6 +119,7 @@ def load_pipeline(
     gpus: Sequence[int] | None = None,
     pipeline: str | None = None,
     components: Mapping[str, Any] | None = None,
+    lora: Sequence[str] = (),
     variant: str | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -138,6 +140,7 @@ def load_pipeline(
             ``"text2img"``, or the name of a class in diffusers.
         components: given ones are used as they are, a path or a Hub id (or a list of them, as for
             several ControlNets) is loaded; ``None`` leaves one out.
+        lora: ``PATH_OR_ID[=NAME][:WEIGHT]``, as ``--lora`` takes it; kept beside the layers.
         variant: of the weight files ("fp16"); components without it use their plain files.
         trust_remote_code: lets the repository's own Python run.
         allow_pickle: reads pickled weights where there are no safetensors.
@@ -146,15 +149,6 @@ def load_pipeline(
         UsageError: the path, the class, the weight files or an argument cannot be right.
         PlacementError: the model does not fit, or the placement does not cover it.
     """
-    if placement is None and gpus is not None:
-        raise UsageError(f"gpus={gpus} is for a placement; without one give device")
-    if placement is not None and device is not None:
-        raise UsageError("give device or placement, not both: a placement names devices")
-    if max_memory is not None and not isinstance(placement, str):
-        raise UsageError(
-            f"max_memory={max_memory!r} is for placement='balanced' or 'auto', which choose by it"
-        )
-    target = _device(device)
     folder = pipeline_folder(
         path,
         variant=variant,
@@ -168,7 +162,41 @@ def load_pipeline(
     given = {name: value for name, value in given.items() if name not in places}
     trust = {"trust_remote_code": trust_remote_code}
     folder = compose(folder, pipeline, places, variant=variant, token=token, **trust)
-    source = PipelineSource(folder, variant, trust_remote_code, allow_pickle)
+    loras = find_loras(lora, token=token)
+    pipe = load_source(
+        PipelineSource(folder, variant, trust_remote_code, allow_pickle, loras=loras),
+        dtype=dtype,
+        device=device,
+        placement=placement,
+        max_memory=max_memory,
+        gpus=gpus,
+        components=given,
+    )
+    pipe.register_to_config(_name_or_path=os.fspath(path))
+    return pipe
+
+
+def load_source(
+    source: PipelineSource,
+    *,
+    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
+    device: str | torch.device | None = None,
+    placement: Strategy | str | Mapping[str, str] | Placement | None = None,
+    max_memory: MaxMemory | str | None = None,
+    gpus: Sequence[int] | None = None,
+    components: Mapping[str, Any] | None = None,
+) -> DiffusionPipeline:
+    """A pipeline from its opened folder; arguments as `load_pipeline`'s."""
+    if placement is None and gpus is not None:
+        raise UsageError(f"gpus={gpus} is for a placement; without one give device")
+    if placement is not None and device is not None:
+        raise UsageError("give device or placement, not both: a placement names devices")
+    if max_memory is not None and not isinstance(placement, str):
+        raise UsageError(
+            f"max_memory={max_memory!r} is for placement='balanced' or 'auto', which choose by it"
+        )
+    target = _device(device)
+    given = dict(components or {})
     unknown = sorted(set(given) - set(source.names()))
     if unknown:
         raise UsageError(
@@ -180,11 +208,8 @@ def load_pipeline(
         for entry in source.index.entries:
             if entry.name not in given:
                 given[entry.name] = source.load(entry.name, types[entry.name], target)
-        pipe = source.assemble(given)
-    else:
-        pipe = _load_placed(source, placement, max_memory, gpus, dtype, given)
-    pipe.register_to_config(_name_or_path=os.fspath(path))
-    return pipe
+        return source.assemble(given)
+    return _load_placed(source, placement, max_memory, gpus, dtype, given)
 
 
 def _places(component: Any) -> list[str]:

@@ -87,6 +87,10 @@ class OpenModel:
             device = device_of(name)
             if name not in self.stored and device is not None and not buffer.is_meta:
                 set_tensor(self.model, name, moved.setdefault(id(buffer), buffer.to(device)))
+        for name, parameter in list(self.model.named_parameters()):
+            device = device_of(name)
+            if is_low_rank(name) and device is not None:  # of a LoRA, in memory already
+                set_tensor(self.model, name, parameter.detach().to(device))
         if len(order) == len(self.stored):
             finish_weight_norm(self.model)
             _assert_real(self.model)
@@ -109,6 +113,11 @@ class OpenModel:
                 for other in owners[1:]:
                     module, _, leaf = other.rpartition(".")
                     self.model.get_submodule(module)._parameters[leaf] = first
+
+
+def is_low_rank(name: str) -> bool:
+    """Whether a parameter was put beside a layer by `ddinfer.models.adapters`."""
+    return ".lora." in name
 
 
 def finish_weight_norm(model: torch.nn.Module) -> None:

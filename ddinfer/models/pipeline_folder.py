@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
+from ddinfer.models.adapters import LoraFile, LowRank, add_lora, check_layers, read_lora
 from ddinfer.models.checkpoint import (
     DTYPES,
     STEMS,
@@ -36,7 +38,14 @@ from ddinfer.models.index import (
     pipeline_class,
     read_model_index,
 )
-from ddinfer.models.meta_model import OpenModel, import_class, open_model, parse_dtype, read_config
+from ddinfer.models.meta_model import (
+    OpenModel,
+    build_on_meta,
+    import_class,
+    open_model,
+    parse_dtype,
+    read_config,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +61,7 @@ class PipelineSource:
     Attributes:
         weights_at: the Hub repository that has the weights, when the folder holds configs alone:
             enough to plan by. ``revision`` and ``token`` are for it.
+        loras: put beside the layers of every component that is opened.
 
     Raises:
         UsageError: not a pipeline, custom code that is not trusted, or no files of ``variant``.
@@ -64,6 +74,7 @@ class PipelineSource:
     weights_at: str | None = None
     revision: str | None = None
     token: str | None = None
+    loras: tuple[LoraFile, ...] = ()
 
     @classmethod
     def for_planning(
@@ -147,7 +158,7 @@ class PipelineSource:
 
     def open(self, name: str, dtype: torch.dtype | None, *, convert: bool = True) -> OpenModel:
         """A component that has weights, with its parameters still on meta (see `open_model`)."""
-        return open_model(
+        opened = open_model(
             self.folder / name,
             kind=self.component_class(name),
             dtype=dtype,
@@ -155,6 +166,28 @@ class PipelineSource:
             allow_pickle=self.allow_pickle,
             convert=convert,
         )
+        for lora, layers in self._low_ranks:
+            if name in layers:
+                add_lora(opened.model, lora, layers[name], opened.dtypes)
+        return opened
+
+    @cached_property
+    def _low_ranks(self) -> list[tuple[LoraFile, dict[str, dict[str, LowRank]]]]:
+        unet = self.folder / "unet" / "config.json"
+        config = SimpleNamespace(**read_config(unet.parent)) if unet.is_file() else None
+        names = self.model_names()
+        return [(lora, read_lora(self.kind, lora, names, config)) for lora in self.loras]
+
+    def check_loras(self) -> None:
+        """Check the LoRAs against the configs of the models that they are for.
+
+        Raises:
+            UsageError: a LoRA of another model, or in a format that cannot be applied.
+        """
+        for lora, components in self._low_ranks:
+            for name, layers in components.items():
+                model = build_on_meta(self.component_class(name), self.folder / name, None)
+                check_layers(model, lora, layers)
 
     def is_model(self, name: str) -> bool:
         import torch

@@ -7,7 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ddinfer.errors import InputError
@@ -124,6 +124,7 @@ class ImageRecord:
         model: name of the model; `model_hash` is of its files.
         dtype: ``checkpoint``, where it was the checkpoint's own, or as ``--dtype`` takes it.
         versions: of the libraries that made it.
+        loras: name → hash of its file.
     """
 
     request: dict[str, Any]
@@ -146,6 +147,7 @@ class ImageRecord:
     audio_format: Literal["wav", "flac"] = "wav"
     cfg_parallel: int = 1
     sequence_parallel: int = 1
+    loras: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def read_metadata(path: str) -> ImageRecord:
