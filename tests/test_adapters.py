@@ -173,6 +173,15 @@ def test_rows_with_loras_in_jobs_of_every_kind(tiny, loras, expected, tmp_path, 
         assert np.array_equal(made, image)
 
 
+def test_the_teams_of_ranks_that_make_one_image_know_its_set(tiny, loras, expected, tmp_path):
+    asked = job(tiny("sd"), tmp_path, two(loras, "sd-peft"), cfg_parallel=2)
+    run_job(asked)
+    run_on_ranks(dataclasses.replace(asked, output=str(tmp_path / "teams")), 2)
+    assert file_bytes(tmp_path / "teams") == file_bytes(tmp_path / "out")
+    for made, image in zip(pixels(tmp_path / "teams").values(), expected("sd"), strict=True):
+        assert np.allclose(made.astype(int), image, atol=1)  # other batches round otherwise
+
+
 def test_blocks_that_come_and_go_bring_their_low_rank_weights(tiny, loras, expected, tmp_path):
     devices = {"text_encoder": "cpu", "unet": "disk", "vae": "cpu"}
     placement = ddinfer.Placement(devices, main="cpu")

@@ -17,6 +17,7 @@ from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
+from ddinfer.models.adapters import send_with_calls
 from ddinfer.models.loading import denoisers
 from ddinfer.models.meta_model import build_on_meta
 from ddinfer.models.pipeline_folder import DENOISER_NAMES, PipelineSource
@@ -118,6 +119,8 @@ def load_team_engine(
     models = denoisers(pipe) if pipe is not None else loaded
     for name, denoiser in models.items():
         apply_to_denoiser(name, denoiser, config)
+        if source.loras:
+            send_with_calls(denoiser)
     is_alone = len(replica.ranks) == 1
     team = Team(
         models,
