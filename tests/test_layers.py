@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "tiny": VALUES | {"request"},
     "parallel": VALUES | {"request", "distributed", "models"},
     "engines": VALUES | {"request", "inputs", "config", "distributed", "models", "parallel"},
-    "report": VALUES | {"request", "storage", "distributed"},
+    "report": VALUES | {"request", "inputs", "storage", "distributed"},
     "job": None,
     "embed": None,
     "cli": None,

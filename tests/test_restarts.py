@@ -10,12 +10,13 @@ import time
 
 import pytest
 
-from ddinfer.cli.status import lines_of, status_of
+from ddinfer.cli.status import lines_of
 from ddinfer.distributed.process import COPY_SECONDS
 from ddinfer.distributed.process_group import Group
 from ddinfer.job.watchdog import WARN_SECONDS, Watchdog
 from ddinfer.storage.files import Files
 from ddinfer.storage.lease import read_holder
+from ddinfer.storage.status import status_of
 from ddinfer.storage.verify import verify
 from tests.jobs import STARTS, end, family, is_whole, job, made, wait_for_words, wait_until
 from tests.kill_matrix import ranks_of

@@ -9,8 +9,8 @@ import signal
 
 import pytest
 
-from ddinfer.cli.status import status_of
 from ddinfer.storage.files import Files
+from ddinfer.storage.status import status_of
 from tests.jobs import STARTS, end, is_whole, job, undisturbed, wait_for_words, wait_until
 from tests.moody_continuous import moody_continuous
 from tests.moody_pipeline import moody_pipeline

@@ -15,7 +15,7 @@ from ddinfer.storage.job_folder import JobFolder, JobReport
 from ddinfer.storage.job_record import read_job
 from ddinfer.storage.media import Formats
 from ddinfer.storage.metadata import write_requests
-from ddinfer.storage.verify import rebuild_metadata, verify
+from ddinfer.storage.verify import repair, verify
 from tests.fake_disk import FakeDisk, Platter
 from tests.storage_jobs import describe, make_requests, run_job
 
@@ -254,7 +254,7 @@ def test_metadata_can_be_rebuilt(out):
     (out / "metadata.jsonl").unlink()
     (out / "failures.jsonl").write_text("no")
     assert check(out).stale == ["metadata.jsonl", "failures.jsonl"]
-    rebuild_metadata(Files(), str(out))
+    repair(Files(), str(out), rebuild=True, delete_torn=False)
     assert (out / "metadata.jsonl").read_bytes() == before
     assert check(out).is_good
 

@@ -12,9 +12,7 @@ import tyro
 from ddinfer.cli.command import parse, print_report
 from ddinfer.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_OK, list_some
 from ddinfer.storage.files import Files
-from ddinfer.storage.job_folder import JobFolder
-from ddinfer.storage.lease import Lease
-from ddinfer.storage.verify import VerifyReport, rebuild_metadata, remove_torn, verify
+from ddinfer.storage.verify import VerifyReport, repair, verify
 
 
 @dataclass(frozen=True)
@@ -34,22 +32,12 @@ class VerifyOptions:
 def main(argv: Sequence[str]) -> int:
     options = parse(VerifyOptions, "verify", argv)
     files, path = Files(), os.path.abspath(options.output)
-    changes = options.rebuild or options.repair
-    report = _changed(files, path, options) if changes else verify(files, path)
+    if options.rebuild or options.repair:
+        report = repair(files, path, rebuild=options.rebuild, delete_torn=options.repair)
+    else:
+        report = verify(files, path)
     print_report(report.to_dict(), lines_of(report, path), as_json=options.json)
     return exit_code(report)
-
-
-def _changed(files: Files, path: str, options: VerifyOptions) -> VerifyReport:
-    """Rebuild and repair under the job's lock → the report of `verify` afterwards."""
-    JobFolder.look(files, path)  # raises where there is no job, before a lock is written
-    with Lease.acquire(files, path):
-        if options.rebuild:
-            rebuild_metadata(files, path)
-        report = verify(files, path)
-        if options.repair:
-            remove_torn(files, path, report)
-    return report
 
 
 def exit_code(report: VerifyReport) -> int:

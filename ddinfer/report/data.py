@@ -17,7 +17,8 @@ from ddinfer.storage.files import Files
 from ddinfer.storage.job_folder import JobFolder, list_images
 from ddinfer.storage.journal import JournalError, JournalState, journal_paths, read_journal
 from ddinfer.storage.lease import is_held
-from ddinfer.storage.metadata import DamagedFile, job_state, read_status
+from ddinfer.storage.metadata import DamagedFile, read_status
+from ddinfer.storage.status import job_state
 
 #: What a row's status is, in the page.
 PENDING, FAILED, MADE, MISSING = range(4)

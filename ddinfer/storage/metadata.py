@@ -64,17 +64,6 @@ def read_status(files: Files, folder: str) -> dict[str, Any] | None:
     return read_json(files, os.path.join(folder, STATUS_FILE))
 
 
-def job_state(is_running: bool, num_pending: int, said: Mapping[str, Any]) -> str:
-    """``running``, ``stopped``, ``interrupted`` or ``finished``; ``said``: its ``status.json``."""
-    if is_running:
-        return "running"
-    if said.get("state") == "stopped":
-        return "stopped"
-    # A process that is killed leaves status.json as it was: "running".
-    is_finished = not num_pending and said.get("state", "finished") == "finished"
-    return "finished" if is_finished else "interrupted"
-
-
 # --- requests ----------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from ddinfer.storage.files import Files, is_temporary
 from ddinfer.storage.images import IMAGES_FOLDER
 from ddinfer.storage.job_folder import JobFolder, image_files
 from ddinfer.storage.journal import JournalState
+from ddinfer.storage.lease import Lease
 
 _BLOCK_BYTES = 1 << 20
 
@@ -85,23 +86,28 @@ def verify(
     return report
 
 
-def rebuild_metadata(files: Files, path: str) -> None:
-    """Write ``metadata.jsonl`` and ``failures.jsonl`` again from the journals."""
-    JobFolder.look(files, path).finish()
+def repair(files: Files, path: str, *, rebuild: bool, delete_torn: bool) -> VerifyReport:
+    """`verify` under the job's lock, with changes to the directory.
 
-
-def remove_torn(files: Files, path: str, report: VerifyReport) -> None:
-    """Delete the torn images of ``report``, so that the same command generates them again.
-
-    The caller holds the lease. In ``report`` they are missing afterwards.
+    Args:
+        rebuild: write ``metadata.jsonl`` and ``failures.jsonl`` again from the journals first.
+        delete_torn: delete torn images, so that the job's command generates them again; in the
+            report they are missing.
     """
-    names = [os.path.join(path, report.paths[index]) for index in report.torn]
-    for name in names:
-        files.remove(name)
-    for folder in sorted({os.path.dirname(name) for name in names}):
-        files.sync_folder(folder)
-    report.missing = sorted([*report.missing, *report.torn])
-    report.torn = {}
+    folder = JobFolder.look(files, path)  # raises where there is no job, before a lock is written
+    with Lease.acquire(files, path):
+        if rebuild:
+            folder.finish()
+        report = verify(files, path)
+        if delete_torn:
+            names = [os.path.join(path, report.paths[index]) for index in report.torn]
+            for name in names:
+                files.remove(name)
+            for images in sorted({os.path.dirname(name) for name in names}):
+                files.sync_folder(images)
+            report.missing = sorted([*report.missing, *report.torn])
+            report.torn = {}
+    return report
 
 
 def _check_image(
