@@ -6,9 +6,14 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from ddinfer.errors import UsageError
+from ddinfer.config import JobConfig
+from ddinfer.distributed.world import World
+from ddinfer.engines.options import open_source
+from ddinfer.errors import DdinferError, UsageError
 from ddinfer.inputs import read_audio, read_frames
-from ddinfer.request import Request
+from ddinfer.job.fingerprint import lora_hashes, model_fingerprint
+from ddinfer.job.prepare import library_versions
+from ddinfer.request import Request, Result
 from ddinfer.storage.files import Files
 from ddinfer.storage.images import ImageRecord
 from ddinfer.storage.job_record import read_job
@@ -60,6 +65,29 @@ def options_of_job(record: ImageRecord, image: str) -> dict[str, Any]:
     return job.config
 
 
+def generate_again(
+    record: ImageRecord, batch: list[Request], model: str, config: JobConfig, device: str
+) -> Result:
+    import torch
+
+    from ddinfer.distributed.partition import Replica
+    from ddinfer.engines.select import load_engine
+
+    named = {name for request in batch for name in request.settings().get("lora", ())}
+    if missing := sorted(named - {lora.name for lora in config.loras}):
+        raise UsageError(
+            f"it was generated with the LoRA {missing[0]}, whose file is not known without the "
+            f"job around it; give --lora PATH={missing[0]}"
+        )
+    torch.set_num_threads(record.num_threads)
+    engine = load_engine(model, config, World(device=device), Replica.of_job(0, 1, config))
+    wanted = record.request["index"]
+    (result,) = (r for r in engine.run([batch]) if r.index == wanted)
+    if result.error is not None:
+        raise DdinferError(f"the pipeline failed: {result.error}\n{result.error.traceback}")
+    return result
+
+
 def compare(data: bytes, path: str) -> tuple[bool, str]:
     """Compare the bytes of two files; where they differ, what they show or let hear."""
     import numpy as np
@@ -94,3 +122,28 @@ def _decoded(path: str) -> list[np.ndarray]:
     if ending in (".wav", ".flac"):
         return [127.5 * read_audio(path)[0]]
     return [np.asarray(frame, dtype=float) for frame in read_frames(path)]
+
+
+def changes_since(record: ImageRecord, model: str, config: JobConfig, device: str) -> list[str]:
+    """What differs from when the image was generated, and could explain another result."""
+    lines = []
+    now = library_versions()
+    for name, version in record.versions.items():
+        if now.get(name) != version:
+            lines.append(f"{name}: {version} then, {now.get(name)} now")
+    if record.sequence_parallel > 1:
+        lines.append(f"sequence_parallel: {record.sequence_parallel} ranks then, 1 now")
+    kind = device.split(":")[0]
+    if kind != record.device:
+        lines.append(f"device: {record.device} then, {kind} now")
+    folder = open_source(model, config).folder
+    now_hash = model_fingerprint(folder, variant=config.variant, allow_pickle=config.allow_pickle)
+    hashes = lora_hashes(open_source(model, config).loras)
+    lines += [
+        f"LoRA {name}: its file is not the one that it was generated with"
+        for name, said in record.loras.items()
+        if hashes.get(name) != said
+    ]
+    if now_hash != record.model_hash:
+        lines.append(f"model: the files of {model} are not those that it was generated with")
+    return lines
