@@ -194,8 +194,15 @@ def test_a_call_that_cannot_work_is_refused_before_loading():
 
     def unconditional(self, batch_size: int = 1, generator: "torch.Generator | None" = None): ...
 
-    with pytest.raises(UsageError, match="takes no 'prompt'"):
-        check_call("DDPM", inspect.signature(unconditional).parameters, [], batch_size=1)
+    parameters = inspect.signature(unconditional).parameters
+    check_call("DDPM", parameters, [], batch_size=1)
+    with pytest.raises(UsageError, match=r"takes no prompts, .* use --batch_size 1"):
+        check_call("DDPM", parameters, [], batch_size=2)
+
+    def no_generator(self, prompt: str): ...
+
+    with pytest.raises(UsageError, match="takes no 'generator'"):
+        check_call("None", inspect.signature(no_generator).parameters, [], batch_size=1)
 
     def one_generator(self, prompt: str, generator: "torch.Generator | None" = None): ...
 

@@ -47,8 +47,12 @@ def call_arguments(kind: str) -> dict[str, Any]:
             "clean_caption": False,
             "complex_human_instruction": None,
         }
-    if kind == "wan":
+    if kind in ("wan", "ltx2"):
         common["num_frames"] = 5
+    if kind == "ltx2":
+        common |= {"max_sequence_length": 16, "spatio_temporal_guidance_blocks": [1]}
+    if kind == "stable_audio":
+        return {"num_inference_steps": 2, "audio_end_in_s": 0.25}
     return common
 
 
@@ -331,16 +335,8 @@ def sana() -> Any:
         SanaPipeline,
         SanaTransformer2DModel,
     )
-    from transformers import Gemma2Config, Gemma2Model
 
     tokenizer = t5_tokenizer()
-    encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
-            pad_token_id=0, bos_token_id=1, eos_token_id=1,
-        )
-    )  # fmt: skip
     vae = AutoencoderDC(
         in_channels=3, latent_channels=4, attention_head_dim=2,
         encoder_block_types=("ResBlock", "EfficientViTBlock"),
@@ -358,7 +354,7 @@ def sana() -> Any:
     )  # fmt: skip
     return SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=encoder,
+        text_encoder=_gemma(tokenizer),
         vae=vae,
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -409,6 +405,142 @@ def qwen() -> Any:
     )
 
 
+def _gemma(tokenizer: Any) -> Any:
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
+            pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def ltx2() -> Any:
+    """Video with sound of 2 channels."""
+    from diffusers import (
+        AutoencoderKLLTX2Audio,
+        AutoencoderKLLTX2Video,
+        FlowMatchEulerDiscreteScheduler,
+        LTX2Pipeline,
+        LTX2VideoTransformer3DModel,
+    )
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+    tokenizer = t5_tokenizer()
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,),
+        layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False),
+        downsample_type=("spatial",), upsample_residual=(False,), upsample_factor=(1,),
+        patch_size=1, decoder_causal=False,
+    )  # fmt: skip
+    audio_vae = AutoencoderKLLTX2Audio(
+        base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2,
+        mel_bins=8,
+    )  # fmt: skip
+    vocoder = LTX2Vocoder(
+        in_channels=16, hidden_channels=16, upsample_kernel_sizes=[20, 32],
+        upsample_factors=[10, 16],
+        resnet_kernel_sizes=[3], resnet_dilations=[[1, 3]], output_sampling_rate=16_000,
+    )  # fmt: skip
+    connectors = LTX2TextConnectors(
+        caption_channels=16, text_proj_in_factor=3, video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=8, video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None, audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=8, audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None, connector_rope_base_seq_len=16,
+        rope_type="split",
+    )  # fmt: skip
+    transformer = LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4,
+        audio_num_attention_heads=2, audio_attention_head_dim=4, audio_cross_attention_dim=8,
+        num_layers=2, caption_channels=16, rope_type="split",
+    )  # fmt: skip
+    return LTX2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        audio_vae=audio_vae,
+        text_encoder=_gemma(tokenizer),
+        tokenizer=tokenizer,
+        connectors=connectors,
+        transformer=transformer,
+        vocoder=vocoder,
+    )
+
+
+def stable_audio() -> Any:
+    """Sound of 2 channels, at most 0.64 s at 800 Hz."""
+    from diffusers import (
+        AutoencoderOobleck,
+        EDMDPMSolverMultistepScheduler,
+        StableAudioDiTModel,
+        StableAudioPipeline,
+        StableAudioProjectionModel,
+    )
+
+    t5 = t5_tokenizer()
+    transformer = StableAudioDiTModel(
+        sample_size=256, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, num_key_value_attention_heads=2, cross_attention_dim=16,
+        time_proj_dim=8, global_states_input_dim=16, cross_attention_input_dim=8,
+    )  # fmt: skip
+    vae = AutoencoderOobleck(
+        encoder_hidden_size=8, downsampling_ratios=[1, 2], decoder_channels=4,
+        decoder_input_channels=4, channel_multiples=[1, 2], sampling_rate=800,
+    )  # fmt: skip
+    return StableAudioPipeline(
+        vae=vae,
+        text_encoder=_t5(t5),
+        projection_model=StableAudioProjectionModel(
+            text_encoder_dim=32, conditioning_dim=8, min_value=0, max_value=4
+        ),
+        tokenizer=t5,
+        transformer=transformer,
+        scheduler=EDMDPMSolverMultistepScheduler(
+            solver_order=2, sigma_data=1.0, prediction_type="v_prediction"
+        ),
+    )
+
+
+def stable_video() -> Any:
+    """An image becomes a video; there is no prompt."""
+    from diffusers import (
+        AutoencoderKLTemporalDecoder,
+        EulerDiscreteScheduler,
+        StableVideoDiffusionPipeline,
+        UNetSpatioTemporalConditionModel,
+    )
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    unet = UNetSpatioTemporalConditionModel(
+        sample_size=16, block_out_channels=(32, 32), layers_per_block=1, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        num_attention_heads=2, addition_time_embed_dim=8, projection_class_embeddings_input_dim=24,
+        num_frames=3,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, projection_dim=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=224, patch_size=112, intermediate_size=16,
+    )  # fmt: skip
+    return StableVideoDiffusionPipeline(
+        vae=AutoencoderKLTemporalDecoder(
+            block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2
+        ),
+        image_encoder=CLIPVisionModelWithProjection(vision),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True,
+            sigma_max=700.0, sigma_min=0.002, timestep_spacing="leading", steps_offset=1,
+        ),
+        feature_extractor=CLIPImageProcessor(crop_size=224, size=224),
+    )  # fmt: skip
+
+
 #: kind → builder of a pipeline in memory.
 KINDS: dict[str, Callable[[], Any]] = {
     "sd": stable_diffusion,
@@ -419,4 +551,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "wan": wan,
     "sana": sana,
     "qwen": qwen,
+    "ltx2": ltx2,
+    "stable_audio": stable_audio,
+    "stable_video": stable_video,
 }

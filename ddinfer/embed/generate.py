@@ -32,7 +32,14 @@ from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import PromptsFailed, UsageError
 from ddinfer.models.adapters import loras_of
 from ddinfer.prompts.files import prompt_from_fields
-from ddinfer.request import Prompt, Request, Result, canonical_json, resolve_requests
+from ddinfer.request import (
+    GIVEN_BY_DDINFER,
+    Prompt,
+    Request,
+    Result,
+    canonical_json,
+    resolve_requests,
+)
 
 PromptLike = str | Mapping[str, Any] | Request
 
@@ -238,11 +245,12 @@ def _plan(
             raise UsageError(f"{name}: {RESERVED_CALL_ARGUMENTS[name]}")
     parameters = inspect.signature(pipe.__call__).parameters
     takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    allowed = [n for n in parameters if n not in RESERVED_CALL_ARGUMENTS]
+    allowed = [n for n in parameters if n not in GIVEN_BY_DDINFER]
     requests = as_requests(prompts, seed, None if takes_anything else allowed)
     shared, arguments = split_settings(call)
     given = set(arguments).union(*(r.parameters() for r in requests))
     given |= {"negative_prompt" for r in requests if r.negative_prompt is not None}
+    given |= {"prompt" for r in requests if r.prompt}
     check_call(type(pipe).__name__, parameters, given, batch_size)
     if shared or any(request.settings() for request in requests):
         own = vars(pipe).get("scheduler")

@@ -16,7 +16,8 @@ import torch
 
 from ddinfer.distributed.process_group import Group
 from ddinfer.engines.base import Batch
-from ddinfer.engines.pipeline_call import CallFailure, Pictures, call_pipeline, results_of
+from ddinfer.engines.outputs import Output
+from ddinfer.engines.pipeline_call import CallFailure, call_pipeline, results_of
 from ddinfer.errors import PromptsFailed, UsageError
 from ddinfer.request import Request, Result
 
@@ -47,7 +48,7 @@ class LockstepEngine:
             rank = self.ranks.world.rank
             yield from results_of(batch, made, rank=rank, seconds=seconds, is_exact=True)
 
-    def _call(self, batch: Batch) -> Pictures:
+    def _call(self, batch: Batch) -> list[Output]:
         made = call_pipeline(self.pipe, batch, self.call)
         if self._stopped is not None:  # it ended a forward; the pipeline's call wrapped it
             raise self._stopped

@@ -1,4 +1,4 @@
-"""One call of a diffusers pipeline: the arguments of a batch, its pictures, or why it failed."""
+"""One call of a diffusers pipeline: the arguments of a batch, what it made, or why it failed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from ddinfer.engines.base import Batch
 from ddinfer.engines.encoding import EncodingCache
+from ddinfer.engines.outputs import Output, outputs_of, sampling_rate, takes_output_type
 from ddinfer.errors import (
     ErrorRecord,
     InputError,
@@ -25,19 +24,10 @@ from ddinfer.errors import (
     describe_os_error,
     is_environment_error,
 )
-from ddinfer.inputs import load_input
+from ddinfer.inputs import AUDIO_INPUTS, load_input
 from ddinfer.models.adapters import loras_set
 from ddinfer.models.schedulers import check_scheduler, scheduler_set
 from ddinfer.request import PIPELINE_SETTINGS, Request, Result
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What a pipeline call returned: per Request its frames (one for an image) and its flags."""
-
-    frames: list[list[Image.Image]]
-    flags: list[tuple[str, ...]]
-    is_video: bool
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,7 @@ def run_batch(
 
 def call_pipeline(
     pipe: Any, requests: Sequence[Request], arguments: Mapping[str, Any]
-) -> Pictures | CallFailure:
+) -> list[Output] | CallFailure:
     """Runs one call for all of ``requests``, with one CPU generator per Request.
 
     Args:
@@ -113,7 +103,7 @@ def call_pipeline(
             scheduler_set(pipe, settings.get("scheduler")),
             loras_set(settings.get("lora")),
         ):
-            return _pictures(pipe, pipe(**arguments), len(requests))
+            return outputs_of(pipe, pipe(**arguments), len(requests), arguments)
     except torch.AcceleratorError:
         raise  # sticky: no later call on this device can succeed
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -173,7 +163,7 @@ def check_settings(
 
 def results_of(
     requests: Sequence[Request],
-    made: Pictures | CallFailure,
+    made: list[Output] | CallFailure,
     *,
     rank: int,
     seconds: float,
@@ -191,17 +181,16 @@ def results_of(
         result = Result(request, seconds=seconds, rank=rank, exact=is_exact, batch=indices)
         if isinstance(made, CallFailure):
             yield replace(result, error=made.record)
-        elif made.is_video:
-            yield replace(result, frames=made.frames[k], flags=made.flags[k])
         else:
-            yield replace(result, image=made.frames[k][0], flags=made.flags[k])
+            yield replace(result, **vars(made[k]))
 
 
 def _arguments(pipe: Any, requests: Sequence[Request]) -> dict[str, Any]:
     first, alone = requests[0], len(requests) == 1
     arguments: dict[str, Any] = dict(first.parameters())
     for name, expected in first.input_hashes.items():  # which is alone then
-        arguments[name], digest = load_input(name, first.kwargs[name])
+        rate = sampling_rate(pipe) if name in AUDIO_INPUTS else None
+        arguments[name], digest = load_input(name, first.kwargs[name], rate)
         if digest != expected:
             raise InputError(f"{name} has changed since the prompts were read")
     for name in first.texts():
@@ -210,14 +199,12 @@ def _arguments(pipe: Any, requests: Sequence[Request]) -> dict[str, Any]:
     if first.negative_prompt is not None:
         negatives = [request.negative_prompt for request in requests]
         arguments["negative_prompt"] = negatives[0] if alone else negatives
-    prompts = [request.prompt for request in requests]
     generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
-    arguments["prompt"] = prompts[0] if alone else prompts
+    if takes_prompt(inspect.signature(pipe.__call__).parameters):
+        prompts = [request.prompt for request in requests]
+        arguments["prompt"] = prompts[0] if alone else prompts
     arguments["generator"] = generators[0] if alone else generators
-    if (
-        _processor(pipe) is not None
-        and "output_type" in inspect.signature(pipe.__call__).parameters
-    ):
+    if takes_output_type(pipe):
         arguments["output_type"] = "np"  # NaN is still visible there, in "pil" no longer
     return arguments
 
@@ -233,22 +220,24 @@ def check_call(
         given: names of all arguments that the job or any of its prompts sets.
 
     Raises:
-        UsageError: the pipeline takes no prompt, no such argument, or no batches.
+        UsageError: the pipeline takes no generator, no such argument, or no batches.
     """
     # Stable Diffusion's **kwargs is for two deprecated names; anything else it would ignore. Only
     # a wrapper that does not even name its prompt is believed to hand everything on.
-    has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    takes_anything = has_kwargs and "prompt" not in parameters
-    for needed in ("prompt", "generator"):
-        if needed not in parameters and not takes_anything:
-            raise UsageError(
-                f"{name} takes no {needed!r}; ddinfer runs pipelines whose __call__ takes a "
-                "prompt and a generator"
-            )
+    takes_anything = takes_prompt(parameters) and "prompt" not in parameters
+    if "generator" not in parameters and not takes_anything:
+        raise UsageError(
+            f"{name} takes no 'generator'; ddinfer runs pipelines whose __call__ takes one"
+        )
     unknown = sorted(n for n in given if n not in parameters and not takes_anything)
     if unknown:
         named = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and n != "self"]
         raise UsageError(f"{name} takes no argument {unknown[0]!r}; it takes: {', '.join(named)}")
+    if batch_size > 1 and not takes_prompt(parameters):
+        raise UsageError(
+            f"{name} takes no prompts, of which several could share a call: use --batch_size 1 "
+            f"(found {batch_size})"
+        )
     annotation = str(parameters["generator"].annotation) if "generator" in parameters else ""
     typed = annotation not in ("", str(inspect.Parameter.empty))
     if batch_size > 1 and typed and "list" not in annotation.lower():
@@ -256,6 +245,11 @@ def check_call(
             f"{name} takes one generator for a whole batch, so the images of a batch would "
             f"depend on their neighbours: use --batch_size 1 (found {batch_size})"
         )
+
+
+def takes_prompt(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a pipeline's ``__call__`` takes a prompt, by name or with whatever it is given."""
+    return "prompt" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 @contextlib.contextmanager
@@ -286,43 +280,6 @@ def _vae_types_restored(pipe: Any) -> Iterator[None]:
                 else:
                     table[name] = tensor.to(dtype)
         raise
-
-
-def _processor(pipe: Any) -> Any:
-    """What turns the VAE's output into pictures, in image or in video pipelines."""
-    for name in ("image_processor", "video_processor"):
-        if hasattr(getattr(pipe, name, None), "numpy_to_pil"):
-            return getattr(pipe, name)
-    return None
-
-
-def _pictures(pipe: Any, output: Any, num_requests: int) -> Pictures:
-    is_video = hasattr(output, "frames")
-    made = output.frames if is_video else output.images
-    if len(made) != num_requests:
-        raise RuntimeError(
-            f"{type(pipe).__name__} returned {len(made)} "
-            f"{'videos' if is_video else 'images'} for {num_requests} prompts"
-        )
-    unsafe = getattr(output, "nsfw_content_detected", None) or [False] * num_requests
-    frames, flags = [], []
-    for item, nsfw in zip(made, unsafe, strict=True):
-        found = ["nsfw"] if nsfw else []
-        pictures = item if is_video else [item]
-        if isinstance(item, np.ndarray):
-            if np.isnan(item).any():
-                found.append("nan")
-            with np.errstate(invalid="ignore"):  # NaN becomes black, and is flagged
-                pictures = _processor(pipe).numpy_to_pil(item)
-        if all(_is_black(picture) for picture in pictures):
-            found.append("black")
-        frames.append(list(pictures))
-        flags.append(tuple(found))
-    return Pictures(frames, flags, is_video)
-
-
-def _is_black(picture: Image.Image) -> bool:
-    return picture.convert("RGB").getbbox() is None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

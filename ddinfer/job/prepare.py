@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ddinfer import tiny
-from ddinfer.config import RESERVED_CALL_ARGUMENTS, JobConfig
+from ddinfer.config import JobConfig
 from ddinfer.distributed.partition import contiguous_slice, cut_batches
 from ddinfer.errors import InputError, UsageError, list_some
 from ddinfer.inputs import needed_images
 from ddinfer.prompts.fields import FieldChecker
 from ddinfer.prompts.files import read_prompts
-from ddinfer.request import Prompt, Request, resolve_requests
+from ddinfer.request import GIVEN_BY_DDINFER, Prompt, Request, resolve_requests
 
 if TYPE_CHECKING:
     from ddinfer.engines.continuous import StagePlan
@@ -122,7 +122,7 @@ def prepare(
     """
     # They import torch; names and prompt files are checked before that.
     from ddinfer.engines.options import configs_path
-    from ddinfer.engines.pipeline_call import check_call
+    from ddinfer.engines.pipeline_call import check_call, takes_prompt
     from ddinfer.engines.select import check_placement, check_stages
     from ddinfer.models.check import check_pipeline
     from ddinfer.models.index import call_parameters, pipeline_class
@@ -134,10 +134,12 @@ def prepare(
     pipeline = kind.__name__
     parameters = call_parameters(configs, config.trust_remote_code, **hub)
     check_call(pipeline, parameters, (), config.batch_size)
-    notes = [check_pipeline(configs, config.trust_remote_code, **hub)]
+    check_pipeline(configs, config.trust_remote_code, **hub)
+    notes: list[str | None] = []
     check_dtypes(kind, config)
     if requests is None:
-        allowed = [name for name in parameters if name not in RESERVED_CALL_ARGUMENTS]
+        allowed = [name for name in parameters if name not in GIVEN_BY_DDINFER]
+        allowed += ["prompt"] if takes_prompt(parameters) else []
         checker = FieldChecker("--pipeline_kwargs", os.getcwd())
         defaults = {**defaults, **checker.check_defaults(config.call_defaults())}
         prompts = _prompts(config, allowed, stdin)[: config.limit]
@@ -227,6 +229,8 @@ def call_arguments(requests: Sequence[Request]) -> set[str]:
     names: set[str] = set()
     for request in requests:
         names.update(request.parameters())
+        if request.prompt:
+            names.add("prompt")
         if request.negative_prompt is not None:
             names.add("negative_prompt")
     return names
@@ -260,6 +264,8 @@ def _prompts(
         return read_prompts(config.prompts, call_parameters=call_parameters, stdin=stream)
     if config.prompt:
         return [Prompt({"prompt": p}, f"--prompt {k}") for k, p in enumerate(config.prompt, 1)]
+    if "prompt" not in call_parameters:
+        return [Prompt({"prompt": ""})]  # --pipeline_kwargs says what the call needs
     if config.model is not None and config.model not in tiny.PIPELINES:
         raise UsageError(
             f"no prompts for {config.model}: give --prompts FILE or --prompt TEXT (the embedded "

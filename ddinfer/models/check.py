@@ -21,6 +21,12 @@ from ddinfer.models.index import (
 )
 from ddinfer.models.pipeline_folder import check_connected, installed_class, own_code
 
+#: Fields of diffusers' output classes that are saved, by what they hold.
+VIDEO_FIELDS = ("frames", "videos", "video")
+IMAGE_FIELDS = ("images", "image", "prediction")
+AUDIO_FIELDS = ("audios", "audio", "sound")
+OUTPUT_FIELDS = (*VIDEO_FIELDS, *IMAGE_FIELDS, *AUDIO_FIELDS)
+
 
 def check_pipeline(
     path: str | os.PathLike[str],
@@ -28,13 +34,10 @@ def check_pipeline(
     *,
     revision: str | None = None,
     token: str | None = None,
-) -> str | None:
-    """Check that a pipeline can generate images or videos from prompts here.
+) -> None:
+    """Check that a pipeline can generate images, videos or sound here.
 
     Called on rank 0, for all ranks. Only model_index.json is read (or fetched).
-
-    Returns:
-        What the user should know of its output.
 
     Raises:
         UsageError: a component that is null or has no class here, or another kind of output.
@@ -43,7 +46,7 @@ def check_pipeline(
     folder = index_folder(path, revision=revision, token=token)
     index = read_model_index(folder)
     check_connected(kind)
-    note = _check_output(kind)
+    _check_output(kind)
     if missing := _missing(kind, index):
         raise UsageError(
             f"{os.fspath(path)}: {MODEL_INDEX} has no {', '.join(missing)} (null or not listed), "
@@ -54,7 +57,6 @@ def check_pipeline(
         is_ours = entry.library in ("diffusers", "transformers")
         if (is_ours or is_whole) and own_code(folder, entry) is None:
             installed_class(folder, entry)
-    return note
 
 
 def _missing(kind: Any, index: ModelIndex) -> list[str]:
@@ -89,23 +91,18 @@ def _missing(kind: Any, index: ModelIndex) -> list[str]:
     return [name for name in absent if is_needed(name)]
 
 
-def _check_output(kind: Any) -> str | None:
+def _check_output(kind: Any) -> None:
     """
     Raises:
-        UsageError: the pipeline returns neither images nor frames.
+        UsageError: the pipeline returns neither pictures nor sound.
     """
     signature = inspect.signature(kind.__call__)
     fields = _fields(signature.return_annotation, kind)
-    if not fields and "audio_length_in_s" in signature.parameters:
-        fields = ["audios"]
-    if fields and not {"images", "frames"} & set(fields):
+    if fields and not set(OUTPUT_FIELDS) & set(fields):
         raise UsageError(
             f"{kind.__name__} returns {', '.join(fields)}; ddinfer runs pipelines that return "
-            "images or video frames"
+            "images, videos or sound"
         )
-    if "audio" in fields:
-        return f"{kind.__name__} also returns audio, which is not saved: the frames alone are"
-    return None
 
 
 def _fields(annotation: Any, kind: Any) -> list[str]:

@@ -104,8 +104,9 @@ class FieldChecker:
     Args:
         source: the file's name for messages.
         folder: what image paths are relative to.
-        call_parameters: names that the pipeline's ``__call__`` takes. ``None`` where it is not
-            known: then `COMMON_CALL_ARGUMENTS` and `MEDIA_INPUTS` are accepted.
+        call_parameters: names that the pipeline's ``__call__`` takes; without "prompt" among
+            them, rows have none. ``None`` where it is not known: then `COMMON_CALL_ARGUMENTS`
+            and `MEDIA_INPUTS` are accepted.
         in_program: the row comes from a program rather than a file: values may be objects, and
             without ``call_parameters`` any argument's name is taken.
     """
@@ -124,7 +125,8 @@ class FieldChecker:
         self.counts_items = False  # rows are items of a JSON list rather than lines
         self._ids: dict[str, int | None] = {}
         self._file_hashes: dict[str, str] = {}
-        own = ("prompt", "id", "seed", "num_images", *PIPELINE_SETTINGS)
+        self.takes_prompt = call_parameters is None or "prompt" in call_parameters
+        own = ("id", "seed", "num_images", *PIPELINE_SETTINGS)
         if self.call_parameters is None:
             known = {*STANDARD_FIELDS, *COMMON_CALL_ARGUMENTS, *MEDIA_INPUTS}
         else:
@@ -205,7 +207,9 @@ class FieldChecker:
                     raise self.error(f"{name} must be text, got {_shown(value)}", line)
                 out[name] = value
         if "prompt" not in out:
-            raise self.error("no 'prompt'; every row needs one", line)
+            if self.takes_prompt:
+                raise self.error("no 'prompt'; every row needs one", line)
+            out["prompt"] = ""
         if "id" in out:
             name = out["id"]
             if name in self._ids:

@@ -291,7 +291,7 @@ def _table(rows: Iterator[tuple[int, list[str]]], checker: FieldChecker) -> list
         row = {}
         for at, name in columns:
             row[name] = _cell(name, cells[at], line, checker) if cells[at] else None
-        if not (row["prompt"] or "").strip():
+        if checker.takes_prompt and not (row["prompt"] or "").strip():
             raise checker.error("the prompt is empty", line)
         prompts.append(checker.check(row, line))
     return prompts
@@ -311,7 +311,7 @@ def _columns(header: list[str], line: int, checker: FieldChecker) -> list[tuple[
             raise checker.error(f"two columns are named {name}", line)
         else:
             columns[name] = at
-    if "prompt" not in columns:
+    if checker.takes_prompt and "prompt" not in columns:
         raise checker.error(
             f"no column is named prompt; the first line must name the columns and says "
             f"{', '.join(repr(title) for title in header[:8])}",

@@ -269,7 +269,8 @@ def _text_of_container(path: str) -> dict[str, str]:
     with av.open(path) as container:
         for _ in container.demux():
             pass
-        return {name.lower(): value for name, value in container.metadata.items()}
+        found = {name.lower(): value for name, value in container.metadata.items()}
+    return {name: found[name] for name in _INFO_NAMES if name in found}
 
 
 # --- sound ------------------------------------------------------------------------------------
