@@ -540,7 +540,7 @@ def refusals(group):
     ids = torch.ones(4, 3, dtype=torch.long)
     refused("expected a module that runs exactly", Unusual().eval(), (ids,), split_points=["twice"])
     refused("cannot be run on fake tensors", Hopeless().eval())
-    refused("cannot be cut", Hopeless().eval(), batched=["x"])
+    refused("cannot be split", Hopeless().eval(), batched=["x"])
     refused("InPlace writes into the output of block", InPlace().eval())
     refused("say with checkpoint=", make_mlp().to("meta"))
     refused("no checkpoint", make_mlp(), checkpoint="nowhere")

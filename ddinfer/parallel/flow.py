@@ -202,7 +202,7 @@ class StagedModel:
         Raises:
             PlanError: a value would be used that did not travel.
         """
-        check = number not in self._checked
+        check = len(self.stages) > 1 and number not in self._checked
         call = _Running(self, plan, values, check)
         args, kwargs = plan.arguments.unflatten(self._inputs(plan, values))
         values.clear()

@@ -93,6 +93,8 @@ class PlanCache:
 
     def update(self, number: int, metadata: bytes) -> None:
         """Keeps what came with a call, on the other ranks, and drops what is out of use."""
+        if not metadata:
+            return
         plan, in_use = pickle.loads(metadata)
         self._plans = {k: p for k, p in self._plans.items() if k in in_use}
         self._plans.setdefault(number, plan)

@@ -16,12 +16,12 @@ from torch import nn
 from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.parallel.blocks import check_names
 from ddinfer.parallel.communicator import Communicator, ConnectionLost, Sending
-from ddinfer.parallel.flow import PlanError
+from ddinfer.parallel.flow import PlanError, StagedModel
 from ddinfer.parallel.packing import Layout, layout_of
+from ddinfer.parallel.plans import PlanCache
 from ddinfer.parallel.prepare.batching import infer_batch_dims
-from ddinfer.parallel.prepare.partition import Partition
 from ddinfer.parallel.prepare.rows import Inputs, Outputs, Tensors
-from ddinfer.parallel.prepare.stages import Stages, plan_stages
+from ddinfer.parallel.prepare.stages import plan_stages
 from ddinfer.parallel.prepare.weights import Weights
 
 
@@ -87,19 +87,22 @@ def prepare_pipeline(
         else:
             inputs = inputs.cut_only(batched)
         weights = Weights(model, checkpoint)
-        stages = Stages([], [range(0)])
-        if comm.is_first and comm.size > 1:
-            args, kwargs = inputs.tree.unflatten(example)
+        args, kwargs = inputs.tree.unflatten(example)
+        stages = None
+        if comm.is_first:
             stages = plan_stages(
                 model, weights, args, kwargs, points, comm.size, balance, comm.device
             )
     with _agreed(comm):
         stages = comm.broadcast_object(stages)
-        partition = Partition(model, inputs, weights, stages, comm.group_rank, comm.device)
-        outputs = outputs or partition.outputs(example)
-        if comm.is_first:
-            partition.plan(inputs.chunk(example, 0, inputs.example_rows), [])  # or refuse it now
-    return PipelinedModel(model, partition, outputs, comm, gather_output)
+        own = weights.read(stages.tensor_ids(model, comm.group_rank), comm.device)
+        weights.keep_only(own, comm.device)
+        staged = StagedModel(model, stages.units, stages.ranges, comm.group_rank, comm.device)
+        outputs = outputs or _planned_outputs(staged, inputs, example)
+        prepared = PipelinedModel(staged, inputs, outputs, comm, stages.cuts, gather_output)
+        if comm.is_first:  # or refuse it now
+            prepared._plan(_CallState(), args, kwargs)
+    return prepared
 
 
 @contextlib.contextmanager
@@ -129,18 +132,19 @@ class PipelinedModel:
 
     def __init__(
         self,
-        model: nn.Module,
-        partition: Partition,
+        staged: StagedModel,
+        inputs: Inputs,
         outputs: Outputs,
         comm: Communicator,
+        cuts: tuple[str, ...],
         gather_output: bool,
     ):
-        self.inputs, self.gather_output = partition.inputs, gather_output
-        self.config = getattr(model, "config", None)
-        self.__signature__ = partition.inputs.signature
-        self.rows, self.cuts = partition.inputs.rows, partition.cuts
-        self.stage, self.stage_index, self.num_stages = model, comm.group_rank, comm.size
-        self._partition, self._outputs, self._comm = partition, outputs, comm
+        self.inputs, self.rows, self.cuts = inputs, inputs.rows, cuts
+        self.gather_output, self.__signature__ = gather_output, inputs.signature
+        self.stage, self.stage_index, self.num_stages = staged.model, comm.group_rank, comm.size
+        self.config = getattr(staged.model, "config", None)
+        self._staged, self._outputs, self._comm = staged, outputs, comm
+        self._plans = PlanCache()
 
     def __repr__(self) -> str:
         return (
@@ -171,10 +175,12 @@ class PipelinedModel:
         if header is not None:  # None: the first rank refused the arguments, or is gone
             call.rows, call.plans, metadata = header
             if not comm.is_first:
-                self._partition.update(metadata)
+                for number, data in metadata.items():
+                    self._plans.update(number, data)
             self._stream(call)
         comm.agree(call.error, "running a pipeline")
-        self._partition.confirm(call.plans)
+        for number in call.plans:
+            self._plans.mark_arrived(number)
         if not self.gather_output:
             return self._outputs.tree.unflatten(call.joined) if comm.is_last else None
         return self._gathered(call)
@@ -188,8 +194,9 @@ class PipelinedModel:
         plans: list[int] = []
         for number in range(self.inputs.num_chunks(rows)):
             call.chunks.append(self.inputs.chunk(tensors, number, rows))
-            plans.append(self._partition.plan(call.chunks[-1], plans))
-        return rows, plans, self._partition.metadata(plans)
+            args, kwargs = self.inputs.tree.unflatten(call.chunks[-1])
+            plans.append(self._plans.number_of(self._staged, args, kwargs, plans))
+        return rows, plans, {number: self._plans.metadata(number) for number in plans}
 
     def _stream(self, call: _CallState) -> None:
         """All microbatches through this rank's stage.
@@ -197,29 +204,28 @@ class PipelinedModel:
         A rank that fails keeps the order of messages and sends flags without payload, so that
         nobody waits for what will not come.
         """
-        comm, partition = self._comm, self._partition
+        comm, stage = self._comm, self._comm.group_rank
         made: list[Tensors] = []
-        for number, plan in enumerate(call.plans):
+        for number, chosen in enumerate(call.plans):
+            plan = self._plans[chosen]
             values: dict[Any, Any] = {}
             if not comm.is_first:
-                values = self._receive(call, partition.edge(plan, comm.group_rank - 1))
+                values = self._receive(call, plan.edges[stage - 1])
             elif call.error is None:
                 values = {("input", k): t for k, t in call.chunks[number].items()}
             found: dict[Any, Any] = {}
             if call.error is None and not call.upstream_failed:
-                found = (
-                    call.run_or_record_error(functools.partial(partition.run, plan, values)) or {}
-                )
+                run = functools.partial(self._staged.run, plan, chosen, values)
+                found = call.run_or_record_error(run) or {}
             if not comm.is_last:
-                self._send(call, partition.edge(plan, comm.group_rank), found)
+                self._send(call, plan.edges[stage], found)
             elif found:
                 made.append({k: found["output", k] for k in self._outputs.dims})
         for sending in call.sending:
             call.run_or_record_error(sending.wait)
         if comm.is_last and call.error is None and not call.upstream_failed:
-            call.joined = (
-                call.run_or_record_error(lambda: self._outputs.join(made, call.rows)) or {}
-            )
+            join = functools.partial(self._outputs.join, made, call.rows)
+            call.joined = call.run_or_record_error(join) or {}
 
     def _receive(self, call: _CallState, layout: Layout) -> dict[Any, Any]:
         comm, source = self._comm, self._comm.group_rank - 1
@@ -301,6 +307,27 @@ class _CallState:
         except Exception as error:  # noqa: BLE001 - raised when all ranks have met
             self.error = self.error or error
             return None
+
+
+def _planned_outputs(staged: StagedModel, inputs: Inputs, example: Tensors) -> Outputs:
+    """How outputs are put together, found by planning calls of the example.
+
+    Raises:
+        UsageError: it does not run with another number of rows, or an output has no batch dim.
+    """
+    made = []
+    for rows in (inputs.rows, inputs.rows + 1):
+        try:
+            plan, _ = staged.plan(*inputs.tree.unflatten(inputs.with_rows(example, rows)))
+        except PlanError:
+            raise
+        except Exception as error:  # whatever a foreign model raises for such arguments
+            raise UsageError(
+                f"the model cannot be split across ranks: it fails for {rows} rows of the example "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        made.append(plan.output.unflatten(plan.output.empty))
+    return Outputs.of(made[0], made[1], (inputs.rows, inputs.rows + 1), type(staged.model).__name__)
 
 
 def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,8 @@ def plan_stages(
     order, lent = _record_order(model, candidates, weights, args, kwargs, is_timed, device)
     seconds, counts = dict(order), Counter(unit for unit, _ in order)
     units = [unit for unit, _ in order if counts[unit] == 1 and unit not in lent]
+    if num_stages == 1:
+        return Stages(units, [range(len(units))])
     if len(units) < num_stages:
         reasons = [f"{unit} runs {n} times" for unit, n in counts.items() if n > 1]
         reasons += [f"the weights of {unit} are used outside of it" for unit in lent]
