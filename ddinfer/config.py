@@ -22,7 +22,7 @@ from ddinfer.request import GIVEN_BY_DDINFER, PIPELINE_SETTINGS
 
 #: Options that let what a model brings run as code on this machine. No file can switch them on,
 #: and none is written with them: files are handed on.
-TRUST_OPTIONS = ("trust_remote_code", "allow_pickle")
+TRUST_OPTIONS = ("trust_remote_code", "allow_pickle", "setup")
 
 #: Options that are not part of the job: the secret one, those of trust, and switches of one run.
 ONE_TIME_OPTIONS = (
@@ -285,6 +285,8 @@ class ModelOptions:
     """Branch, tag or commit of a hub repository."""
     token: Annotated[str | None, _arg("TOKEN")] = None
     """Hub token. Never saved; setting HF_TOKEN is safer."""
+    setup: Annotated[Path | None, _arg("FILE.py:FUNCTION")] = None
+    """Call FUNCTION(pipe) once the pipeline is loaded, for whatever no option does. Never saved."""
     trust_remote_code: bool = False
     """Run the pipeline code in the model's repository."""
     allow_pickle: bool = False
@@ -340,6 +342,11 @@ class JobConfig(
         _ = self.shard_of, self.dtypes, self.components, self.loras  # raise
         if self.compile and self.lora:
             raise UsageError("--compile does not go with --lora; leave one out")
+        if self.setup is not None and self.placement == "staged":
+            raise UsageError(
+                "--setup does not go with --placement staged, which loads the pipeline anew for "
+                "each stage; use --placement balanced"
+            )
         if self.prompts is not None and self.prompt:
             raise UsageError(
                 f"--prompts {self.prompts} and --prompt {self.prompt[0]!r} were both given; "
@@ -519,6 +526,8 @@ class JobConfig(
             changes["model"] = os.path.abspath(self.model)
         if self.placement is not None and self.placement not in PLACEMENTS:
             changes["placement"] = os.path.abspath(self.placement)
+        if self.setup is not None:
+            changes["setup"] = os.path.abspath(self.setup)
         parts = (part.partition("=") for part in self.component)
         changes["component"] = tuple(
             f"{name}={os.path.abspath(where) if os.path.isdir(where) else where}"

@@ -28,6 +28,8 @@ class ModelOptions(HubOptions):
 
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", aliases=("-m",))] = None
     """Where the model is now. Default: where the job found it."""
+    setup: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:FUNCTION")] = None
+    """The --setup of the job, which is never taken from its folder."""
     allow_pickle: bool = False
     """Load .bin weights, which can run code. Default: safetensors only."""
 

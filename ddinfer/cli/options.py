@@ -89,7 +89,7 @@ def parse_config(
     environ = os.environ if environ is None else environ
     path = _option_value(argv, "config") or environ.get(ENVIRONMENT_PREFIX + "CONFIG")
     layers, sources = _read_file(path) if path else ({}, {})
-    wanted_by_file = [name for name in TRUST_OPTIONS if layers.pop(name, False)]
+    wanted_by_file = {name: layers.pop(name) for name in TRUST_OPTIONS if name in layers}
     layers_above, variables = _read_environment(environ)
     layers = _overlay(layers, layers_above)
     sources.update(variables)
@@ -105,12 +105,13 @@ def parse_config(
         default=OptionGroups.of(default),
         use_underscores=True,
     ).config()
-    for name in wanted_by_file:
-        if not getattr(given, name):
+    for name, wanted in wanted_by_file.items():
+        if wanted and not getattr(given, name):
             raise UsageError(
-                f"{path}: {name} is set, which lets code of {given.model} run on this machine. A "
-                f"file cannot switch that on: give --{name} on the command line if you trust the "
-                "model, else delete the line"
+                f"{path}: {name} is set, which lets code run on this machine that comes with "
+                f"{wanted_by_file[name] if name == 'setup' else given.model}. A file cannot "
+                f"switch that on: give --{name} on the command line if you trust it, else delete "
+                "the line"
             )
     if not given.prompt and given.prompts is None:
         given = replace(given, **prompts_below)

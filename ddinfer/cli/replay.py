@@ -88,6 +88,7 @@ def _config_of(record: ImageRecord, options: ReplayOptions) -> JobConfig:
         lora=options.lora or found.get("lora", ()),
         dtype=record.dtype.replace("checkpoint", "auto"),
         token=options.token,
+        setup=options.setup,
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
         **{name: getattr(record, name) for name in names},

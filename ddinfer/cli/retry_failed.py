@@ -51,6 +51,7 @@ def config_of(options: RetryOptions) -> JobConfig:
     values.update(
         output=path,
         token=options.token,
+        setup=options.setup,
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
         accept_versions=options.accept_versions,

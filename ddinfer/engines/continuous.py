@@ -18,6 +18,7 @@ from ddinfer.engines.base import Batch, ProgressListener
 from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
 from ddinfer.engines.pipeline_call import run_batch
+from ddinfer.engines.setup_file import set_up_leader
 from ddinfer.errors import UsageError
 from ddinfer.models.adapters import send_with_calls
 from ddinfer.models.component_roles import DENOISER_NAMES
@@ -152,6 +153,7 @@ def load_continuous_engine(
             if entry.name not in denoisers
         }
         pipe = source.assemble({**rest, **denoisers})
+        set_up_leader(pipe, denoisers, config.setup)
         apply_to_pipeline(pipe, config)
         encodings = EncodingCache(pipe)
     pipeline = ContinuousPipeline(pipe, denoisers=denoisers, group=group, device=target)

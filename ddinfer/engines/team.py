@@ -15,6 +15,7 @@ from ddinfer.distributed.partition import Replica
 from ddinfer.engines.base import Batch, ProgressListener
 from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
+from ddinfer.engines.setup_file import set_up_leader
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
 from ddinfer.models.adapters import send_with_calls
@@ -117,6 +118,8 @@ def load_team_engine(
     loaded = {name: source.load(name, types[name], target) for name in entries}
     pipe = source.assemble(loaded) if replica.makes_results else None
     models = denoisers(pipe) if pipe is not None else loaded
+    if pipe is not None:
+        set_up_leader(pipe, models, config.setup)
     for name, denoiser in models.items():
         apply_to_denoiser(name, denoiser, config)
         if source.loras:

@@ -11,6 +11,7 @@ from ddinfer.engines.base import Batch, ProgressListener
 from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, gpu_numbers, open_source
 from ddinfer.engines.pipeline_call import run_batch
+from ddinfer.engines.setup_file import setup_function
 from ddinfer.errors import UsageError
 from ddinfer.models.loading import denoisers, load_source
 from ddinfer.models.placement import Placement
@@ -87,6 +88,7 @@ def load_whole_engine(
         placement=placement,
         max_memory=config.max_memory,
         gpus=gpu_numbers(world) if is_placed else None,
+        setup=setup_function(config.setup),
     )
     apply_to_pipeline(pipe, config)
     if config.attention_backend is not None or config.compile:

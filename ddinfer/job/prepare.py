@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ddinfer import tiny
 from ddinfer.config import JobConfig
 from ddinfer.distributed.partition import contiguous_slice, cut_batches
+from ddinfer.engines.setup_file import setup_identity
 from ddinfer.errors import InputError, UsageError, list_some
 from ddinfer.inputs import needed_images
 from ddinfer.prompts.fields import FieldChecker
@@ -154,6 +155,7 @@ def prepare(
         notes.append(checker.note_nulls())
     check_call(pipeline, parameters, call_arguments(requests), config.batch_size)
     check_job_settings(kind, configs, config, requests)
+    setup_identity(config.setup)  # raises where there is no such function
     check_placement(config, gpus)
     stages = check_stages(model, config)
     return Job(
@@ -311,6 +313,7 @@ def job_identity(
             name: [os.path.basename(where) if os.path.isdir(where) else where for where in places]
             for name, places in config.components.items()
         },
+        "setup": setup_identity(config.setup),
         "loras": {name: dict(said) for name, said in loras.items()},
         "dtype": _dtype_text(dtypes),
         "device": device_type,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.engines.options import open_source
+from ddinfer.engines.setup_file import setup_identity
 from ddinfer.errors import DdinferError, UsageError
 from ddinfer.inputs import read_audio, read_frames
 from ddinfer.job.fingerprint import lora_hashes, model_fingerprint
@@ -79,6 +80,11 @@ def generate_again(
             f"it was generated with the LoRA {missing[0]}, whose file is not known without the "
             f"job around it; give --lora PATH={missing[0]}"
         )
+    if record.setup is not None and config.setup is None:
+        raise UsageError(
+            f"it was generated with --setup {record.setup['function']}, whose file is only taken "
+            "from the command line; give --setup FILE.py:FUNCTION if you trust it"
+        )
     torch.set_num_threads(record.num_threads)
     engine = load_engine(model, config, World(device=device), Replica.of_job(0, 1, config))
     wanted = record.request["index"]
@@ -144,6 +150,8 @@ def changes_since(record: ImageRecord, model: str, config: JobConfig, device: st
         for name, said in record.loras.items()
         if hashes.get(name) != said
     ]
+    if setup_identity(config.setup) != record.setup:
+        lines.append("--setup: its file is not the one that it was generated with")
     if now_hash != record.model_hash:
         lines.append(f"model: the files of {model} are not those that it was generated with")
     return lines

@@ -8,7 +8,7 @@ ranks of a machine share one copy in memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,8 +185,13 @@ def load_source(
     max_memory: MaxMemory | str | None = None,
     gpus: Sequence[int] | None = None,
     components: Mapping[str, Any] | None = None,
+    setup: Callable[[Any], None] | None = None,
 ) -> DiffusionPipeline:
-    """A pipeline from its opened folder; arguments as `load_pipeline`'s."""
+    """A pipeline from its opened folder; arguments as `load_pipeline`'s.
+
+    Args:
+        setup: called with the pipeline once its weights are real, before it is placed.
+    """
     if placement is None and gpus is not None:
         raise UsageError(f"gpus={gpus} is for a placement; without one give device")
     if placement is not None and device is not None:
@@ -208,8 +213,11 @@ def load_source(
         for entry in source.index.entries:
             if entry.name not in given:
                 given[entry.name] = source.load(entry.name, types[entry.name], target)
-        return source.assemble(given)
-    return _load_placed(source, placement, max_memory, gpus, dtype, given)
+        pipe = source.assemble(given)
+        if setup is not None:
+            setup(pipe)
+        return pipe
+    return _load_placed(source, placement, max_memory, gpus, dtype, given, setup)
 
 
 def _places(component: Any) -> list[str]:
@@ -225,6 +233,7 @@ def _load_placed(
     gpus: Sequence[int] | None,
     dtype: str | torch.dtype | Mapping[str, str | torch.dtype],
     given: dict[str, Any],
+    setup: Callable[[Any], None] | None = None,
 ) -> DiffusionPipeline:
     """A pipeline whose weights go straight to where the placement says (or stay on disk)."""
     import torch
@@ -251,24 +260,26 @@ def _load_placed(
     for entry in source.index.entries:
         if entry.name in given:
             continue
-        if source.is_model(entry.name):
+        if source.is_model(entry.name) and setup is None:
             opened[entry.name] = source.open(entry.name, types[entry.name])
             given[entry.name] = opened[entry.name].model
         else:
-            given[entry.name] = source.load(entry.name, None, torch.device(CPU))
+            given[entry.name] = source.load(entry.name, types[entry.name], torch.device(CPU))
+    pipe = source.assemble(given)
+    if setup is not None:  # it may change what there is to place
+        setup(pipe)
+    models = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     trees = [
         tree_of_model(model, name, dtypes=opened[name].dtypes if name in opened else None)
-        for name, model in given.items()
-        if isinstance(model, torch.nn.Module)
+        for name, model in models.items()
     ]
     root = Node("", (), tuple(trees), pipeline=True)
     if isinstance(placement, str):
         placement = plan(root, budgets, placement)
     else:  # a stage loads a few components of a placement that names all
-        absent = {n for n in source.names() if given.get(n) is None}
+        absent = {n for n in source.names() if pipe.components.get(n) is None}
         named = {name.partition(".")[0] for name in placement.devices}
         placement = placement.only(named - absent)
     check_covers(placement, root)
-    pipe = source.assemble(given)
     pipe.ddinfer_dispatched = dispatch_pipeline(pipe, placement, opened=opened)
     return pipe

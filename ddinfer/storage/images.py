@@ -125,6 +125,7 @@ class ImageRecord:
         dtype: ``checkpoint``, where it was the checkpoint's own, or as ``--dtype`` takes it.
         versions: of the libraries that made it.
         loras: name → hash of its file.
+        setup: function and hash of the file of ``--setup``.
     """
 
     request: dict[str, Any]
@@ -148,6 +149,7 @@ class ImageRecord:
     cfg_parallel: int = 1
     sequence_parallel: int = 1
     loras: dict[str, dict[str, str]] = field(default_factory=dict)
+    setup: dict[str, str] | None = None
 
 
 def read_metadata(path: str) -> ImageRecord:
