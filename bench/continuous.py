@@ -20,7 +20,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.measure import PYTHON, ROOT, Machine, Others, Size, run, versions
@@ -162,8 +162,6 @@ def main() -> None:
 
 def utilisations(told: list[dict], in_flight: int, asked: argparse.Namespace) -> dict[str, Any]:
     """→ schedule → how busy its stages were, what was possible, and the seconds behind that."""
-    from ddinfer.parallel.continuous.ticks import ideal_utilisation
-
     calls = [asked.steps] * asked.images
     latency = asked.stages * (2 if in_flight >= 2 * asked.stages else 1)
     ideal = ideal_utilisation(calls, latency, in_flight)
@@ -186,6 +184,14 @@ def utilisations(told: list[dict], in_flight: int, asked: argparse.Namespace) ->
     return found
 
 
+def ideal_utilisation(calls: Sequence[int], latency: int, limit: int) -> float:
+    """Useful stage time / (ticks × stages) for images with this many calls each."""
+    from ddinfer.parallel.continuous.admission import best_limit, count_ticks
+
+    ticks = count_ticks([], calls, latency, best_limit([], calls, latency, limit))
+    return sum(calls) / ticks
+
+
 def flushed_ticks(images: int, in_flight: int, asked: argparse.Namespace) -> int:
     groups = [min(in_flight, images - k) for k in range(0, images, in_flight)]
     return sum(asked.steps * (group + asked.stages - 1) for group in groups)
@@ -195,48 +201,65 @@ def both_schedules(world, in_flight: int, images: int, steps: int) -> dict:
     """Both schedules on one rank: their spans, and the seconds of the whole run."""
     import torch
 
-    import ddinfer.parallel.continuous.pipeline as pipeline_module
     from ddinfer.distributed.process_group import process_group
+    from ddinfer.parallel.continuous import pipeline
+    from ddinfer.patched import patched
 
     torch.set_num_threads(1)
     found = {}
-    module: Any = pipeline_module
+    queues = {"continuous": pipeline.AdmissionQueue, "flushed": flushed_queue()}
     with process_group(world):
-        pipeline = pipeline_module.ContinuousPipeline(
-            make_pipe(), num_in_flight=in_flight, record=True
-        )
-        list(pipeline.run([job(0, 1)] * pipeline.comm.size))  # plans are made, memory is warm
-        for name, queue in (("continuous", pipeline_module.Queue), ("flushed", flushed_queue())):
-            module.Queue, kept = queue, pipeline_module.Queue
-            pipeline.spans.clear()
+        timed = timed_pipeline()(make_pipe(), num_in_flight=in_flight)
+        list(timed.run([job(0, 1)] * timed.comm.size))  # plans are made, memory is warm
+        for name, queue in queues.items():
+            timed.spans.clear()
             started = time.monotonic()
-            for outcome in pipeline.run([job(k, steps) for k in range(images)]):
-                if outcome.error is not None:
-                    raise outcome.error
-            found[name] = ([tuple(span) for span in pipeline.spans], time.monotonic() - started)
-            module.Queue = kept
+            with patched(pipeline, "AdmissionQueue", queue):
+                for outcome in timed.run([job(k, steps) for k in range(images)]):
+                    if outcome.error is not None:
+                        raise outcome.error
+            found[name] = (list(timed.spans), time.monotonic() - started)
     return found
 
 
-def flushed_queue():
-    from ddinfer.parallel.continuous.admission import Queue
+def timed_pipeline():
+    from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
 
-    class FlushedQueue(Queue):
+    class TimedPipeline(ContinuousPipeline):
+        """Keeps when its stage worked on a call: start, end (`time.monotonic`), serial."""
+
+        def __init__(self, *args, **kwargs):
+            self.spans = []
+            super().__init__(*args, **kwargs)
+
+        def _run_stage(self, message):
+            started = time.monotonic()
+            values = super()._run_stage(message)
+            self.spans.append((started, time.monotonic(), message.serial))
+            return values
+
+    return TimedPipeline
+
+
+def flushed_queue():
+    from ddinfer.parallel.continuous.admission import AdmissionQueue
+
+    class FlushedQueue(AdmissionQueue):
         """Holds every image back until all have ended the step."""
 
         def __init__(self, *args):
             super().__init__(*args)
             self.held = []
 
-        def _current_limit(self):
+        def current_limit(self):
             return self._limit if not self.active else len(self.active)
 
-        def answer(self, image, output=None, error=None):
-            super().answer(image, output, error)
-            if image in self.ready:
-                self.ready.remove(image)
-                self.held.append(image)
-            if not self.ready and not self.in_pipeline:
+        def resume(self, task, output=None, error=None):
+            super().resume(task, output, error)
+            if task in self.ready:
+                self.ready.remove(task)
+                self.held.append(task)
+            if not self.ready and not self.in_flight:
                 self.ready.extend(self.held)
                 self.held.clear()
 

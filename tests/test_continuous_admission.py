@@ -5,26 +5,25 @@ from collections import deque
 import pytest
 import torch
 
-from ddinfer.parallel.continuous.admission import Queue
-from ddinfer.parallel.continuous.constants import NO_TOKEN, Memory, Repeated
-from ddinfer.parallel.continuous.threads import Call, ImageTask
-from ddinfer.parallel.continuous.ticks import best_limit, count_ticks
+from ddinfer.parallel.continuous.admission import AdmissionQueue, best_limit, count_ticks
+from ddinfer.parallel.continuous.exchange import WORK, Message, TensorCache, TensorTokens
+from ddinfer.parallel.continuous.pipeline_threads import Call, Task
 from ddinfer.parallel.packing import ALIGNMENT, layout_of
 
 
-class PipelineThreads:
+class Threads:
     """Images that are at their first call at once, and take no time between calls."""
 
     def __init__(self):
         self.started = []
 
-    def start(self, index, job):
-        image = ImageTask(index, Call(0, (), {}), num_calls=1)
+    def spawn(self, index, job):
+        image = Task(index, Call(0, (), {}), num_calls=1)
         image.left = job
         self.started.append(index)
         return image
 
-    def answer(self, image, output=None, error=None):
+    def resume(self, image, output=None, error=None):
         image.left -= 1
         image.num_calls += 1
         image.done = image.left == 0 or error is not None
@@ -33,12 +32,12 @@ class PipelineThreads:
 
 def run(calls, num_stages, limit):
     """Ticks that the queue needs for images with these numbers of calls."""
-    queue, way, ticks = Queue(PipelineThreads(), iter(calls), num_stages, limit), deque(), 0
+    queue, way, ticks = AdmissionQueue(Threads(), iter(calls), num_stages, limit), deque(), 0
     ended = []
     while True:
         queue.admit()
         ended += [image.index for image in queue.take_finished()]
-        if queue.is_over():
+        if queue.is_done():
             assert sorted(ended) == list(range(len(calls)))
             return ticks
         way.append(queue.ready.popleft() if queue.ready else None)
@@ -46,7 +45,7 @@ def run(calls, num_stages, limit):
         if len(way) == num_stages:
             image = way.popleft()
             if image is not None:
-                queue.answer(image)
+                queue.resume(image)
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
@@ -70,39 +69,44 @@ def test_jobs_are_taken_no_earlier_than_needed():
             taken.append(k)
             yield 3
 
-    threads = PipelineThreads()
-    queue = Queue(threads, jobs(), 2, 3)
+    threads = Threads()
+    queue = AdmissionQueue(threads, jobs(), 2, 3)
     queue.admit()
     assert len(queue.active) == 3
     assert threads.started == [0, 1, 2, 3], "one is begun ahead"
     assert len(taken) <= 3 + 1 + 2
 
 
-# --- constants ----------------------------------------------------------------------------------
+# --- inputs that stay the same ----------------------------------------------------------------
 
 
 def test_a_tensor_seen_twice_has_a_token_until_it_is_written_to():
-    repeated = Repeated(iter(range(1, 100)))
+    tokens = TensorTokens(iter(range(1, 100)))
     prompt, latents = torch.ones(3), torch.zeros(3)
-    assert repeated.token("a", prompt) == NO_TOKEN
-    first = repeated.token("a", prompt)
-    assert first != NO_TOKEN
-    assert repeated.token("a", prompt[:]) == first, "another view of the same memory"
-    assert repeated.token("a", latents) == NO_TOKEN
+    assert tokens.of({"a": prompt}) == {}
+    first = tokens.of({"a": prompt})
+    assert first.keys() == {"a"}
+    assert tokens.of({"a": prompt[:]}) == first, "another view of the same memory"
+    assert tokens.of({"a": latents}) == {}
     prompt += 1
-    assert repeated.token("a", prompt) == NO_TOKEN
-    assert repeated.token("a", prompt) not in (NO_TOKEN, first)
+    assert tokens.of({"a": prompt}) == {}
+    assert tokens.of({"a": prompt}) not in ({}, first)
+
+
+def call(token, serial=1):
+    return Message(WORK, slot=0, serial=serial, tokens={"a": token})
 
 
 def test_both_ends_forget_alike_and_a_new_image_starts_anew():
-    sender, receiver = Memory(), Memory()
+    sender, receiver = TensorCache(), TensorCache()
     for token in range(10):
-        sender.remember(0, 1, {"a": token}, {})
-        receiver.remember(0, 1, {"a": token}, {"a": torch.tensor(token)})
+        sender.put(call(token), {})
+        receiver.put(call(token), {"a": torch.tensor(token)})
     for token in range(10):
-        assert sender.knows(0, 1, "a", token) == receiver.knows(0, 1, "a", token) == (token >= 6)
-    assert int(receiver.recall(0, 1, "a", 9)) == 9
-    assert not receiver.knows(0, 2, "a", 9)
+        assert ("a" in sender.find(call(token))) == (token >= 6)
+        assert ("a" in receiver.find(call(token))) == (token >= 6)
+    assert int(receiver.find(call(9))["a"]) == 9
+    assert receiver.find(call(9, serial=2)) == {}
 
 
 # --- bytes --------------------------------------------------------------------------------------

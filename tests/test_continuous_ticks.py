@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddinfer.parallel.continuous.ticks import best_limit, count_ticks, ideal_utilisation
+from ddinfer.parallel.continuous.admission import best_limit, count_ticks
 
 
 @pytest.mark.parametrize("num_stages", range(1, 6))
@@ -16,7 +16,6 @@ def test_as_many_images_as_fit_take_m_t_plus_s_minus_1_ticks(num_stages, extra, 
 
 def test_a_single_image_leaves_the_other_stages_idle():
     assert count_ticks([], [10], 4, 4) == 40
-    assert ideal_utilisation([10], 4, 4) == pytest.approx(1 / 4 * 10 / 10 * 1.0 * 1)
 
 
 def test_the_last_images_are_admitted_early():

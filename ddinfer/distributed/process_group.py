@@ -99,7 +99,7 @@ class Group(PeerStatus):
                 f"rank {dist.get_rank()} is not in the group: only its ranks may call this"
             )
         ranks, group_rank = dist.get_process_group_ranks(borrowed), dist.get_rank(borrowed)
-        backends = _backends(borrowed)
+        backends = backends_of(borrowed)
         if world is None:
             on_gpu = "cuda" in backends and torch.cuda.is_available()
             device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
@@ -325,7 +325,7 @@ def _store_of(group: Any) -> Any:
     return dist.PrefixStore(f"ddinfer/{group.group_name}", base)
 
 
-def _backends(group: Any) -> dict[str, str]:
+def backends_of(group: Any) -> dict[str, str]:
     """Device type → backend name."""
     import torch.distributed as dist
 

@@ -40,3 +40,7 @@ class Engine(Protocol):
     def set_progress_listener(self, heartbeat: ProgressListener) -> None:
         """From now on let ``heartbeat`` hear every step of the denoiser."""
         ...
+
+    def close(self) -> None:
+        """Ends what the engine has started. It is not run again."""
+        ...

@@ -78,7 +78,7 @@ class ContinuousEngine:
     def run(self, batches: Iterable[Batch]) -> Iterator[Result]:
         """Yield one Result per Request of ``batches``, as the images end.
 
-        ``seconds`` of a Result is its share of the replica's time: images are made side by side.
+        ``seconds`` of a Result is its share of the replica's time: images are in flight together.
 
         Raises:
             RankError: another rank of the replica failed for good or is gone.
@@ -97,12 +97,10 @@ class ContinuousEngine:
 
     def set_progress_listener(self, heartbeat: ProgressListener) -> None:
         """Let ``heartbeat`` hear this rank's stage at work; the first rank's VAE, too."""
-        if self.pipeline.comm.is_first:
-            heartbeat.listen_to(self.pipeline.pipe)
-            self.pipeline.listen(heartbeat.steps, awaiting=heartbeat.awaiting)
-        else:
-            heartbeat.waits()
-            self.pipeline.listen(heartbeat.steps, heartbeat.waits)
+        self.pipeline.set_progress_listener(heartbeat)
+
+    def close(self) -> None:
+        self.pipeline.close()
 
     def _job(self, batch: Batch) -> Callable[[Any], list[Result]]:
         def make(pipe: Any) -> list[Result]:

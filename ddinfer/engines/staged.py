@@ -117,6 +117,9 @@ class StagedEngine:
         finally:
             self._stop_reading()
 
+    def close(self) -> None:
+        self._stop_reading()
+
     # ---------------------------------------------------------------- the stages
 
     def _encode(

@@ -70,6 +70,10 @@ class TeamEngine(WholeEngine):
         super().set_progress_listener(heartbeat)
         self.team.listen(heartbeat.steps, awaiting=heartbeat.awaiting)
 
+    def close(self) -> None:
+        super().close()
+        self.team.comm.close()
+
 
 class TeamMember:
     """What the other ranks of a replica run: the leader's calls. It yields no Results."""
@@ -89,6 +93,9 @@ class TeamMember:
     def set_progress_listener(self, heartbeat: ProgressListener) -> None:
         heartbeat.waits()
         self.team.listen(heartbeat.steps, heartbeat.waits, heartbeat.awaiting)
+
+    def close(self) -> None:
+        self.team.comm.close()
 
 
 def load_team_engine(

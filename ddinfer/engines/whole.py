@@ -66,6 +66,10 @@ class WholeEngine:
             if getattr(denoiser, "_compiled_call_impl", None) is None:
                 denoiser.register_forward_pre_hook(lambda *_: heartbeat.steps())
 
+    def close(self) -> None:
+        if self.encodings is not None:
+            self.encodings.undo()
+
 
 def load_whole_engine(
     model: str,

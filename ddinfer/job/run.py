@@ -112,6 +112,7 @@ def _run(
     loaded = time.monotonic()
 
     with (
+        contextlib.nullcontext() if engine is None else contextlib.closing(engine),
         _stopping_together(replica, stop),
         Lease.join(Files(), config.output),
     ):  # held while any rank lives

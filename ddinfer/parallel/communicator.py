@@ -1,6 +1,6 @@
-"""What the ranks of one pipeline say to one another: payload, small control messages, failures.
+"""The connections between the ranks that hold one model: tensors, objects, failures.
 
-Control messages are tensors on the CPU over gloo: reading a flag from GPU memory would make the
+Objects and other control messages travel over gloo: reading a flag from GPU memory would make the
 host wait for the GPU. Payload goes over the group's own backend where that serves the device.
 """
 
@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import datetime
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ddinfer.distributed.process_group import backends_of
 from ddinfer.errors import ErrorRecord, RankError, UsageError
 
-OK, FAILED, LOST = 0, 1, 2
+#: An object of up to so many bytes, its length included, is one message, else two.
+FIRST_BYTES = 1024
 
 #: A control message may wait for work of any length; a peer that is gone closes its connection.
 LONG_TIMEOUT = datetime.timedelta(days=7)
@@ -41,27 +43,27 @@ class ConnectionLost(Exception):
 
 @dataclass(frozen=True)
 class Communicator:
-    """One rank's view of the ranks that hold a model together.
+    """One rank's connections to the others.
 
     Attributes:
         ranks: global ranks in stage order.
         group_rank: this rank's place among them, hence its stage.
         device: where this rank computes.
-        payload: group that moves activations; ``None`` in a world of one.
-        control: gloo group that moves flags.
-        owns_control: it was made for this link alone; `close` ends it.
+        device_group: group that moves activations; ``None`` in a world of one.
+        cpu_group: gloo group that moves objects and flags.
+        owns_cpu_group: it was made for this communicator alone; `close` ends it.
     """
 
     ranks: tuple[int, ...]
     group_rank: int
     device: torch.device
-    payload: Any = None
-    control: Any = None
-    owns_control: bool = False
+    device_group: Any = None
+    cpu_group: Any = None
+    owns_cpu_group: bool = False
 
     @classmethod
     def of(cls, group: Any = None, device: str | torch.device | None = None) -> Communicator:
-        """The link of this rank in ``group`` (default: all ranks; one rank without a group).
+        """This rank's communicator in ``group`` (default: all ranks; one rank without a group).
 
         Every rank of ``group`` must call this, in the same order as its other collectives.
 
@@ -76,24 +78,26 @@ class Communicator:
                 f"rank {dist.get_rank()} is not in the group: only its ranks may call this"
             )
         ranks = tuple(dist.get_process_group_ranks(group))
-        backends = _backends(group)
+        backends = backends_of(group)
         if device is None:
             on_gpu = backends.get("cuda") == "nccl" and torch.cuda.is_available()
             device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
-        control, owns_control = group, set(backends.values()) != {"gloo"}
-        if owns_control:
-            control = dist.new_group(
+        cpu_group, owns_cpu_group = group, set(backends.values()) != {"gloo"}
+        if owns_cpu_group:
+            cpu_group = dist.new_group(
                 list(ranks),
                 backend="gloo",
                 timeout=LONG_TIMEOUT,
                 use_local_synchronization=True,
             )
-        return cls(ranks, dist.get_rank(group), torch.device(device), group, control, owns_control)
+        return cls(
+            ranks, dist.get_rank(group), torch.device(device), group, cpu_group, owns_cpu_group
+        )
 
     def close(self) -> None:
-        """Ends the group that was made for this link, if there is one."""
-        if self.owns_control:
-            dist.destroy_process_group(self.control)
+        """Ends the group that was made for this communicator, if there is one."""
+        if self.owns_cpu_group:
+            dist.destroy_process_group(self.cpu_group)
 
     @property
     def size(self) -> int:
@@ -115,9 +119,9 @@ class Communicator:
     @property
     def wire_device(self) -> torch.device:
         """Where payload buffers lie: the device, or the CPU where the backend cannot reach it."""
-        if self.device.type == "cpu" or self.payload is None:
+        if self.device.type == "cpu" or self.device_group is None:
             return self.device
-        reached = _backends(self.payload).get(self.device.type) == "nccl"
+        reached = backends_of(self.device_group).get(self.device.type) == "nccl"
         return self.device if reached else torch.device("cpu")
 
     def send(
@@ -125,7 +129,7 @@ class Communicator:
     ) -> Sending:
         """Starts sending ``tensor`` to group rank ``to``; wait for what is returned."""
         with losing(to):
-            group = self.control if control else self.payload
+            group = self.cpu_group if control else self.device_group
             return Sending(dist.isend(tensor, group=group, tag=tag, group_dst=to), tensor, to)
 
     def receive(
@@ -133,7 +137,7 @@ class Communicator:
     ) -> None:
         """Fills ``tensor`` with what group rank ``source`` sent next."""
         with losing(source):
-            group = self.control if control else self.payload
+            group = self.cpu_group if control else self.device_group
             work = dist.irecv(tensor, group=group, tag=tag, group_src=source)
             assert work is not None  # this rank is in the group
             work.wait()
@@ -145,7 +149,7 @@ class Communicator:
 
         Both directions are posted before either is waited for, so no cycle of ranks can block.
         """
-        group, operations = self.payload, []
+        group, operations = self.device_group, []
         if outgoing is not None:
             operations.append(dist.P2POp(dist.isend, outgoing, group=group, group_peer=to))
         if incoming is not None:
@@ -153,21 +157,48 @@ class Communicator:
         with losing(to):
             return dist.batch_isend_irecv(operations) if operations else []
 
-    def broadcast(self, tensor: torch.Tensor, source: int, *, control: bool = False) -> None:
-        """Fills ``tensor`` on every rank with that of group rank ``source``.
+    def send_object(self, value: Any, to: int, *, tag: int = 0) -> list[Sending]:
+        """Starts sending ``value``, pickled, over gloo; wait for what is returned."""
+        data = pickle.dumps(value)
+        data = (len(data).to_bytes(8, "little") + data).ljust(FIRST_BYTES, b"\0")
+        body = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts = [part for part in (body[:FIRST_BYTES], body[FIRST_BYTES:]) if part.numel()]
+        return [self.send(part, to, control=True, tag=tag) for part in parts]
 
-        Sent to each rank by itself: a rank that is gone must not keep it from the others.
-        """
+    def receive_object(self, source: int, *, tag: int = 0) -> Any:
+        """What group rank ``source`` sent next by `send_object`."""
+        body = torch.empty(FIRST_BYTES, dtype=torch.uint8)
+        self.receive(body, source, control=True, tag=tag)
+        data = body.numpy().tobytes()
+        num_left = int.from_bytes(data[:8], "little") + 8 - FIRST_BYTES
+        if num_left > 0:
+            body = torch.empty(num_left, dtype=torch.uint8)
+            self.receive(body, source, control=True, tag=tag)
+            data += body.numpy().tobytes()
+        return pickle.loads(data[8:])
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Fills ``tensor`` on every rank with that of group rank ``source``."""
         if self.group_rank != source:
-            self.receive(tensor, source, control=control)
-            return
+            self.receive(tensor, source)
+        else:
+            self._send_to_all(lambda peer: [self.send(tensor, peer)])
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The first rank's ``value`` on every rank."""
+        if not self.is_first:
+            return self.receive_object(0)
+        self._send_to_all(lambda peer: self.send_object(value, peer))
+        return value
+
+    def _send_to_all(self, send: Callable[[int], list[Sending]]) -> None:
+        """Sends to each rank by itself: one that is gone must not keep it from the others."""
         sending, lost = [], None
-        for peer in range(self.size):
-            if peer != source:
-                try:
-                    sending.append(self.send(tensor, peer, control=control))
-                except ConnectionLost as error:
-                    lost = error
+        for peer in self._peers():
+            try:
+                sending += send(peer)
+            except ConnectionLost as error:
+                lost = error
         for work in sending:
             try:
                 work.wait()
@@ -176,91 +207,53 @@ class Communicator:
         if lost is not None:
             raise lost
 
-    def broadcast_object(self, value: Any) -> Any:
-        """The first rank's ``value`` on every rank, pickled, over the control group."""
-        data = pickle.dumps(value) if self.is_first else b""
-        size = torch.tensor([len(data)])
-        lost = None
-        try:
-            self.broadcast(size, 0, control=True)
-        except ConnectionLost as error:
-            if not self.is_first:
-                raise
-            lost = error  # the others still want the second message
-        body = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8)
-        self.broadcast(body, 0, control=True)
-        if lost is not None:
-            raise lost
-        return value if self.is_first else pickle.loads(body.numpy().tobytes())
-
     def agree(self, error: BaseException | None, phase: str) -> None:
-        """Meets all ranks: returns when none has failed, else raises on every rank.
+        """Waits for all ranks: returns when none has failed, else raises on every rank.
 
         The failed rank raises its own error again, the others a `RankError` that names it. A
-        rank that is gone is found by its broken connection, without any timeout.
+        rank that is gone is found by its broken connection, without any timeout: the peer status
+        of `ddinfer.distributed.peers` does not know of processes on other machines.
         """
-        if self.size == 1:
-            if error is not None:
-                raise error
-            return
         statuses = self._exchange_statuses(error)
         if error is not None and not isinstance(error, ConnectionLost):
             raise error
-        failed = [r for r, (code, _, record) in enumerate(statuses) if code == FAILED and record]
-        if failed:
-            raise RankError(self.ranks[failed[0]], phase, statuses[failed[0]][2]) from error
-        lost = [peer for code, peer, _ in statuses if code == LOST]
+        for peer, (record, _) in sorted(statuses.items()):
+            if record is not None:
+                raise RankError(self.ranks[peer], phase, record) from error
+        lost = [self.ranks[peer] for _, peer in statuses.values() if peer is not None]
         if lost:
             gone = max(set(lost), key=lost.count)
-            record = ErrorRecord("ConnectionLost", f"rank {self.ranks[gone]} is gone")
-            raise RankError(self.ranks[gone], phase, record) from error
+            record = ErrorRecord("ConnectionLost", f"rank {gone} is gone")
+            raise RankError(gone, phase, record) from error
 
     def _exchange_statuses(
         self, error: BaseException | None
-    ) -> list[tuple[int, int, ErrorRecord | None]]:
-        """``(code, group rank that is meant, its record)`` as every group rank reports it."""
-        code, meant, data = OK, self.group_rank, b""
+    ) -> dict[int, tuple[ErrorRecord | None, int | None]]:
+        """Group rank → its error, and the group rank that it lost, as it reports them."""
+        own: tuple[ErrorRecord | None, int | None] = (None, None)
         if isinstance(error, ConnectionLost):
-            code, meant = LOST, error.group_rank
+            own = (None, error.group_rank)
         elif error is not None:
-            code, data = FAILED, pickle.dumps(ErrorRecord.of(error))
-        head = torch.tensor([code, meant, len(data)], dtype=torch.int64)
-        body = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else None
-        others = [r for r in range(self.size) if r != self.group_rank]
-        sending = []
-        for peer in others:
+            own = (ErrorRecord.of(error), None)
+        sending: list[Sending] = []
+        statuses = {self.group_rank: own}
+        for peer in self._peers():
+            with contextlib.suppress(ConnectionLost):  # receiving from that peer says so, too
+                sending += self.send_object(own, peer, tag=STATUS_TAG)
+        for peer in self._peers():
             try:
-                sending.append(self.send(head, peer, control=True, tag=STATUS_TAG))
-                if body is not None:
-                    sending.append(self.send(body, peer, control=True, tag=STATUS_TAG))
+                statuses[peer] = self.receive_object(peer, tag=STATUS_TAG)
             except ConnectionLost:
-                pass  # receiving from that peer says so, too
-        statuses: list[tuple[int, int, ErrorRecord | None]] = []
-        for peer in range(self.size):
-            if peer == self.group_rank:
-                record = ErrorRecord.of(error) if code == FAILED and error is not None else None
-                statuses.append((code, meant, record))
-                continue
-            statuses.append(self._receive_status(peer))
+                statuses[peer] = (None, peer)
         for work in sending:
             try:
                 work.wait()
             except ConnectionLost as lost:
-                statuses[lost.group_rank] = (LOST, lost.group_rank, None)
+                statuses[lost.group_rank] = (None, lost.group_rank)
         return statuses
 
-    def _receive_status(self, peer: int) -> tuple[int, int, ErrorRecord | None]:
-        try:
-            head = torch.zeros(3, dtype=torch.int64)
-            self.receive(head, peer, control=True, tag=STATUS_TAG)
-            code, meant, length = (int(x) for x in head)
-            if not length:
-                return code, meant, None
-            body = torch.empty(length, dtype=torch.uint8)
-            self.receive(body, peer, control=True, tag=STATUS_TAG)
-            return code, meant, pickle.loads(body.numpy().tobytes())
-        except ConnectionLost:
-            return LOST, peer, None
+    def _peers(self) -> list[int]:
+        return [peer for peer in range(self.size) if peer != self.group_rank]
 
 
 @dataclass
@@ -294,9 +287,3 @@ def is_connection_error(error: RuntimeError) -> bool:
     if isinstance(error, dist.DistNetworkError):
         return True
     return any(words in str(error) for words in _CONNECTION_WORDS)
-
-
-def _backends(group: Any) -> dict[str, str]:
-    """Device type → backend name of a process group."""
-    pairs = (item.split(":", 1) for item in str(dist.get_backend_config(group)).split(","))
-    return {device: backend for device, backend in pairs}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from ddinfer.parallel.tensor_tree import (
     fingerprint,
     tensors_of,
 )
+from ddinfer.patched import patched
 
 #: Runs of each block where stages are balanced by time; the shortest counts.
 NUM_TIMED_RUNS = 5
@@ -53,15 +55,13 @@ class Plan:
         arguments: the call's ``(args, kwargs)``.
         blocks: block number → what it returns, for the blocks that the call runs.
         output: what the model returns.
-        edges: what travels from stage k to k + 1.
-        back: what travels from the last stage to the caller.
+        edges: what travels from stage k to k + 1; from the last stage to the caller.
     """
 
     arguments: TensorTree
     blocks: dict[int, TensorTree]
     output: TensorTree
     edges: tuple[Layout, ...]
-    back: Layout
 
 
 class StagedModel:
@@ -89,13 +89,13 @@ class StagedModel:
         self.own = self.stages[stage]
         self._modules = [model.get_submodule(name) for name in blocks]
         self._forwards = [module.forward for module in self._modules]
-        self._before = [module.__dict__.get("forward") for module in self._modules]
         self._forward = model.forward
         self._call: Any = None  # what block calls are answered by, while the model runs
         self._shapes: dict[Any, TensorTree] = {}
         self._checked: set[int] = set()
+        self._patches = ExitStack()
         for number, module in enumerate(self._modules):
-            module.forward = _BlockForward(self, number)
+            self._patches.enter_context(patched(module, "forward", self._block_forward(number)))
 
     @property
     def is_last(self) -> bool:
@@ -103,10 +103,18 @@ class StagedModel:
 
     def detach(self) -> None:
         """Gives the blocks their own ``forward`` back."""
-        for module, before in zip(self._modules, self._before, strict=True):
-            module.__dict__.pop("forward", None)
-            if before is not None:
-                module.__dict__["forward"] = before
+        self._patches.close()
+
+    def _block_forward(self, number: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._call is None:
+                raise UsageError(
+                    f"block {self.blocks[number]} was called outside of its model, which is cut "
+                    "into stages"
+                )
+            return self._call.block(number, args, kwargs)
+
+        return forward
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, frozenset[int]]:
         """The plan for calls like this one, and the input leaves whose contents it depends on.
@@ -141,7 +149,7 @@ class StagedModel:
                 raise PlanError(f"{type(self.model).__name__} returns a {type(leaf).__name__}")
         back = layout_of({("output", k): empty for k, empty in made.empty.items()})
         edges = self._edges(call, arguments, tracker.labels(output), inspected)
-        return Plan(arguments, call.made, made, edges, back), inspected
+        return Plan(arguments, call.made, made, (*edges, back)), inspected
 
     def run_order(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_timed: bool = False
@@ -277,22 +285,6 @@ class StagedModel:
                 return found
             self._shapes[key] = found
         return self._shapes[key]
-
-
-class _BlockForward:
-    """A block's ``forward`` while its model is staged."""
-
-    def __init__(self, owner: StagedModel, number: int):
-        self.owner, self.number = owner, number
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.owner._call
-        if call is None:
-            raise UsageError(
-                f"block {self.owner.blocks[self.number]} was called outside of its model, "
-                "which is cut into stages"
-            )
-        return call.block(self.number, args, kwargs)
 
 
 class _Planning:

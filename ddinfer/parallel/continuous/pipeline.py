@@ -1,16 +1,14 @@
-"""the continuous pipeline: a pipeline's denoisers cut over ranks, with several images in flight.
+"""The continuous pipeline: denoisers cut over ranks, with several images in flight.
 
-All ranks move in lockstep *ticks*. In a tick each rank runs its stage on the call in its hands,
-then hands the result to the next rank and takes the previous one's. The last rank hands the
-denoiser's output to the first, whose image goes on to its next call. Nothing is ever flushed.
+All ranks move in lockstep *ticks*. In a tick each rank runs its stage on one call, then sends the
+result to the next rank and receives from the previous one. The last rank sends the denoiser's
+output to the first, whose image goes on to its next call. The pipeline is never flushed.
 """
 
 from __future__ import annotations
 
-import pickle
-import time
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +19,12 @@ from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.models.component_roles import DENOISER_NAMES
 from ddinfer.parallel.blocks import denoiser_blocks, drop_weights
 from ddinfer.parallel.communicator import Communicator
-from ddinfer.parallel.continuous.admission import Queue
+from ddinfer.parallel.continuous.admission import AdmissionQueue
+from ddinfer.parallel.continuous.exchange import END, ERROR, WORK, Exchange, Message
 from ddinfer.parallel.continuous.image_state import check_pipeline_class
-from ddinfer.parallel.continuous.messages import END, ERROR, WORK, Exchange, Message
-from ddinfer.parallel.continuous.threads import Call, PipelineThreads
+from ddinfer.parallel.continuous.pipeline_threads import Call, PipelineThreads
 from ddinfer.parallel.cut import block_stages
 from ddinfer.parallel.flow import PlanError, StagedModel, call_key
-from ddinfer.parallel.packing import Layout
 from ddinfer.parallel.plans import PlanCache
 
 #: A job makes one image (or batch of images) with the pipeline it is given.
@@ -42,14 +39,6 @@ class Outcome(NamedTuple):
     error: BaseException | None = None
 
 
-class Span(NamedTuple):
-    """When a rank worked on a call, in `time.monotonic` seconds (one clock per machine)."""
-
-    start_seconds: float
-    end_seconds: float
-    serial: int
-
-
 class ContinuousPipeline:
     """Runs jobs over the ranks of a group, each of which holds one stage of the denoisers.
 
@@ -61,11 +50,8 @@ class ContinuousPipeline:
         denoisers: by component name, on ranks that have no ``pipe``.
         group: process group in stage order (default: all ranks).
         num_in_flight: images in the pipeline at once, at least the number of stages S (default: S;
-            2·S on a GPU). From 2·S on, a tick's transfers run beside the next tick's computing.
-        head_bytes: what the first rank does besides its blocks (encoding, decoding, the
-            scheduler), as bytes of blocks that take as long; its stage is that much smaller.
+            2·S on a GPU). From 2·S on, a tick's transfers overlap with the next tick's computing.
         device: where this rank computes.
-        record: keep a `Span` of each call in ``spans``.
 
     Raises:
         UsageError: a denoiser that cannot be cut; on every rank.
@@ -79,49 +65,45 @@ class ContinuousPipeline:
         denoisers: Mapping[str, nn.Module] | None = None,
         group: Any = None,
         num_in_flight: int | None = None,
-        head_bytes: int = 0,
         device: str | torch.device | None = None,
-        record: bool = False,
     ):
-        self.comm = Communicator.of(group, device)
-        default = self.comm.size * (2 if self.comm.device.type == "cuda" else 1)
+        self.comm, self.pipe = Communicator.of(group, device), pipe
+        size = self.comm.size
+        default = size * (2 if self.comm.device.type == "cuda" else 1)
         self.num_in_flight = num_in_flight or default
-        #: A hop takes two ticks instead of one, so twice as many images keep all stages busy.
-        self.overlap = self.comm.size > 1 and self.num_in_flight >= 2 * self.comm.size
-        self.spans: list[Span] = []
-        self.pipe = pipe
-        self._record, self._has_ended = record, False
-        self._before: Callable[[], object] = lambda: None
-        self._after: Callable[[], object] = lambda: None
-        self._awaiting: Callable[[], AbstractContextManager[Any]] = nullcontext
+        #: A message takes two ticks instead of one, so twice as many images keep stages busy.
+        self.overlap = size > 1 and self.num_in_flight >= 2 * size
+        self._has_ended = False
+        self._listener: Any = None
         self._staged: list[StagedModel] = []
         error: Exception | None = None
         try:
-            if num_in_flight is not None and num_in_flight < self.comm.size:
+            if self.num_in_flight < size:
                 raise UsageError(
-                    f"{num_in_flight} images in flight leave stages idle: {self.comm.size} stages "
-                    f"need at least {self.comm.size}"
+                    f"{num_in_flight} images in flight leave stages idle: {size} stages "
+                    f"need at least {size}"
                 )
             models = dict(denoisers or find_denoisers(pipe))
-            if self.comm.is_first and pipe is None:
-                raise UsageError("the first rank of a continuous pipeline needs the whole pipeline")
             if self.comm.is_first:
+                if pipe is None:
+                    raise UsageError(
+                        "the first rank of a continuous pipeline needs the whole pipeline"
+                    )
                 check_pipeline_class(type(pipe))
                 self._threads = PipelineThreads(pipe, models, self.comm.device)
-            for name, model in models.items():
-                self._staged.append(self._stage(name, model, head_bytes))
+            self._staged = [self._stage(name, model) for name, model in models.items()]
         except Exception as failure:  # noqa: BLE001 - raised again, on every rank
             error = failure
         self.comm.agree(error, "cutting the denoiser")
         self._plans = PlanCache()
         self._inspected: list[frozenset[int]] = [frozenset() for _ in self._staged]
-        self._exchange = Exchange(self.comm, self._layout, self._learn)
+        self._exchange = Exchange(self.comm, self._plans)
 
-    def _stage(self, name: str, model: nn.Module, head_bytes: int) -> StagedModel:
-        _refuse(name, model)
+    def _stage(self, name: str, model: nn.Module) -> StagedModel:
+        _check_supported(name, model)
         blocks = denoiser_blocks(model)
         try:
-            stages = block_stages(model, blocks, self.comm.size, first=head_bytes)
+            stages = block_stages(model, blocks, self.comm.size)
         except PlanError as error:
             raise UsageError(f"the {name} cannot be cut: {error}") from error
         own = stages[self.comm.group_rank]
@@ -140,18 +122,13 @@ class ContinuousPipeline:
         """Ticks from a call's entering the first stage until its image can make the next."""
         return self.comm.size * (2 if self.overlap else 1)
 
-    def listen(
-        self,
-        before: Callable[[], object],
-        after: Callable[[], object] = lambda: None,
-        awaiting: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        """From now on call these around every turn of this rank's stage.
-
-        Args:
-            awaiting: what the first rank waits in for the others.
-        """
-        self._before, self._after, self._awaiting = before, after, awaiting
+    def set_progress_listener(self, listener: Any) -> None:
+        """Reports to ``listener``, a `ProgressListener`, that this rank's stage works or waits."""
+        self._listener = listener
+        if self.comm.is_first:
+            listener.listen_to(self.pipe)
+        else:
+            listener.waits()
 
     def close(self) -> None:
         """Gives the denoisers' blocks their own ``forward`` back, and ends groups made for this.
@@ -175,161 +152,148 @@ class ContinuousPipeline:
         if not self.comm.is_first:
             self._serve()
             return
-        with self._threads.open():
-            yield from self._drive(Queue(self._threads, jobs, self.latency, self.num_in_flight))
+        with self._threads.patched():
+            yield from self._drive(
+                AdmissionQueue(self._threads, jobs, self.latency, self.num_in_flight)
+            )
 
     # --- the first rank -----------------------------------------------------------------------
 
-    def _drive(self, queue: Queue) -> Iterator[Outcome]:
+    def _drive(self, queue: AdmissionQueue) -> Iterator[Outcome]:
         try:
-            yield from self._turn(queue)
+            yield from self._run_ticks(queue)
         except (KeyboardInterrupt, SystemExit):
-            raise  # these come to the other ranks by themselves
+            raise  # the launcher signals the other ranks too
         except BaseException as error:  # GeneratorExit: the caller has enough
             if not (self._has_ended or self._exchange.is_broken):
-                told = None if isinstance(error, GeneratorExit) else error
-                self._end(Message(END, header=_told(told)), self._exchange.settle())
+                is_stop = isinstance(error, GeneratorExit)
+                end = self._end_of_run(None if is_stop else error)
+                self._end(end, self._exchange.finish_if_pending())
             raise
-        self._end(Message(END), Message())
+        self._end(self._end_of_run(), Message())
 
-    def _turn(self, queue: Queue) -> Iterator[Outcome]:
+    def _run_ticks(self, queue: AdmissionQueue) -> Iterator[Outcome]:
         message = Message()
         while True:
             queue.admit()
-            for image in queue.take_finished():
-                yield Outcome(image.index, image.value, image.error)
-            if queue.ready or queue.in_pipeline:
+            for task in queue.take_finished():
+                yield Outcome(task.index, task.value, task.error)
+            if queue.ready or queue.in_flight:
                 if self.overlap:  # what was made in the last tick travels while the next is made
-                    with self._awaiting():
+                    with self._awaiting_peers():
                         self._exchange.begin(message)
-                message = self._enter(queue) if queue.ready else Message()
-                with self._awaiting():
+                message = self._run_first_stage(queue) if queue.ready else Message()
+                with self._awaiting_peers():
                     if not self.overlap:
                         self._exchange.begin(message)
                     received = self._exchange.finish()
-                self._arrive(queue, received)
-            elif queue.is_over():
+                self._on_result(queue, received)
+            elif queue.is_done():
                 return
             else:
                 queue.wait()
 
-    def _enter(self, queue: Queue) -> Message:
+    def _run_first_stage(self, queue: AdmissionQueue) -> Message:
         """The next image's call through the first stage."""
-        image = queue.ready.popleft()
-        call = image.call
+        task = queue.ready.popleft()
+        call = task.call
         assert call is not None
-        assert image.slot is not None
+        assert task.slot is not None
         try:
-            number = image.plan = self._plan(call, queue)
+            number = task.plan = self._plan(call, queue)
             leaves = pytree.tree_leaves((call.args, call.kwargs))
             inputs = {("input", k): leaves[k] for k in self._plans[number].arguments.empty}
-            tokens = {label: image.repeated.token(label, t) for label, t in inputs.items()}
             message = Message(
-                WORK, image.slot, image.serial, call.model, number, 0, tokens, inputs,
-                self._plans.metadata(number),
+                WORK, task.slot, task.serial, call.model, number, self._plans.metadata(number),
+                task.tokens.of(inputs), values=inputs,
             )  # fmt: skip
-            values = self._timed(message)
+            message.values = self._run_stage(message)
         except torch.AcceleratorError:
             raise  # sticky: no later call on this device can succeed
         except Exception as error:  # noqa: BLE001 - this image's; the others go on
-            queue.answer(image, error=error)
+            queue.resume(task, error=error)
             return Message()
-        message.values = values
-        queue.in_pipeline[image.serial] = image
+        queue.in_flight[task.serial] = task
         return message
 
-    def _plan(self, call: Call, queue: Queue) -> int:
+    def _plan(self, call: Call, queue: AdmissionQueue) -> int:
         """The number of the plan that a call follows."""
-        staged = self._staged[call.model]
-        key = call_key(call.args, call.kwargs, self._inspected[call.model])
-        number = self._plans.find((call.model, key))
+        model, (args, kwargs) = call.model, call[1:]
+        number = self._plans.find((model, call_key(args, kwargs, self._inspected[model])))
         if number is not None:
             return number
-        plan, inspected = staged.plan(call.args, call.kwargs)
-        self._inspected[call.model] |= inspected
-        key = call_key(call.args, call.kwargs, self._inspected[call.model])
-        in_flight = {image.plan for image in queue.in_pipeline.values()}
-        return self._plans.add((call.model, key), plan, in_flight)
+        plan, inspected = self._staged[model].plan(args, kwargs)
+        self._inspected[model] |= inspected
+        key = (model, call_key(args, kwargs, self._inspected[model]))
+        return self._plans.add(key, plan, {task.plan for task in queue.in_flight.values()})
 
-    def _arrive(self, queue: Queue, message: Message) -> None:
+    def _on_result(self, queue: AdmissionQueue, message: Message) -> None:
         """What came back from the last stage goes to its image."""
         if message.kind == END:
             self._end(None, message)
         if message.kind not in (WORK, ERROR):
             return
-        image = queue.in_pipeline.pop(message.serial)
+        task = queue.in_flight.pop(message.serial)
         self._plans.mark_arrived(message.plan)
-        if message.kind == ERROR:
-            rank, record, _ = message.loaded()
-            queue.answer(image, error=RankError(rank, "running its stage", record))
+        if message.error is not None:
+            rank, record = message.error
+            queue.resume(task, error=RankError(rank, "running its stage", record))
             return
-        plan = self._plans[message.plan]
-        queue.answer(
-            image,
-            plan.output.unflatten({k: message.values["output", k] for k in plan.output.empty}),
-        )
+        output = self._plans[message.plan].output
+        queue.resume(task, output.unflatten({k: message.values["output", k] for k in output.empty}))
+
+    @contextlib.contextmanager
+    def _awaiting_peers(self) -> Iterator[None]:
+        with self._listener.awaiting() if self._listener else contextlib.nullcontext():
+            yield
 
     # --- the other ranks ----------------------------------------------------------------------
 
     def _serve(self) -> None:
         try:
-            self._serve_until_the_end()
+            self._serve_ticks()
         except torch.AcceleratorError as error:
-            own = Message(END, origin=self.comm.group_rank, header=_told(error))
-            self._end(own, self._exchange.settle())
+            self._end(self._end_of_run(error), self._exchange.finish_if_pending())
             raise
 
-    def _serve_until_the_end(self) -> None:
+    def _serve_ticks(self) -> None:
         message, received = Message(), Message()
-        while True:
+        while received.kind != END:
             if self.overlap:
                 self._exchange.begin(message)
-                message = self._pass(received)
+                message = self._serve_call(received)
                 received = self._exchange.finish()
             else:
                 received = self._exchange(message)
-                message = self._pass(received) if received.kind != END else received
-            if received.kind == END:
-                self._end(None, received)
-                return
+                message = self._serve_call(received)
+        self._end(None, received)
 
-    def _pass(self, message: Message) -> Message:
+    def _serve_call(self, message: Message) -> Message:
         """A received call through this rank's stage; anything else as it is."""
         if message.kind != WORK:
             return message if message.kind == ERROR else Message()
         try:
-            message.values = self._timed(message)
+            message.values = self._run_stage(message)
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001 - it travels to the image whose call this is
             return message.failed(self.comm.rank, error)
+        finally:
+            if self._listener:
+                self._listener.waits()
         return message
 
     # --- both ---------------------------------------------------------------------------------
 
-    def _timed(self, message: Message) -> dict[Any, Any]:
-        started = time.monotonic()
-        self._before()
+    def _run_stage(self, message: Message) -> dict[Any, Any]:
+        if self._listener:
+            self._listener.steps()
         plan = self._plans[message.plan]
-        values = self._staged[message.model].run(plan, message.plan, message.values)
-        self._after()
-        if self._record:
-            if self.comm.device.type == "cuda":
-                torch.cuda.synchronize(self.comm.device)
-            self.spans.append(Span(started, time.monotonic(), message.serial))
-        return values
+        return self._staged[message.model].run(plan, message.plan, message.values)
 
-    def _learn(self, message: Message) -> None:
-        """Keeps a plan that came with a message. A last rank's plan is of no use to the first."""
-        if self.comm.is_first or message.kind not in (WORK, ERROR) or not message.header:
-            return
-        header = message.header if message.kind == WORK else message.loaded()[2]
-        if header:
-            self._plans.update(message.plan, header)
-
-    def _layout(self, message: Message, stage: int) -> Layout:
-        plan = self._plans[message.plan]
-        return plan.edges[stage] if stage < self.comm.size - 1 else plan.back
+    def _end_of_run(self, error: BaseException | None = None) -> Message:
+        failure = None if error is None else (self.comm.rank, ErrorRecord.of(error))
+        return Message(END, origin=self.comm.group_rank, error=failure)
 
     def _end(self, own: Message | None, received: Message) -> None:
         """Takes part in exchanges until every rank knows of the end.
@@ -345,24 +309,19 @@ class ContinuousPipeline:
             RankError: another rank has failed, and this one has no error of its own.
         """
         size, message = self.comm.size, own or received
-        left, failed = size, None
+        left, failure = size, None
         while True:
             if received.kind == END and received.origin != self.comm.group_rank:
                 message = received
                 left = min(left, size - (self.comm.group_rank - received.origin) % size)
-                failed = received if failed is None and received.header else failed
+                failure = failure or received.error
             if left == 0 or size == 1:
                 break
             received = self._exchange(message, takes_calls=False)
             message, left = Message(), left - 1
         self._has_ended = True
-        if failed is not None and not (own and own.header):
-            record = failed.loaded()
-            raise RankError(self.comm.ranks[failed.origin], "running the pipeline", record)
-
-
-def _told(error: BaseException | None) -> bytes:
-    return b"" if error is None else pickle.dumps(ErrorRecord.of(error))
+        if failure is not None and not (own and own.error):
+            raise RankError(failure[0], "running the pipeline", failure[1])
 
 
 def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
@@ -385,8 +344,8 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _refuse(name: str, model: nn.Module) -> None:
-    """What keeps state on the model from one call to the next cannot have images interleaved."""
+def _check_supported(name: str, model: nn.Module) -> None:
+    """Refuses a model that keeps state from one call to the next: images take turns in it."""
     if model.training:
         raise UsageError(f"the {name} is in training mode; call eval() first")
     if getattr(model, "is_cache_enabled", False):

@@ -133,7 +133,7 @@ class Exchange:
                 self.num_bytes += sent.numel()
                 landing = received[k].reshape(-1).view(torch.uint8)
                 operations = [
-                    dist.P2POp(operation, buffer, group=self.comm.payload, group_peer=peer)
+                    dist.P2POp(operation, buffer, group=self.comm.device_group, group_peer=peer)
                     for operation, buffer in ((dist.isend, sent), (dist.irecv, landing))
                     if buffer.numel()
                 ]

@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from ddinfer.errors import RankError
 from ddinfer.parallel.communicator import Communicator, ConnectionLost, losing
-from ddinfer.parallel.continuous.messages import Exchange
+from ddinfer.parallel.continuous.exchange import Exchange
+from ddinfer.parallel.plans import PlanCache
 from tests.ranks import run_ranks
 
 
@@ -63,7 +64,7 @@ def leaving_on_ranks(world):
         dist.destroy_process_group()
         return None
     with pytest.raises(RankError) as raised:
-        Exchange(comm, None, None)
+        Exchange(comm, PlanCache())
     return raised.value.rank
 
 
@@ -75,12 +76,14 @@ def closing_on_ranks(group):
     own = dist.new_group(backend="gloo")
     Communicator.of(own).close()
     assert dist.get_world_size(own) == 2, "a group that somebody else made stays"
-    comm = Communicator((0, 1), group.group_rank, torch.device("cpu"), None, own, owns_control=True)
+    comm = Communicator(
+        (0, 1), group.group_rank, torch.device("cpu"), None, own, owns_cpu_group=True
+    )
     comm.close()
     with pytest.raises(ValueError, match=r"Invalid process group|not initialized|not created"):
         dist.get_backend(own)
     return True
 
 
-def test_a_link_ends_the_group_that_it_made():
+def test_a_communicator_ends_the_group_that_it_made():
     assert run_ranks(closing_on_ranks, 2) == [True, True]
