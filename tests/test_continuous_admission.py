@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ddinfer.parallel.continuous.admission import AdmissionQueue, best_limit, count_ticks
-from ddinfer.parallel.continuous.exchange import WORK, Message, TensorCache, TensorTokens
 from ddinfer.parallel.continuous.pipeline_threads import Call, Task
 from ddinfer.parallel.packing import ALIGNMENT, layout_of
+from ddinfer.parallel.tensor_tokens import TensorCache, TensorTokens
 
 
 class Threads:
@@ -94,19 +94,19 @@ def test_a_tensor_seen_twice_has_a_token_until_it_is_written_to():
 
 
 def call(token, serial=1):
-    return Message(WORK, slot=0, serial=serial, tokens={"a": token})
+    return 0, serial, {"a": token}
 
 
 def test_both_ends_forget_alike_and_a_new_image_starts_anew():
     sender, receiver = TensorCache(), TensorCache()
     for token in range(10):
-        sender.put(call(token), {})
-        receiver.put(call(token), {"a": torch.tensor(token)})
+        sender.put(*call(token), {})
+        receiver.put(*call(token), {"a": torch.tensor(token)})
     for token in range(10):
-        assert ("a" in sender.find(call(token))) == (token >= 6)
-        assert ("a" in receiver.find(call(token))) == (token >= 6)
-    assert int(receiver.find(call(9))["a"]) == 9
-    assert receiver.find(call(9, serial=2)) == {}
+        assert ("a" in sender.find(*call(token))) == (token >= 6)
+        assert ("a" in receiver.find(*call(token))) == (token >= 6)
+    assert int(receiver.find(*call(9))["a"]) == 9
+    assert receiver.find(*call(9, serial=2)) == {}
 
 
 # --- bytes --------------------------------------------------------------------------------------

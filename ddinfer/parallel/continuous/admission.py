@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from ddinfer.parallel.continuous.exchange import TensorTokens
 from ddinfer.parallel.continuous.pipeline_threads import PipelineThreads, Task
+from ddinfer.parallel.tensor_tokens import TensorTokens
 
 #: Calls an image is taken to need before the first one has shown how many it needs.
 UNKNOWN_CALLS = 20

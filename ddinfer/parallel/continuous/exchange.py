@@ -8,7 +8,6 @@ over an image's steps (text embeddings, ids) have a *token* and are not sent aga
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,11 +18,9 @@ from ddinfer.errors import ErrorRecord, RankError
 from ddinfer.parallel.communicator import Communicator, ConnectionLost, losing
 from ddinfer.parallel.packing import Layout
 from ddinfer.parallel.plans import PlanCache
+from ddinfer.parallel.tensor_tokens import TensorCache
 
 IDLE, WORK, ERROR, END = range(4)
-
-#: Tensors kept per slot and input: a prompt's and a negative prompt's, and as much again.
-NUM_KEPT = 4
 
 
 @dataclass
@@ -54,6 +51,11 @@ class Message:
     error: tuple[int, ErrorRecord] | None = None
     values: dict[Any, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def key(self) -> tuple[int, int, dict[Any, int]]:
+        """By what inputs of the call are found again."""
+        return self.slot, self.serial, self.tokens
+
     def failed(self, rank: int, error: BaseException) -> Message:
         """What travels on instead of a call that failed on ``rank``, to the image that made it.
 
@@ -61,73 +63,6 @@ class Message:
         """
         record = ErrorRecord.of(error)
         return replace(self, kind=ERROR, tokens={}, num_bytes=0, error=(rank, record), values={})
-
-
-class TensorTokens:
-    """Gives tokens to tensors that one image's denoiser is given repeatedly.
-
-    A tensor is the same when it is the same memory with nothing written to it in between. It
-    gets a token when it is seen for the second time, since most (latents) are seen just once.
-    """
-
-    def __init__(self, numbers: Iterator[int]):
-        self._numbers = numbers  # no two images share one
-        self._seen: dict[Any, deque[tuple[Any, torch.Tensor, list[int]]]] = {}
-
-    def of(self, inputs: Mapping[Any, torch.Tensor]) -> dict[Any, int]:
-        """The tokens of those inputs of a call that have one."""
-        tokens = {}
-        for name, tensor in inputs.items():
-            # An inference tensor's version, the number of writes to it, is not counted.
-            if not tensor.is_inference() and (token := self._token(name, tensor)):
-                tokens[name] = token
-        return tokens
-
-    def _token(self, name: Any, tensor: torch.Tensor) -> int | None:
-        layout = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        key = (tensor.untyped_storage()._cdata, *layout, tensor._version)
-        seen = self._seen.setdefault(name, deque(maxlen=NUM_KEPT))
-        for known, _, token in seen:
-            if known == key:
-                if not token:
-                    token.append(next(self._numbers))
-                return token[0]
-        seen.append((key, tensor, []))  # holding the tensor keeps its address its own
-        return None
-
-
-class TensorCache:
-    """What the receiver of a connection keeps per slot. The sender keeps the same, without values.
-
-    Both `find` before a call travels and `put` after it, so that they always agree.
-    """
-
-    def __init__(self) -> None:
-        self._slots: dict[int, tuple[int, dict[Any, OrderedDict[int, Any]]]] = {}
-
-    def find(self, message: Message) -> dict[Any, Any]:
-        """The inputs of a call that need not travel."""
-        serial, kept = self._slots.get(message.slot, (None, {}))
-        if serial != message.serial:
-            return {}
-        return {
-            name: kept[name][token]
-            for name, token in message.tokens.items()
-            if token in kept.get(name, ())
-        }
-
-    def put(self, message: Message, values: Mapping[Any, Any]) -> None:
-        """Keeps inputs that have travelled; the least recently used one of each is dropped."""
-        if self._slots.get(message.slot, (None, {}))[0] != message.serial:
-            self._slots[message.slot] = (message.serial, {})  # another image has taken the slot
-        kept = self._slots[message.slot][1]
-        for name, token in message.tokens.items():
-            tensors = kept.setdefault(name, OrderedDict())
-            if token not in tensors:
-                tensors[token] = values.get(name)
-            tensors.move_to_end(token)
-            while len(tensors) > NUM_KEPT:
-                tensors.popitem(last=False)
 
 
 @dataclass
@@ -257,7 +192,7 @@ class Exchange:
         try:
             names = frozenset(self.plans[message.plan].edges[self.comm.group_rank].names)
             message.tokens = {n: token for n, token in message.tokens.items() if n in names}
-            layout = self._layout(message, self.comm.group_rank, self._sent.find(message))
+            layout = self._layout(message, self.comm.group_rank, self._sent.find(*message.key))
             message.num_bytes, buffer = layout.num_bytes, None
             if layout.num_bytes:
                 buffer = layout.pack(message.values, self.comm.wire_device)
@@ -272,7 +207,8 @@ class Exchange:
         self, message: Message, outgoing: torch.Tensor | None, takes_calls: bool
     ) -> Callable[[], Message]:
         sending = self.comm.send_object(message, self.next)
-        received = self._incoming = self.comm.receive_object(self.previous)
+        received: Message = self.comm.receive_object(self.previous)
+        self._incoming = received
         self._wait(sending)
         if received.metadata and not self.comm.is_first:  # which has made the plan
             self.plans.update(received.plan, received.metadata)
@@ -294,19 +230,19 @@ class Exchange:
         def finish() -> Message:
             self._wait(works)
             if message.kind == WORK:
-                self._sent.put(message, {})
+                self._sent.put(*message.key, {})
             if isinstance(error, torch.AcceleratorError):
                 raise error  # this rank's device is lost
             if room is not None:
                 received.values = room.values()
-                self._received.put(received, received.values)
+                self._received.put(*received.key, received.values)
             return received
 
         return finish
 
     def _room_for(self, message: Message) -> _Room:
         """All memory that a received call takes on this rank, before it travels."""
-        known = self._received.find(message)
+        known = self._received.find(*message.key)
         layout = self._layout(message, self.previous, known)
         if layout.num_bytes != message.num_bytes:
             raise RuntimeError(

@@ -20,12 +20,12 @@ from torch.utils import _pytree as pytree
 from ddinfer.errors import ErrorRecord, RankError, UsageError
 from ddinfer.parallel.blocks import denoiser_blocks
 from ddinfer.parallel.communicator import STATUS_TAG, Communicator, ConnectionLost
-from ddinfer.parallel.continuous.constants import Memory, Repeated
 from ddinfer.parallel.packing import layout_of
 from ddinfer.parallel.team.deferred import Deferred, fetched
 from ddinfer.parallel.team.exchange import CallAborted, Exchange
 from ddinfer.parallel.team.rows import check_rows, cut_rows, join_rows, num_rows
 from ddinfer.parallel.team.tokens import TokenBlocks, call_signature
+from ddinfer.parallel.tensor_tokens import TensorCache, TensorTokens
 from ddinfer.parallel.tensor_tree import TensorTree
 
 #: What the leader sends.
@@ -93,10 +93,9 @@ class Team:
         self._outputs: dict[int, TensorTree] = {}
         self._compared: set[int] = set()
         self._in_flight: dict[int, _Pending] = {}
-        self._repeated = Repeated(itertools.count(1))
-        self._memories = [
-            Memory() for _ in range(self.num_teams)
-        ]  # of each team; a member: its own
+        count = itertools.count(1)
+        self._tokens = [TensorTokens(count) for _ in range(self.num_teams)]
+        self._caches = [TensorCache() for _ in range(self.num_teams)]  # a member has its own only
         self._before_call: Callable[[], object] = lambda: None
         self._after_call: Callable[[], object] = lambda: None
         self._awaiting: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -233,24 +232,17 @@ class Team:
             return _Pending(self, team)
         tensors = TensorTree.of((args, kwargs), self.comm.device)
         leaves = pytree.tree_leaves((args, kwargs))
-        memory = self._memories[team]
-        tokens = {
-            (number, k): self._repeated.token((team, number, k), leaves[k]) for k in tensors.empty
-        }
-        layout = layout_of(
-            {
-                label: tensors.empty[label[1]]
-                for label, token in tokens.items()
-                if not memory.knows(0, 0, label, token)
-            }
-        )
-        payload = layout.pack({(number, k): leaves[k] for k in tensors.empty}, self._wire)
+        inputs = {(number, k): leaves[k] for k in tensors.empty}
+        tokens = self._tokens[team].of(inputs)
+        known = self._caches[team].find(0, 0, tokens)
+        layout = layout_of({n: tensors.empty[n[1]] for n in inputs if n not in known})
+        payload = layout.pack(inputs, self._wire)
         kind = self._kind(number, args, kwargs)
         header = pickle.dumps((number, kind, tensors, layout, tokens))
         with self._finding_lost():
             for work in [w for rank in ranks for w in self._send(rank, _CALL, header, payload)]:
                 work.wait()
-        memory.remember(0, 0, tokens, {})
+        self._caches[team].put(0, 0, tokens, {})
         self._in_flight[team] = pending = _Pending(self, team)
         return pending
 
@@ -332,16 +324,12 @@ class Team:
 
     def _serve_one(self, header: Any, payload: torch.Tensor) -> tuple[int, Any]:
         number, kind, tensors, layout, tokens = header
-        memory = self._memories[0]
+        cache = self._caches[0]
         try:
             with self.exchange.call(kind), torch.no_grad():
                 values = layout.unpack(payload.to(self.comm.device))
-                known = {
-                    label: memory.recall(0, 0, label, token)
-                    for label, token in tokens.items()
-                    if label not in values
-                }
-                memory.remember(0, 0, tokens, values)
+                known = cache.find(0, 0, tokens)
+                cache.put(0, 0, tokens, values)
                 values |= known
                 filled = {
                     k: values[number, k].cpu() if k in tensors.on_host else values[number, k]
@@ -447,7 +435,7 @@ class _Pending:
             self.owner._in_flight.pop(self.team, None)
             self._output, self.error = self.owner._collect(self.team)
             if self.error is not None:  # a rank may have failed before it kept what was sent
-                self.owner._memories[self.team] = Memory()
+                self.owner._caches[self.team] = TensorCache()
 
     def output(self) -> Any:
         """
