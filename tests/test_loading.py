@@ -21,6 +21,7 @@ from ddinfer.models.index import call_parameters, pipeline_class
 from ddinfer.models.loading import denoisers, load_model, load_pipeline
 from ddinfer.models.meta_model import open_model, parameters_on_meta
 from ddinfer.models.pipeline_folder import PipelineSource
+from tests.mapped import mapped_file
 from tests.tiny_pipelines import KINDS, call_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -619,16 +620,33 @@ def test_opening_a_model_reads_no_weight(tiny):
     assert set(opened.stored) == set(opened.model.state_dict())
 
 
-def test_weights_on_cpu_are_views_into_the_file(tiny):
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "text_encoder_2"])
+def test_weights_on_cpu_are_views_into_the_file(part, tiny):
     """Private copies would cost every rank its own model."""
-    model = load_model(tiny("flux") / "transformer")
-    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes = sum(p.nbytes for p in model.parameters())
-    file = tiny("flux") / "transformer" / "diffusion_pytorch_model.safetensors"
-    pointers = [p.data_ptr() for p in model.parameters()]
-    assert max(pointers) - min(pointers) < file.stat().st_size
-    assert sizes < file.stat().st_size
-    assert storages
+    folder = tiny("flux") / part
+    (file,) = folder.glob("*.safetensors")
+    model = load_model(folder)
+    assert {mapped_file(p) for p in model.parameters()} == {file}
+    converted = load_model(folder, dtype="bfloat16")
+    assert {mapped_file(p) for p in converted.parameters() if p.numel() > 1} == {None}
+
+
+def test_a_model_with_its_own_code_is_loaded_once_it_is_trusted(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    saved = BertModel(BertConfig(vocab_size=16, intermediate_size=8, **small))
+    saved.save_pretrained(tmp_path)
+    code = "from transformers import BertModel\n\n\nclass Own(BertModel):\n    is_own = True\n"
+    (tmp_path / "modeling_own.py").write_text(code)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "modeling_own.Own"}, "architectures": ["Own"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"its own code \(modeling_own.py\).*trust_remote_code"):
+        load_model(tmp_path)
+    loaded = load_model(tmp_path, trust_remote_code=True)
+    assert loaded.is_own
+    assert torch.equal(loaded.pooler.dense.weight, saved.pooler.dense.weight)
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])
@@ -643,20 +661,17 @@ def test_changing_loaded_weights_does_not_change_the_file(part, tiny):
 
 
 def test_building_leaves_torch_as_it_was():
-    from transformers import initialization
-
     register, normal = torch.nn.Module.register_parameter, torch.nn.init.normal_
-    own_normal, buffer = initialization.normal_, torch.zeros(3)
+    buffer = torch.zeros(3)
     with parameters_on_meta():
         linear = torch.nn.Linear(2, 3)
         assert linear.weight.is_meta
-        assert initialization.normal_(linear.weight) is linear.weight
-        assert initialization.ones_(buffer).sum() == 3, "buffers are built for real"
+        assert torch.nn.init.normal_(linear.weight) is linear.weight
+        assert torch.nn.init.ones_(buffer).sum() == 3, "buffers are built for real"
     with pytest.raises(TypeError), parameters_on_meta():
         torch.nn.Linear()
     assert torch.nn.Module.register_parameter is register
     assert torch.nn.init.normal_ is normal
-    assert initialization.normal_ is own_normal
     assert not torch.nn.Linear(2, 3).weight.is_meta
 
 

@@ -71,18 +71,19 @@ def run(kind: str, part: str, following: bool) -> Iterator[dict[str, Any]]:
             for path, real in [*model.named_parameters(), *model.named_buffers()]:
                 place = placement.device_of(path)
                 set_tensor(model, path, torch.empty(real.shape, dtype=real.dtype, device=place))
-            with dispatch_model(model, placement):
-                if not following:
-                    offload.OneDevice.__torch_function__ = _nothing  # type: ignore[method-assign,assignment]
-                try:
-                    if part == "vae":
-                        latents = torch.randn(1, 4, 8, 8, device=FIRST)
-                        out = model.decode(latents, return_dict=False)[0]
-                    else:
-                        out = model(**inputs(kind))[0]
-                    assert str(out.device) == FIRST, out.device
-                except RuntimeError as problem:
-                    error = f"{type(problem).__name__}: {problem}"[:300]
+            handle = dispatch_model(model, placement)
+            if not following:
+                offload.OneDevice.__torch_function__ = _nothing  # type: ignore[method-assign,assignment]
+            try:
+                if part == "vae":
+                    latents = torch.randn(1, 4, 8, 8, device=FIRST)
+                    out = model.decode(latents, return_dict=False)[0]
+                else:
+                    out = model(**inputs(kind))[0]
+                assert str(out.device) == FIRST, out.device
+            except RuntimeError as problem:
+                error = f"{type(problem).__name__}: {problem}"[:300]
+            handle.undo()
         yield {"kind": kind, "part": part, "placement": name, "error": error}
 
 

@@ -1,10 +1,10 @@
-"""Bytes on the host or on disk, and bringing them in: the next unit while this one computes."""
+"""Bytes on the host or on disk, and bringing them in: the next group while this one computes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.models.checkpoint import StoredTensor, read_tensors
@@ -18,6 +18,24 @@ class HostSource:
     """A tensor in host memory (which may itself be a view into a mapped file)."""
 
     tensor: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+
+@dataclass
+class LateSource:
+    """A tensor of a model that its library loads whole, once one of its tensors is needed."""
+
+    load: Callable[[], torch.nn.Module]
+    name: str
+    dtype: torch.dtype
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        module, _, leaf = self.name.rpartition(".")
+        return getattr(self.load().get_submodule(module), leaf).detach()
 
 
 @dataclass
@@ -35,7 +53,7 @@ class DiskSource:
     aligned: bool = False
 
 
-Source = HostSource | DiskSource
+Source = HostSource | LateSource | DiskSource
 
 
 @dataclass(eq=False)
@@ -48,7 +66,6 @@ class FetchGroup:
 
     name: str
     sources: Mapping[str, Source]
-    fetches: int = field(default=0)
 
 
 def read(sources: Sequence[Source], device: torch.device) -> list[torch.Tensor]:
@@ -73,7 +90,7 @@ def read(sources: Sequence[Source], device: torch.device) -> list[torch.Tensor]:
             touch(made)
         out[n] = made
     for n, source in enumerate(sources):
-        if isinstance(source, HostSource):
+        if not isinstance(source, DiskSource):
             out[n] = move(source.tensor, device, copy=device.index is not None)
     return [out[n] for n in range(len(sources))]
 
@@ -97,50 +114,46 @@ def touch(tensor: torch.Tensor) -> None:
 
 
 class Fetcher:
-    """Holds at most the unit in use and the one being fetched.
+    """Holds at most the group in use and the one being fetched.
 
-    The order is learned from the first run: after unit A came unit B, so B is fetched as soon as A
-    has begun to compute. A wrong guess is dropped before the right unit is read.
+    The order is learned from the first run: after group A came group B, so B is fetched as soon as
+    A has begun to compute. A wrong guess is dropped before the right group is read.
 
     Args:
-        device: where units are computed.
+        device: where groups are computed.
         prefetch: whether there is room for two.
     """
 
     def __init__(self, device: torch.device, *, prefetch: bool = True):
         self.device, self.prefetch = device, prefetch
-        self.hits = self.misses = 0
         self._after: dict[int, FetchGroup] = {}
         self._last: FetchGroup | None = None
         self._guess: tuple[FetchGroup, Future[Any]] | None = None
-        self._done: Any = None  # CUDA: the last unit's end on the computing stream
+        self._done: Any = None  # CUDA: the last group's end on the computing stream
         self._pool = ThreadPoolExecutor(1, "ddinfer-fetch") if prefetch else None
         self._stream: Any = None
 
-    def take(self, unit: FetchGroup) -> list[torch.Tensor]:
-        """The unit's tensors on the device, waiting for them where they are under way."""
+    def take(self, group: FetchGroup) -> list[torch.Tensor]:
+        """The group's tensors on the device, waiting for them where they are under way."""
         guess, self._guess = self._guess, None
         if guess is not None and guess[1].exception() is not None:
             guess = None  # memory may have been short; what was guessed may not be needed at all
-        if guess is not None and guess[0] is unit:
-            self.hits += 1
+        if guess is not None and guess[0] is group:
             tensors, event = guess[1].result()
         else:
-            self.misses += 1
             del guess  # its memory is freed here, before more is taken
-            tensors, event = self._load(unit, self._done)
+            tensors, event = self._load(group, self._done)
         self._ready(tensors, event)
-        unit.fetches += 1
         if self._last is not None:
-            self._after[id(self._last)] = unit
-        self._last = unit
-        following = self._after.get(id(unit))
-        if self._pool is not None and following is not None and following is not unit:
+            self._after[id(self._last)] = group
+        self._last = group
+        following = self._after.get(id(group))
+        if self._pool is not None and following is not None and following is not group:
             self._guess = following, self._pool.submit(self._load, following, self._done)
         return tensors
 
     def give_back(self) -> None:
-        """The unit in use is done with (its last kernel may still be running)."""
+        """The group in use is done with (its last kernel may still be running)."""
         import torch
 
         if self.device.type == "cuda":
@@ -158,17 +171,17 @@ class Fetcher:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _load(self, unit: FetchGroup, after: Any = None) -> tuple[list[torch.Tensor], Any]:
+    def _load(self, group: FetchGroup, after: Any = None) -> tuple[list[torch.Tensor], Any]:
         import torch
 
         if self.device.type != "cuda":
-            return read(list(unit.sources.values()), self.device), None
+            return read(list(group.sources.values()), self.device), None
         self._stream = self._stream or torch.cuda.Stream(self.device)
         if after is not None:
             # The host runs ahead of the GPU; without this, so would the memory.
             after.synchronize()
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            tensors = read(list(unit.sources.values()), self.device)
+            tensors = read(list(group.sources.values()), self.device)
             event = torch.cuda.Event()
             event.record(self._stream)
         return tensors, event

@@ -19,7 +19,7 @@ from ddinfer.models.composed import compose
 from ddinfer.models.devices import CPU, DISK, MaxMemory
 from ddinfer.models.meta_model import OpenModel, open_model, parse_dtype
 from ddinfer.models.pipeline_folder import PipelineSource, pipeline_folder
-from ddinfer.models.placement import Placement, check_covers
+from ddinfer.models.placement import Placement
 from ddinfer.models.planner import Strategy, check_strategy
 from ddinfer.models.tree import Node
 
@@ -280,6 +280,5 @@ def _load_placed(
         absent = {n for n in source.names() if pipe.components.get(n) is None}
         named = {name.partition(".")[0] for name in placement.devices}
         placement = placement.only(named - absent)
-    check_covers(placement, root)
-    pipe.ddinfer_dispatched = dispatch_pipeline(pipe, placement, opened=opened)
+    pipe.ddinfer_dispatched = dispatch_pipeline(pipe, placement, root=root, opened=opened)
     return pipe

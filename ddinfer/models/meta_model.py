@@ -1,7 +1,8 @@
-"""A model with its parameters on meta (no memory), and where its tensors are (`open_model`).
+"""A model from its folder: diffusers' with its parameters on meta and its tensors found, unread.
 
 Building all of it under ``torch.device("meta")`` would lose the buffers that no checkpoint
 holds (rotary tables, position ids), so only parameters are put there, as they are registered.
+transformers' models are loaded by transformers: their weights stay views into the mapped files.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import importlib
 import json
 import logging
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError, list_some
+from ddinfer.models import internals
 from ddinfer.models.checkpoint import (
     CheckpointError,
     StoredTensor,
     computing_dtype,
+    has_variant,
     read_checkpoint,
     read_tensors,
 )
+from ddinfer.models.index import custom_code_message, dynamic_class
 
 if TYPE_CHECKING:
     import torch
@@ -33,29 +36,26 @@ CONFIG = "config.json"
 
 log = logging.getLogger(__name__)
 
-#: Tables that transformers once stored in every layer and computes today.
-COMPUTED = ("position_ids", "rotary_emb.inv_freq")
-
-
-class NeedsConversion(Exception):
-    """transformers merges or splits this model's stored tensors: only its own loader can."""
-
 
 @dataclass
 class OpenModel:
-    """A model whose parameters are still on meta, and where to get them.
+    """A model, and where to get its parameters if they are still on meta.
 
     Attributes:
-        model: buffers are real; parameters have shapes only.
+        model: buffers are real; parameters have shapes only, unless transformers loaded them.
         stored: name → tensor on disk, for every tensor that the files hold. Of names tied to one
-            parameter at least one is there. Empty where the library had to load it by itself.
+            parameter at least one is there. Empty for a model of transformers.
         dtypes: name → type it has in the model; differs from the stored one where it is converted.
+        load: loads a model of transformers that is on meta altogether, parameters and buffers.
+        is_mapped: its weights are views into mapped files.
         on_progress: called with every tensor that was read.
     """
 
     model: torch.nn.Module
     stored: dict[str, StoredTensor]
     dtypes: dict[str, torch.dtype]
+    load: Callable[[], torch.nn.Module] | None = None
+    is_mapped: bool = False
     on_progress: Callable[[], None] | None = None
 
     def fill(self, device_of: Callable[[str], torch.device | None]) -> torch.nn.Module:
@@ -175,50 +175,47 @@ def open_model(
     variant: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    convert: bool = True,
+    read: bool = True,
 ) -> OpenModel:
-    """Builds a model on meta and finds its tensors, without reading one.
+    """Builds a model of diffusers on meta and finds its tensors; loads one of transformers.
 
     Args:
         kind: its class; ``None``: the one that config.json names.
-        convert: lets transformers load the model whole where only it can convert its tensors.
+        read: ``False`` leaves a model of transformers on meta, too: enough to measure it.
 
     Raises:
         UsageError, CheckpointError: see `ddinfer.models.loading.load_model`.
-        NeedsConversion: it would have to, and may not.
     """
     import torch
 
     if not folder.is_dir():
         raise UsageError(f"no such folder: {folder}")
     kind = kind or model_class(folder, trust_remote_code=trust_remote_code)
+    files: dict[str, Any] = {"variant": variant, "allow_pickle": allow_pickle}
     if is_several_models(kind):
-        nets = [
-            open_model(part, dtype=dtype, variant=variant, allow_pickle=allow_pickle)
-            for part in folders_of_several(folder)
-        ]
+        nets = [open_model(part, dtype=dtype, **files) for part in folders_of_several(folder)]
         return OpenModel(
             kind([net.model for net in nets]).eval(),
             {f"nets.{k}.{n}": t for k, net in enumerate(nets) for n, t in net.stored.items()},
             {f"nets.{k}.{n}": t for k, net in enumerate(nets) for n, t in net.dtypes.items()},
         )
-    table = read_checkpoint(folder, variant=variant, allow_pickle=allow_pickle)
-    stored_dtype = dtype or getattr(torch, computing_dtype(table, folder))
-    model = build_on_meta(kind, folder, stored_dtype)
-    tie = getattr(model, "tie_weights", None)
-    if tie is not None:
-        tie()
-    try:
-        stored = match_checkpoint(model, table, folder)
-    except NeedsConversion as reason:
-        if not convert:
-            raise
-        log.info("%s is loaded by transformers itself: %s", folder, reason)
-        whole = kind.from_pretrained(folder, dtype=stored_dtype)  # type: ignore[attr-defined]
-        return OpenModel(whole.eval(), {}, {})
-    state = model.state_dict(keep_vars=True)
+    table = read_checkpoint(folder, **files)
+    built_dtype = dtype or getattr(torch, computing_dtype(table, folder))
+    if not is_diffusers(kind):
+        read_config(folder)
+
+        def load() -> torch.nn.Module:
+            return load_transformers(kind, folder, built_dtype, **files)
+
+        if not read:
+            return outline(kind, folder, built_dtype, load)
+        stored_dtypes = {tensor.dtype for tensor in table.values() if tensor.is_floating}
+        is_mapped = stored_dtypes == {str(built_dtype).removeprefix("torch.")}
+        return OpenModel(load(), {}, {}, is_mapped=is_mapped)
+    model = build_on_meta(kind, folder, built_dtype)
+    stored = match_checkpoint(model, table, folder)
     dtypes = {
-        name: dtype_of(model, name, state[name], dtype)
+        name: dtype_of(model, name, dtype)
         if dtype is not None and tensor.is_floating
         else getattr(torch, tensor.dtype)
         for name, tensor in stored.items()
@@ -226,29 +223,70 @@ def open_model(
     return OpenModel(model, stored, dtypes)
 
 
-def dtype_of(model: Any, name: str, built: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type of a floating tensor when a model that was built under ``dtype`` is loaded in it."""
+def outline(
+    kind: Any, folder: Path, dtype: torch.dtype, load: Callable[[], torch.nn.Module] | None = None
+) -> OpenModel:
+    """A model on meta by its config alone, with the types that its tensors would have."""
+    model = build_on_meta(kind, folder, dtype)
+    dtypes = {
+        name: dtype_of(model, name, dtype) if is_diffusers(kind) else tensor.dtype
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if tensor.is_floating_point()
+    }
+    return OpenModel(model, {}, dtypes, load)
+
+
+def load_transformers(
+    kind: Any,
+    folder: Path | None,
+    dtype: torch.dtype,
+    *,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> torch.nn.Module:
+    """A model of transformers by its own ``from_pretrained``, on the CPU.
+
+    Weights that are stored in ``dtype`` stay views into the mapped files.
+
+    Raises:
+        CheckpointError: tensors are missing or of another shape.
+    """
+    from transformers.utils import logging as library
+
+    if folder is not None:
+        options["variant"] = variant if variant and has_variant(folder, variant) else None
+        options["use_safetensors"] = None if allow_pickle else True
+    was_shown, verbosity = library.is_progress_bar_enabled(), library.get_verbosity()
+    library.disable_progress_bar()
+    library.set_verbosity_error()  # what it would report of the tensors is checked below
+    try:
+        model, found = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are an error below, with the others
+            output_loading_info=True,
+            **options,
+        )
+    finally:
+        library.set_verbosity(verbosity)
+        if was_shown:
+            library.enable_progress_bar()
+    shapes = {name: (tuple(a), tuple(b)) for name, a, b in found["mismatched_keys"]}
+    _check_match(
+        model, folder, sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), shapes
+    )
+    return model.eval()
+
+
+def dtype_of(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of a floating tensor of diffusers' when its model is loaded in ``dtype``."""
     import torch
-    from diffusers import ModelMixin
 
-    if _stays_float32(model, name, dtype):
-        return torch.float32
-    # transformers leaves what a module declares in a type of its own in that type.
-    return dtype if isinstance(model, ModelMixin) else built.dtype
-
-
-def _stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
-    """Whether the model's class wants this tensor in float32 when the rest is ``dtype``."""
-    import torch
-    from diffusers import ModelMixin
-
-    wanted = list(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if not isinstance(model, ModelMixin):
-        # transformers: the plain list is about float16 alone, the strict one about both.
-        wanted = wanted if dtype == torch.float16 else []
-        if dtype in (torch.float16, torch.bfloat16):
-            wanted += list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    return any(f".{module}." in f".{name}." for module in wanted)
+    stay_float32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    is_one = any(f".{module}." in f".{name}." for module in stay_float32)
+    return torch.float32 if is_one else dtype
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -302,7 +340,6 @@ def build_on_meta(kind: Any, folder: Path, dtype: torch.dtype | None) -> torch.n
         dtype: default type while it is built, as ``from_pretrained`` has it; ``None``: float32.
     """
     import torch
-    from diffusers import ModelMixin
 
     if is_several_models(kind):
         parts = folders_of_several(folder)
@@ -311,24 +348,41 @@ def build_on_meta(kind: Any, folder: Path, dtype: torch.dtype | None) -> torch.n
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype or torch.float32)
     try:
-        with parameters_on_meta():
-            if issubclass(kind, ModelMixin):
-                model = _build_diffusers(kind, config)
-            else:
+        if is_diffusers(kind):
+            with parameters_on_meta():
+                model = internals.current_class(kind, config).from_config(config)
+        else:  # buffers, too: it is measured, and loaded before it is used
+            with torch.device("meta"), internals.no_init_weights():
                 model = kind(_transformers_config(kind, folder, dtype or torch.float32))
-                _read_generation_config(model, folder)
     finally:
         torch.set_default_dtype(previous)
+    tie = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
     return model.eval()
+
+
+def is_diffusers(kind: type) -> bool:
+    """Whether a model's class is diffusers'; the others are transformers'."""
+    from diffusers import ModelMixin
+
+    return issubclass(kind, ModelMixin)
 
 
 def model_class(folder: Path, *, trust_remote_code: bool = False) -> type:
     """The class that a model folder's config.json names.
 
     Raises:
-        UsageError: it names none, or one that the installed libraries do not have.
+        UsageError: it names none, one that the installed libraries do not have, or code in the
+            folder that is not trusted.
     """
     config = read_config(folder)
+    own = (config.get("auto_map") or {}).get("AutoModel")
+    if own is not None:
+        module, _, name = own.rpartition(".")
+        if not trust_remote_code:
+            raise UsageError(custom_code_message(folder, f"{module}.py"))
+        return dynamic_class(folder, f"{module}.py", name)
     if "_class_name" in config:
         return import_class("diffusers", config["_class_name"], folder)
     names = config.get("architectures") or []
@@ -356,9 +410,7 @@ def import_class(library: str, name: str, folder: Path) -> type:
 
 def is_several_models(kind: Any) -> bool:
     """Whether a class only holds models of one kind, in ``nets``, such as MultiControlNetModel."""
-    from diffusers import ModelMixin
-
-    return issubclass(kind, ModelMixin) and not hasattr(kind, "from_config")
+    return is_diffusers(kind) and not hasattr(kind, "from_config")
 
 
 def folders_of_several(folder: Path) -> list[Path]:
@@ -383,22 +435,6 @@ def _transformers_config(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     return config
 
 
-def _read_generation_config(model: Any, folder: Path) -> None:
-    """How ``generate`` samples (some pipelines call it on their text encoder)."""
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(folder)
-
-
-def _build_diffusers(kind: Any, config: dict[str, Any]) -> torch.nn.Module:
-    from diffusers.models.modeling_utils import LegacyModelMixin
-
-    if issubclass(kind, LegacyModelMixin):
-        from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
-
-        kind = _fetch_remapped_cls_from_config(config, kind)
-    return kind.from_config(config)
-
-
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Inside, every parameter that a module registers is on meta, and ``nn.init`` does nothing."""
@@ -407,9 +443,6 @@ def parameters_on_meta() -> Iterator[None]:
     register = torch.nn.Module.register_parameter
     names = [n for n in dir(torch.nn.init) if n.endswith("_") and not n.startswith("_")]
     inits = {name: getattr(torch.nn.init, name) for name in names}
-    # transformers keeps torch's functions under its own; on meta each takes 2 ms for nothing.
-    own_module = sys.modules.get("transformers.initialization")
-    own_inits = {name: getattr(own_module, name) for name in names if hasattr(own_module, name)}
 
     def register_on_meta(self: Any, name: str, param: Any) -> None:
         # One that is on meta already keeps its identity: that is how tied weights stay tied.
@@ -420,29 +453,20 @@ def parameters_on_meta() -> Iterator[None]:
             param.__dict__.update(attributes)
         register(self, name, param)
 
-    def leave(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return tensor
+    def unless_on_meta(init: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda tensor, *args, **kwargs: (
+            tensor if tensor.is_meta else init(tensor, *args, **kwargs)
+        )
 
     torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    for name in inits:
-        setattr(torch.nn.init, name, leave)
-    for name, function in own_inits.items():
-        setattr(own_module, name, _leaving_meta(function))
+    for name, function in inits.items():
+        setattr(torch.nn.init, name, unless_on_meta(function))
     try:
         yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
         for name, function in inits.items():
             setattr(torch.nn.init, name, function)
-        for name, function in own_inits.items():
-            setattr(own_module, name, function)
-
-
-def _leaving_meta(init: Callable[..., Any]) -> Callable[..., Any]:
-    def unless_on_meta(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return tensor if tensor.is_meta else init(tensor, *args, **kwargs)
-
-    return unless_on_meta
 
 
 def tied_names(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
@@ -456,115 +480,58 @@ def tied_names(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
 def match_checkpoint(
     model: torch.nn.Module, table: Mapping[str, StoredTensor], folder: Path
 ) -> dict[str, StoredTensor]:
-    """The model's tensor names → where each is stored, after the renamings its library applies.
+    """The tensor names of a diffusers model → where each is stored, after diffusers' renamings.
 
     Of names tied to one parameter only those that the checkpoint has appear.
 
     Raises:
         CheckpointError: tensors are missing or of another shape.
     """
-    from diffusers import ModelMixin
-
+    found = internals.current_names(model, table)
     state = model.state_dict(keep_vars=True)
-    if isinstance(model, ModelMixin):
-        found = dict(table)
-        fix = getattr(model, "_fix_state_dict_keys_on_load", None)
-        if fix is not None:
-            fix(found)  # it only renames; the values pass through
-            state = model.state_dict(keep_vars=True)
-    else:
-        found = _renamed_for_transformers(model, table, state)
-    # Older checkpoints hold buffers that are computed today (CLIP's position_ids).
+    # Older checkpoints hold buffers that are computed today.
     computed = {name for name, _ in model.named_buffers()} - set(state)
     surplus = [n for n in found if n not in state and n not in computed]
-    if not isinstance(model, ModelMixin):
-        surplus = [n for n in surplus if not n.endswith(COMPUTED)]
-    surplus = [n for n in surplus if not _ignored(model, "_keys_to_ignore_on_load_unexpected", n)]
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    surplus = [n for n in surplus if not any(re.search(pattern, n) for pattern in ignored)]
     ties = tied_names(model)
     missing = [n for n in state if not any(tied in found for tied in ties.get(n, (n,)))]
-    missing = [n for n in missing if not _ignored(model, "_keys_to_ignore_on_load_missing", n)]
     shapes = {
         name: (stored.shape, tuple(state[name].shape))
         for name, stored in found.items()
         if name in state and stored.shape != tuple(state[name].shape)
     }
-    if surplus and not missing and not shapes:
-        log.warning(
-            "%s: %d tensors that %s does not have are not used: %s",
-            folder, len(surplus), type(model).__name__, list_some(surplus),
-        )  # fmt: skip
-    if missing or shapes:
-        raise CheckpointError(
-            _mismatch_message(model, folder, len(state), missing, surplus, shapes)
-        )
+    _check_match(model, folder, missing, surplus, shapes)
     return {name: stored for name, stored in found.items() if name in state}
 
 
-def _mismatch_message(
+def _check_match(
     model: torch.nn.Module,
-    folder: Path,
-    total: int,
+    folder: Path | None,
     missing: list[str],
     surplus: list[str],
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
-) -> str:
-    lines = [f"the weights in {folder} are not those of {type(model).__name__} ({total} tensors):"]
+) -> None:
+    """
+    Raises:
+        CheckpointError: tensors are missing or of another shape; surplus ones are a warning.
+    """
+    where, kind = folder or "the checkpoint", type(model).__name__
+    if surplus and not missing and not shapes:
+        log.warning(
+            "%s: %d tensors that %s does not have are not used: %s",
+            where, len(surplus), kind, list_some(surplus),
+        )  # fmt: skip
+    if not missing and not shapes:
+        return
+    total = len(model.state_dict())
+    lines = [f"the weights in {where} are not those of {kind} ({total} tensors):"]
     if missing:
         lines.append(f"  missing from the files ({len(missing)}): {list_some(missing)}")
     if surplus:
         lines.append(f"  in the files but not in the model ({len(surplus)}): {list_some(surplus)}")
     if shapes:
-        told = [f"{n} is {list(a)}, expected {list(b)}" for n, (a, b) in shapes.items()]
-        lines.append(f"  of another shape ({len(shapes)}): {list_some(told)}")
+        differing = [f"{n} is {list(a)}, expected {list(b)}" for n, (a, b) in shapes.items()]
+        lines.append(f"  of another shape ({len(shapes)}): {list_some(differing)}")
     lines.append("config.json and the weights must come from the same model and library version")
-    return "\n".join(lines)
-
-
-def _ignored(model: torch.nn.Module, attribute: str, name: str) -> bool:
-    patterns = getattr(model, attribute, None) or ()
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _renamed_for_transformers(
-    model: Any, table: Mapping[str, StoredTensor], state: Mapping[str, Any]
-) -> dict[str, StoredTensor]:
-    """Checkpoint names → the model's, by transformers' own rules (5.x) or its older mapping."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-    except ImportError:  # transformers 4: one dict of patterns on the class
-        return _renamed_for_transformers_4(model, table, state)
-    mapping = get_model_conversion_mapping(model)
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-    prefix = model.base_model_prefix
-    found: dict[str, StoredTensor] = {}
-    for key in sorted(table):
-        name, converter = rename_source_key(key, renamings, converters, prefix, dict(state))
-        if name not in state and key in state:
-            name, converter = rename_source_key(key, [], [], prefix, dict(state))
-        if converter is not None:
-            raise NeedsConversion(f"{type(model).__name__} converts stored tensors: {converter}")
-        found[name] = table[key]
-    return found
-
-
-def _renamed_for_transformers_4(
-    model: Any, table: Mapping[str, StoredTensor], state: Mapping[str, Any]
-) -> dict[str, StoredTensor]:
-    patterns = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    prefix = f"{model.base_model_prefix}."
-    found: dict[str, StoredTensor] = {}
-    for key, stored in table.items():
-        name = key
-        if name not in state:
-            for pattern, replacement in patterns.items():
-                name, count = re.subn(pattern, replacement, name)
-                if count:
-                    break
-        if name not in state and name.removeprefix(prefix) in state:
-            name = name.removeprefix(prefix)
-        elif name not in state and prefix + name in state:
-            name = prefix + name
-        found[name] = stored
-    return found
+    raise CheckpointError("\n".join(lines))

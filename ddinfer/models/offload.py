@@ -20,16 +20,24 @@ from torch.overrides import TorchFunctionMode
 
 from ddinfer.models.checkpoint import StoredTensor
 from ddinfer.models.devices import CPU, DISK
-from ddinfer.models.fetch import DiskSource, Fetcher, FetchGroup, HostSource, Source, read
-from ddinfer.models.meta_model import OpenModel, finish_weight_norm
+from ddinfer.models.fetch import (
+    DiskSource,
+    Fetcher,
+    FetchGroup,
+    HostSource,
+    LateSource,
+    Source,
+    read,
+)
+from ddinfer.models.meta_model import OpenModel, finish_weight_norm, tied_names
 from ddinfer.models.placement import Placement, check_covers
 from ddinfer.models.stand_ins import as_cast, is_stand_in, make_stand_in
-from ddinfer.models.tree import Node, Tensor, tree_of_model
+from ddinfer.models.tree import Node, Tensor, tree_of, tree_of_model
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-#: Methods through which pipelines enter a component beside ``forward``.
+#: Methods through which pipelines enter a component besides ``forward``.
 ENTRY_METHODS = ("encode", "decode", "get_text_features", "get_image_features", "generate")
 
 
@@ -38,7 +46,7 @@ class OffloadHandle:
     """A model or pipeline that lies where its placement says; `undo` puts it back."""
 
     fetcher: Fetcher
-    units: list[FetchGroup] = field(default_factory=list)
+    groups: list[FetchGroup] = field(default_factory=list)
     folders: list[tempfile.TemporaryDirectory[str]] = field(default_factory=list)
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -46,7 +54,7 @@ class OffloadHandle:
         self._undo.append(action)
 
     def undo(self) -> None:
-        """Leaves modules as they were: the same weights where they were, no hook, no stand-in."""
+        """Leaves modules as they were: the same weights where they were, nothing wrapped."""
         self.fetcher.forget()
         while self._undo:
             self._undo.pop()()
@@ -55,7 +63,7 @@ class OffloadHandle:
     def discard(self) -> None:
         """Lets go of all weights instead of putting them back: nothing here can be used again."""
         self.fetcher.forget()
-        self.units.clear()
+        self.groups.clear()
         self._undo.clear()  # what else holds the originals
         self._close()
 
@@ -64,86 +72,62 @@ class OffloadHandle:
             self.folders.pop().cleanup()
         self.fetcher.close()
 
-    def __enter__(self) -> OffloadHandle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
-
 
 def dispatch_model(
-    model: torch.nn.Module,
-    placement: Placement,
-    *,
-    opened: OpenModel | None = None,
-    dispatched: OffloadHandle | None = None,
-    offload_folder: Path | None = None,
+    model: torch.nn.Module, placement: Placement, *, opened: OpenModel | None = None
 ) -> OffloadHandle:
     """Puts a model where ``placement`` says.
 
     Args:
         placement: of this model's own names; must cover every tensor.
         opened: where its weights are, when it is on meta: what lies on disk is read from its own
-            checkpoint. Without it, weights for the disk are written to ``offload_folder``.
-        dispatched: shares its fetcher and takes on the undoing (a pipeline's components do).
-        offload_folder: where weights are written; default: a temporary one, removed by `undo`.
+            checkpoint. Without it, weights for the disk are written to a temporary folder.
 
     Raises:
         PlacementError: the placement does not cover the model.
     """
     root = tree_of_model(model, dtypes=opened.dtypes if opened else None)
-    check_covers(placement, root)
-    if dispatched is None:
-        dispatched = OffloadHandle(
-            Fetcher(torch.device(placement.main), prefetch=placement.prefetch)
-        )
-    _ModelDispatcher(model, placement, opened, dispatched, offload_folder).apply(root)
-    return dispatched
+    return _dispatch({"": model}, root, placement, {"": opened} if opened else {})
 
 
 def dispatch_pipeline(
     pipe: DiffusionPipeline,
     placement: Placement,
     *,
+    root: Node | None = None,
     opened: Mapping[str, OpenModel] | None = None,
-    offload_folder: Path | None = None,
 ) -> OffloadHandle:
-    """Puts a pipeline's components where ``placement`` says; they share one fetcher.
+    """Puts a pipeline's components where ``placement`` says.
 
     Args:
+        root: the pipeline's sizes, where they are known.
         opened: component → where its weights are, for those that are on meta.
 
     Raises:
         PlacementError: the placement does not cover the pipeline.
     """
     models = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
-    main = torch.device(placement.main)
-    dispatched = OffloadHandle(Fetcher(main, prefetch=placement.prefetch))
-    parts = {name: placement.below(name) for name in models}
-    for name, model in models.items():  # all are checked before the first is moved
-        known = (opened or {}).get(name)
-        check_covers(parts[name], tree_of_model(model, dtypes=known.dtypes if known else None))
-    seen: set[int] = set()
-    for name, model in models.items():
-        if id(model) in seen:
-            continue  # one module under two names lies where the first says
-        seen.add(id(model))
-        folder = None if offload_folder is None else offload_folder / name
-        dispatch_model(
-            model,
-            parts[name],
-            opened=(opened or {}).get(name),
-            dispatched=dispatched,
-            offload_folder=folder,
-        )
-    _compute_on(pipe, main, dispatched)
+    handle = _dispatch(models, root or tree_of(pipe), placement, opened or {})
+    _compute_on(pipe, torch.device(placement.main), handle)
     before: Any = getattr(pipe, "hf_device_map", None)
     setattr(pipe, "hf_device_map", placement.hf_device_map)  # noqa: B010 - declared as None
-    dispatched.on_undo(lambda: setattr(pipe, "hf_device_map", before))
-    return dispatched
+    handle.on_undo(lambda: setattr(pipe, "hf_device_map", before))
+    return handle
 
 
-def _compute_on(pipe: Any, main: torch.device, dispatched: OffloadHandle) -> None:
+def _dispatch(
+    models: Mapping[str, torch.nn.Module],
+    root: Node,
+    placement: Placement,
+    opened: Mapping[str, OpenModel],
+) -> OffloadHandle:
+    check_covers(placement, root)  # all of it, before anything is moved
+    handle = OffloadHandle(Fetcher(torch.device(placement.main), prefetch=placement.prefetch))
+    _Dispatcher(models, placement, opened, handle).apply(root)
+    return handle
+
+
+def _compute_on(pipe: Any, main: torch.device, handle: OffloadHandle) -> None:
     """Latents and the like are made on the main device, wherever the first component lies."""
     if pipe._execution_device == canonical_device(main):
         return
@@ -152,48 +136,80 @@ def _compute_on(pipe: Any, main: torch.device, dispatched: OffloadHandle) -> Non
     pipe.__class__ = type(
         kind.__name__, (kind,), {"_execution_device": there, "__module__": kind.__module__}
     )
-    dispatched.on_undo(lambda: setattr(pipe, "__class__", kind))
+    handle.on_undo(lambda: setattr(pipe, "__class__", kind))
 
 
-class _ModelDispatcher:
-    """Applies one model's placement."""
+@dataclass(eq=False)
+class _Weight:
+    """A tensor that is away, under all of its names.
+
+    Attributes:
+        is_unread: its bytes are only in the checkpoint; the original is on meta.
+        restored: what took the original's place again.
+    """
+
+    original: torch.Tensor
+    source: Source
+    stand_in: torch.Tensor
+    is_unread: bool
+    restored: torch.Tensor | None = None
+
+    def restore_in(self, held: dict[str, Any], leaf: str) -> None:
+        if self.restored is None:
+            self.restored = self.original
+            if self.is_unread:
+                tensor = read([self.source], torch.device(CPU))[0]
+                self.restored = _like(self.original, tensor)
+            elif isinstance(self.source, DiskSource):
+                self.original.data = self.source.stored.read().clone()
+        held[leaf] = self.restored
+
+
+class _Dispatcher:
+    """Applies one placement, of a model or of a pipeline's components.
+
+    Names are the tree's: a component's name, then the module's path in it.
+    """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        models: Mapping[str, torch.nn.Module],
         placement: Placement,
-        opened: OpenModel | None,
-        dispatched: OffloadHandle,
-        offload_folder: Path | None,
+        opened: Mapping[str, OpenModel],
+        handle: OffloadHandle,
     ):
-        self.model, self.placement, self.opened = model, placement, opened
-        self.dispatched, self.offload_folder = dispatched, offload_folder
+        self.placement, self.opened, self.handle = placement, opened, handle
         self.main = torch.device(placement.main)
-        gpus = {d for d in placement.devices.values() if d not in (CPU, DISK)}
-        self.several = len(gpus | {placement.main}) > 1
-        self.sources: dict[int, Source] = {}  # id of the original tensor → its bytes
-        self.parked: dict[int, torch.Tensor] = {}
-        self.made: dict[int, torch.Tensor] = {}
-        self.unread: set[int] = set()  # ids of originals whose bytes are only in the checkpoint
-        self.kept: list[torch.Tensor] = []  # originals, so that their ids stay theirs
-        self.here: list[Callable[[], None]] = []  # put back what is fetched at the moment
+        self.models: dict[str, torch.nn.Module] = {}
+        for name, model in models.items():  # one under two names lies where the first says
+            if all(model is not other for other in self.models.values()):
+                self.models[name] = model
+        self.root = self.models[""] if "" in models else torch.nn.ModuleDict(self.models)
+        self.ties = tied_names(self.root)
+        self.stored = {
+            f"{component}.{name}".lstrip("."): (part, name)
+            for component, part in opened.items()
+            for name in part.stored
+        }
+        self.late = {name: functools.cache(p.load) for name, p in opened.items() if p.load}
+        self.weights: dict[int, _Weight] = {}  # id of the original, which the weight keeps
+        self.written: dict[int, DiskSource] = {}
 
     def apply(self, root: Node) -> None:
-        items = list(self._largest_single_device_parts(root))
+        items = [
+            (item, device)
+            for item, device in self._largest_single_device_parts(root)
+            if "" in self.models or item.name.partition(".")[0] in self.models
+        ]
         away = [(item, d) for item, d in items if d in (CPU, DISK) and d != self.placement.main]
         here = [(item, d) for item, d in items if (item, d) not in away]
         self._load_resident({t.name: d for item, d in here for t in _tensors_of(item)})
-        if away:
-            self._write_for_disk(away)
+        self._write_for_disk([t for item, d in away if d == DISK for t in _tensors_of(item)])
         for item, device in away:
-            self._park(item, device)
-        if self.several:
-            for item, device in here:
-                if isinstance(item, Node):
-                    self._follow(item, torch.device(device))
-        if away or self.several:
-            self._wrap_entry_methods()
-        finish_weight_norm(self.model)
+            self._take_away(item, device)
+        for name, model in self.models.items():
+            self._let_inputs_follow(name, model, away, here)
+            finish_weight_norm(model)
 
     def _largest_single_device_parts(self, node: Node) -> Iterator[tuple[Node | Tensor, str]]:
         """Units as large as possible that lie on one device, in order."""
@@ -208,14 +224,29 @@ class _ModelDispatcher:
         for child in node.children:
             yield from self._largest_single_device_parts(child)
 
+    def _held(self, name: str) -> tuple[dict[str, Any], str]:
+        """The dict of a module that holds a tensor, and the tensor's key in it."""
+        path, _, leaf = name.rpartition(".")
+        module = self.root.get_submodule(path)
+        return (module._parameters if leaf in module._parameters else module._buffers), leaf
+
+    def _get(self, name: str) -> torch.Tensor:
+        held, leaf = self._held(name)
+        return held[leaf]
+
     # ---------------------------------------------------------------- what stays
 
     def _load_resident(self, where: Mapping[str, str]) -> None:
         """Fills (from the checkpoint) or moves what lies on a computing device."""
         before = {name: _home(self._get(name)) for name in where}
-        if self.opened is not None and self.opened.stored:
-            places = {name: torch.device(device) for name, device in where.items()}
-            self.opened.fill(places.get)
+        for component, opened in self.opened.items():
+            if opened.stored and component in self.models:
+                places = {
+                    name[len(component) :].lstrip("."): torch.device(device)
+                    for name, device in where.items()
+                    if not component or name.startswith(f"{component}.")
+                }
+                opened.fill(places.get)
         for name, device in where.items():
             self._move(self._get(name), torch.device(device), before[name])
 
@@ -224,224 +255,181 @@ class _ModelDispatcher:
             return
         # The object stays the same, so that whoever holds it keeps holding the weight.
         tensor.data = tensor.data.to(device)
-        self.dispatched.on_undo(lambda: setattr(tensor, "data", tensor.data.to(before)))
-
-    def _get(self, name: str) -> torch.Tensor:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        found = module._parameters.get(leaf)
-        return found if found is not None else module._buffers[leaf]  # type: ignore[return-value]
-
-    def _set(self, name: str, tensor: torch.Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-        held[leaf] = tensor
+        self.handle.on_undo(lambda: setattr(tensor, "data", tensor.data.to(before)))
 
     # ---------------------------------------------------------------- what is away
 
-    def _write_for_disk(self, away: list[tuple[Node | Tensor, str]]) -> None:
-        """Weights that are in memory and belong on disk are written there, a file for all."""
+    def _write_for_disk(self, wanted: list[Tensor]) -> None:
+        """Weights that are in memory and belong on disk are written there, a file for all.
+
+        Buffers are small, and some are in no checkpoint: they stay on the host. So does what is a
+        view into a mapped file: that is its place on the disk.
+        """
         from safetensors.torch import save_file
 
-        stored = self.opened.stored if self.opened else {}
         tensors: dict[str, torch.Tensor] = {}
-        for item, device in away:
-            for tensor in _tensors_of(item):
-                real = self._get(tensor.name)
-                # Buffers are small, and some are in no checkpoint: they stay on the host.
-                written = device == DISK and isinstance(real, torch.nn.Parameter)
-                if written and tensor.name not in stored and not real.is_meta:
-                    tensors.setdefault(tensor.identity, real.detach().contiguous())
+        for name in (tensor.name for tensor in wanted):
+            real = self._get(name)
+            opened = self.opened.get(name.partition(".")[0]) or self.opened.get("")
+            is_mapped = opened is not None and opened.is_mapped
+            if isinstance(real, torch.nn.Parameter) and not real.is_meta and not is_mapped:
+                first = self.ties[name][0]
+                tensors.setdefault(first, real.detach().contiguous())
         if not tensors:
             return
-        if self.offload_folder is None:
-            made = tempfile.TemporaryDirectory(prefix="ddinfer-offload-")
-            self.offload_folder = Path(made.name)
-            self.dispatched.folders.append(made)
-        self.offload_folder.mkdir(parents=True, exist_ok=True)
-        file = self.offload_folder / "weights.safetensors"
+        folder = tempfile.TemporaryDirectory(prefix="ddinfer-offload-")
+        self.handle.folders.append(folder)
+        file = Path(folder.name) / "weights.safetensors"
         save_file(tensors, file)
         for name, saved in tensors.items():
             kind = str(saved.dtype).removeprefix("torch.")
             place = StoredTensor(file, name, kind, tuple(saved.shape))
-            self.sources[id(self._get(name))] = DiskSource(place, saved.dtype, aligned=True)
+            self.written[id(self._get(name))] = DiskSource(place, saved.dtype, aligned=True)
 
-    def _park(self, item: Node | Tensor, device: str) -> None:
-        names = [tensor.name for tensor in _tensors_of(item)]
-        sources = {name: self._source(name, device) for name in names}
-        unit = FetchGroup(item.name, sources)
-        self.dispatched.units.append(unit)
-        stand_ins = {name: self._stand_in(name, source) for name, source in sources.items()}
-        for name, stand_in in stand_ins.items():
-            self._replace(name, stand_in)
+    def _take_away(self, item: Node | Tensor, device: str) -> None:
+        weights = {t.name: self._weight(t.name, device) for t in _tensors_of(item)}
+        group = FetchGroup(item.name, {name: weight.source for name, weight in weights.items()})
+        self.handle.groups.append(group)
+        for name, weight in weights.items():
+            held, leaf = self._held(name)
+            held[leaf] = weight.stand_in
+            self.handle.on_undo(functools.partial(weight.restore_in, held, leaf))
         if isinstance(item, Node):
-            self._fetch_around(self.model.get_submodule(item.name), unit, stand_ins)
+            self._fetch_around(self.root.get_submodule(item.name), group, weights)
 
-    def _source(self, name: str, device: str) -> Source:
+    def _weight(self, name: str, device: str) -> _Weight:
         original = self._get(name)
-        known = self.sources.get(id(original))
-        if known is not None:
-            return known
-        self.kept.append(original)
-        source: Source = HostSource(original.detach())
-        stored_name = self._stored_name(name)
-        if self.opened is not None and stored_name is not None:
-            self.unread.add(id(original))
-            found = DiskSource(self.opened.stored[stored_name], self.opened.dtypes[stored_name])
-            source = found
+        if id(original) in self.weights:
+            return self.weights[id(original)]
+        stored = next((n for n in self.ties.get(name, (name,)) if n in self.stored), None)
+        component, _, inside = name.partition(".")
+        source: Source = self.written.get(id(original)) or HostSource(original.detach())
+        if stored is not None:
+            part, key = self.stored[stored]
+            source = found = DiskSource(part.stored[key], part.dtypes[key])
             if device == CPU:
-                source = HostSource(self.opened.convert(stored_name, found.stored.read(), CPU))
-        self.sources[id(original)] = source
-        return source
-
-    def _stored_name(self, name: str) -> str | None:
-        """The name of the same tensor (it may be tied to others) that the checkpoint has."""
-        stored = self.opened.stored if self.opened else {}
-        if name in stored:
-            return name
-        wanted = self._get(name)
-        names = self.model.named_parameters(remove_duplicate=False)
-        return next((other for other, t in names if t is wanted and other in stored), None)
-
-    def _stand_in(self, name: str, source: Source) -> torch.Tensor:
-        original = self._get(name)
-        made = self.parked.get(id(original))
-        if made is None:
-            dtype = source.tensor.dtype if isinstance(source, HostSource) else source.dtype
-            made = make_stand_in(original, dtype, self.main, lambda: read([source], self.main)[0])
-            self.parked[id(original)] = made
-        return made
-
-    def _replace(self, name: str, stand_in: torch.Tensor) -> None:
-        original = self._get(name)
-        source = self.sources[id(original)]
-        unread = id(original) in self.unread
-        self._set(name, stand_in)
-
-        def restore() -> None:
-            if unread:
-                self._set(name, self._as_loaded(original, source))
-                return
-            if isinstance(source, DiskSource) and not original.numel():
-                # Emptied when its bytes went to disk; a twin may have brought it back already.
-                original.data = source.stored.read().clone()
-            self._set(name, original)
-
-        self.dispatched.on_undo(restore)
-        if isinstance(source, DiskSource) and not unread and original.numel():
+                source = HostSource(part.convert(key, found.stored.read(), CPU))
+        elif original.is_meta and component in self.late:
+            source = LateSource(self.late[component], inside, original.dtype)
+        stand_in = make_stand_in(
+            original, source.dtype, self.main, lambda: read([source], self.main)[0]
+        )
+        is_unread = stored is not None or isinstance(source, LateSource)
+        self.weights[id(original)] = _Weight(original, source, stand_in, is_unread)
+        if isinstance(source, DiskSource) and not is_unread:
             original.data = torch.empty(0, dtype=original.dtype)
+        return self.weights[id(original)]
 
-    def _as_loaded(self, original: torch.Tensor, source: Source) -> torch.Tensor:
-        """What loading would have made of a tensor that was never read; one for tied names."""
-        if id(original) not in self.made:
-            tensor = (
-                source.tensor
-                if isinstance(source, HostSource)
-                else source.stored.read().to(source.dtype)
-            )
-            self.made[id(original)] = _like(original, tensor)
-        return self.made[id(original)]
-
-    # ---------------------------------------------------------------- hooks
+    # ---------------------------------------------------------------- around methods
 
     def _fetch_around(
-        self, module: torch.nn.Module, unit: FetchGroup, stand_ins: Mapping[str, torch.Tensor]
+        self, module: torch.nn.Module, group: FetchGroup, weights: Mapping[str, _Weight]
     ) -> None:
-        fetcher, main = self.dispatched.fetcher, self.main
-        places = [self._place(name) for name in unit.sources]
+        """The bytes are there while the module's ``forward`` runs."""
+        fetcher, main = self.handle.fetcher, canonical_device(self.main)
+        places = [self._held(name) for name in weights]
+        sources = [weight.source for weight in weights.values()]
         depth = 0
-        away: list[torch.Tensor] = []  # the stand-ins, while the bytes are here
 
-        def before(_: Any, args: Any, kwargs: Any) -> Any:
-            nonlocal depth
-            depth += 1
-            if depth == 1:
-                seen: dict[int, torch.Tensor] = {}
-                self.here.append(put_back)
-                # A cast makes other stand-ins of buffers.
-                away[:] = [
-                    held[leaf] if is_stand_in(held[leaf]) else stand_ins[name]
-                    for (held, leaf), name in zip(places, unit.sources, strict=True)
-                ]
-                for (held, leaf), stand_in, tensor in zip(
-                    places, away, fetcher.take(unit), strict=True
-                ):
-                    if id(stand_in) not in seen:  # tied names stay one object
-                        seen[id(stand_in)] = _like(stand_in, as_cast(tensor, stand_in))
-                    held[leaf] = seen[id(stand_in)]
+        @contextlib.contextmanager
+        def fetched() -> Iterator[None]:
+            # A cast makes other stand-ins of buffers.
+            away = [
+                held[leaf] if is_stand_in(held[leaf]) else weight.stand_in
+                for (held, leaf), weight in zip(places, weights.values(), strict=True)
+            ]
+            seen: dict[int, torch.Tensor] = {}
+            for (held, leaf), stand_in, tensor in zip(
+                places, away, fetcher.take(group), strict=True
+            ):
+                if id(stand_in) not in seen:  # tied names stay one object
+                    seen[id(stand_in)] = _like(stand_in, as_cast(tensor, stand_in))
+                held[leaf] = seen[id(stand_in)]
+            try:
+                yield
+            finally:
+                for (held, leaf), source, stand_in in zip(places, sources, away, strict=True):
+                    if held[leaf] is not stand_in:
+                        _keep_changes(source, held[leaf], module.training)
+                        held[leaf] = stand_in
+                fetcher.give_back()
 
-            return to_device(args, canonical_device(main)), to_device(
-                kwargs, canonical_device(main)
+        def around(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def compute(*args: Any, **kwargs: Any) -> Any:
+                nonlocal depth
+                depth += 1
+                try:
+                    with fetched() if depth == 1 else contextlib.nullcontext():
+                        return forward(*to_device(args, main), **to_device(kwargs, main))
+                finally:
+                    depth -= 1
+
+            return compute
+
+        self._wrap(module, "forward", around)
+
+    def _let_inputs_follow(
+        self,
+        component: str,
+        model: torch.nn.Module,
+        away: list[tuple[Node | Tensor, str]],
+        here: list[tuple[Node | Tensor, str]],
+    ) -> None:
+        """Inputs of a part come to its device; results return to where the model's came from."""
+        mine, resident = (
+            [(i, d) for i, d in items if not component or i.name.startswith(f"{component}.")
+             or i.name == component]
+            for items in (away, here)
+        )  # fmt: skip
+        gpus = {d for _, d in [*mine, *resident] if d not in (CPU, DISK)}
+        is_on_several = len(gpus | {self.placement.main}) > 1
+        if is_on_several:
+            for item, device in resident:
+                if isinstance(item, Node):
+                    self._follow(self.root.get_submodule(item.name), torch.device(device))
+        if not mine and not is_on_several:
+            return
+
+        def returning(method: Callable[..., Any]) -> Callable[..., Any]:
+            def enter(*args: Any, **kwargs: Any) -> Any:
+                first = next((t.device for t in tensors_in((args, kwargs))), None)
+                with OneDevice() if is_on_several else contextlib.nullcontext():
+                    result = method(*args, **kwargs)
+                if first is None or all(t.device == first for t in tensors_in(result)):
+                    return result
+                return to_device(result, first)
+
+            return enter
+
+        for name in ("forward", *ENTRY_METHODS):
+            if callable(getattr(model, name, None)):
+                self._wrap(model, name, returning)
+
+    def _follow(self, module: torch.nn.Module, device: torch.device) -> None:
+        there = canonical_device(device)
+
+        def around(forward: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: forward(
+                *to_device(args, there), **to_device(kwargs, there)
             )
 
-        def after(*_: Any) -> None:
-            nonlocal depth
-            depth -= 1
-            if depth == 0:
-                put_back()
+        self._wrap(module, "forward", around)
 
-        def put_back() -> None:
-            nonlocal depth
-            depth = 0
-            self.here.remove(put_back)
-            for (held, leaf), name, stand_in in zip(places, unit.sources, away, strict=True):
-                if held[leaf] is not stand_in:
-                    _keep_changes(unit.sources[name], held[leaf], module.training)
-                    held[leaf] = stand_in
-            fetcher.give_back()
+    def _wrap(
+        self,
+        module: torch.nn.Module,
+        name: str,
+        wrapper: Callable[[Callable[..., Any]], Callable[..., Any]],
+    ) -> None:
+        method, own = getattr(module, name), vars(module)
+        before = {name: own[name]} if name in own else {}
+        own[name] = functools.wraps(method)(wrapper(method))
 
-        self._hook(module, before, after)
+        def unwrap() -> None:
+            del own[name]
+            own.update(before)
 
-    def _place(self, name: str) -> tuple[dict[str, Any], str]:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-        return held, leaf
-
-    def _follow(self, item: Node, device: torch.device) -> None:
-        """Inputs of a part come to its device."""
-        there = canonical_device(device)
-        self._hook(
-            self.model.get_submodule(item.name),
-            lambda _, args, kwargs: (to_device(args, there), to_device(kwargs, there)),
-            None,
-        )
-
-    def _hook(self, module: torch.nn.Module, before: Any, after: Any) -> None:
-        handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
-        if after is not None:
-            handles.append(module.register_forward_hook(after, always_call=True))
-        for handle in handles:
-            self.dispatched.on_undo(handle.remove)
-
-    def _wrap_entry_methods(self) -> None:
-        """Whatever enters the model: its results return to where its inputs came from."""
-        for name in ("forward", *ENTRY_METHODS):
-            method = getattr(self.model, name, None)
-            if callable(method) and name not in vars(self.model):
-                vars(self.model)[name] = self._returning(method)
-                self.dispatched.on_undo(functools.partial(vars(self.model).pop, name))
-
-    def _returning(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        several = self.several
-
-        @functools.wraps(method)
-        def enter(*args: Any, **kwargs: Any) -> Any:
-            first = next((t.device for t in tensors_in((args, kwargs))), None)
-            try:
-                with OneDevice() if several else contextlib.nullcontext():
-                    result = method(*args, **kwargs)
-            except BaseException:
-                # Hooks are called after an error, but not after Ctrl-C.
-                while self.here:
-                    self.here[-1]()
-                raise
-            if first is None or all(t.device == first for t in tensors_in(result)):
-                return result
-            return to_device(result, first)
-
-        return enter
+        self.handle.on_undo(unwrap)
 
 
 def _home(tensor: torch.Tensor) -> torch.device:

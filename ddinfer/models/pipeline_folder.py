@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.errors import UsageError
+from ddinfer.models import internals
 from ddinfer.models.adapters import LoraFile, LowRank, add_lora, check_layers, read_lora
 from ddinfer.models.checkpoint import (
     DTYPES,
@@ -43,6 +44,7 @@ from ddinfer.models.meta_model import (
     build_on_meta,
     import_class,
     open_model,
+    outline,
     parse_dtype,
     read_config,
 )
@@ -156,20 +158,28 @@ class PipelineSource:
             return dynamic_class(self.folder / name, own.name, entry.class_name)
         return installed_class(self.folder, entry)
 
-    def open(self, name: str, dtype: torch.dtype | None, *, convert: bool = True) -> OpenModel:
-        """A component that has weights, with its parameters still on meta (see `open_model`)."""
+    def open(self, name: str, dtype: torch.dtype | None, *, read: bool = True) -> OpenModel:
+        """A component that has weights (see `open_model`), with the job's LoRAs."""
         opened = open_model(
             self.folder / name,
             kind=self.component_class(name),
             dtype=dtype,
             variant=self.variant,
             allow_pickle=self.allow_pickle,
-            convert=convert,
+            read=read,
         )
         for lora, layers in self._low_ranks:
             if name in layers:
                 add_lora(opened.model, lora, layers[name], opened.dtypes)
         return opened
+
+    def outline(self, name: str, dtype: torch.dtype | None) -> OpenModel:
+        """A component to measure: no weight is read, and of a Hub repository none is needed."""
+        if self.weights_at is None:
+            return self.open(name, dtype, read=False)
+        import torch
+
+        return outline(self.component_class(name), self.folder / name, dtype or torch.float32)
 
     @cached_property
     def _low_ranks(self) -> list[tuple[LoraFile, dict[str, dict[str, LowRank]]]]:
@@ -376,7 +386,10 @@ def installed_class(folder: Path, entry: Entry) -> Any:
         found = getattr(module, entry.class_name, None)
         return import_class("diffusers", entry.class_name, where) if found is None else found
     if entry.library in ("diffusers", "transformers"):
-        return import_class(entry.library, _current_class_name(entry), where)
+        name = entry.class_name
+        if entry.library == "transformers":
+            name = internals.current_transformers_name(name)
+        return import_class(entry.library, name, where)
     # Importing what a file names would run it; what the program imported itself is fine.
     found = getattr(sys.modules.get(entry.library), entry.class_name, None)
     if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
@@ -398,12 +411,3 @@ def _holds_weights(folder: Path, variant: str | None) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def _current_class_name(entry: Entry) -> str:
-    """transformers' present name of a class that older pipelines call differently."""
-    if entry.library != "transformers":
-        return entry.class_name
-    from diffusers.utils.deprecation_utils import _maybe_remap_transformers_class
-
-    return _maybe_remap_transformers_class(entry.class_name) or entry.class_name

@@ -19,7 +19,7 @@ from ddinfer.errors import UsageError
 from ddinfer.models.checkpoint import weight_files
 from ddinfer.models.component_roles import DENOISER_NAMES
 from ddinfer.models.devices import CPU, DISK, PlacementError, trim_heap
-from ddinfer.models.meta_model import NeedsConversion, OpenModel, build_on_meta
+from ddinfer.models.meta_model import OpenModel
 from ddinfer.models.offload import dispatch_pipeline
 from ddinfer.models.pipeline_folder import PipelineSource
 from ddinfer.models.placement import Placement
@@ -171,14 +171,7 @@ class StagedPipeline:
         return pipe
 
     def _open(self, name: str, *, is_present: bool) -> OpenModel:
-        dtype = self.dtypes[name]
-        try:
-            opened = self.source.open(name, dtype, convert=is_present)
-        except NeedsConversion:  # transformers would have to load it whole; it is not needed
-            model = build_on_meta(
-                self.source.component_class(name), self.source.folder / name, dtype
-            )
-            return OpenModel(model, {}, {})
+        opened = self.source.open(name, self.dtypes[name], read=is_present)
         return replace(opened, on_progress=self.on_progress)
 
     def _fetches(self, stage: Stage) -> bool:

@@ -5,19 +5,12 @@ The sizes are of a module, a pipeline, or a folder whose weights are not read (`
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddinfer.models.meta_model import (
-    NeedsConversion,
-    build_on_meta,
-    dtype_of,
-    open_model,
-    parse_dtype,
-)
+from ddinfer.models.meta_model import open_model, parse_dtype
 from ddinfer.models.pipeline_folder import PipelineSource
 
 if TYPE_CHECKING:
@@ -145,7 +138,8 @@ def tree_of(
         ), pipeline=True)  # fmt: skip
     folder = Path(thing)
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
-        opened = open_model(folder, dtype=None if dtype is None else parse_dtype(dtype))
+        wanted = None if dtype is None else parse_dtype(dtype)
+        opened = open_model(folder, dtype=wanted, read=False)
         return tree_of_model(opened.model, no_split=no_split, dtypes=opened.dtypes)
     source = PipelineSource.for_planning(thing)
     return _tree_of_source(source, no_split, "auto" if dtype is None else dtype, gpu)
@@ -159,23 +153,11 @@ def _tree_of_source(
     types = source.dtypes(dtype, torch.device("cuda" if gpu else "cpu"))
     children = []
     for name in source.model_names():
-        if not source.is_model(name):
-            continue
-        opened = None
-        if source.weights_at is None:
-            with contextlib.suppress(NeedsConversion):  # its config says enough
-                opened = source.open(name, types[name], convert=False)
-        if opened is not None:
-            model, dtypes = opened.model, opened.dtypes
-        else:
-            wanted = types[name] or torch.float32
-            model = build_on_meta(source.component_class(name), source.folder / name, wanted)
-            dtypes = {
-                tensor: dtype_of(model, tensor, built, wanted)
-                for tensor, built in model.state_dict(keep_vars=True).items()
-                if built.is_floating_point()
-            }
-        children.append(tree_of_model(model, name, no_split=no_split, dtypes=dtypes))
+        if source.is_model(name):
+            measured = source.outline(name, types[name])
+            children.append(
+                tree_of_model(measured.model, name, no_split=no_split, dtypes=measured.dtypes)
+            )
     return Node("", (), tuple(children), pipeline=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,18 @@ import torch
 from torch import nn
 
 from ddinfer.errors import UsageError
-from ddinfer.models.checkpoint import StoredTensor, read_checkpoint, read_header, read_tensors
-from ddinfer.models.meta_model import match_checkpoint, tied_names
+from ddinfer.models.checkpoint import (
+    StoredTensor,
+    computing_dtype,
+    read_checkpoint,
+    read_header,
+    read_tensors,
+)
+from ddinfer.models.meta_model import (
+    load_transformers,
+    match_checkpoint,
+    tied_names,
+)
 
 
 class Weights:
@@ -28,7 +38,15 @@ class Weights:
 
     def __init__(self, model: nn.Module, checkpoint: str | os.PathLike[str] | None):
         self.model = model
-        self._stored = {} if checkpoint is None else _stored(model, Path(checkpoint))
+        self._stored: dict[str, StoredTensor] = {}
+        self._views: dict[str, torch.Tensor] = {}  # into the files, as transformers names them
+        if checkpoint is not None:
+            path = Path(checkpoint)
+            table = _table(path)
+            if _library_of(model) == "transformers":
+                self._views = _transformers_views(model, table, path)
+            else:
+                self._stored = _match(model, table, path)
         self._held: dict[int, torch.Tensor] = {}
         self._names: dict[int, list[str]] = {}
         for name, tensor in (
@@ -49,8 +67,11 @@ class Weights:
         for key in wanted:
             held, names = self._held[key], self._names[key]
             name = next((name for name in names if name in self._stored), None)
+            view = next((self._views[name] for name in names if name in self._views), None)
             if name is not None:
                 stored.append((key, self._stored[name]))
+            elif view is not None:
+                found[key] = self._copied(key, view, device)
             elif held.is_meta:
                 raise UsageError(
                     f"{names[0]} is on the meta device and in no checkpoint; build the model with "
@@ -61,10 +82,13 @@ class Weights:
                 found[key] = held.detach().to(device)
         stored.sort(key=lambda item: (str(item[1].file), item[1].key))
         for (key, _), tensor in zip(stored, read_tensors(s for _, s in stored), strict=True):
-            # A copy, even on the CPU: mapped weights lie unaligned, which can round differently.
-            dtype = self._held[key].dtype
-            found[key] = torch.empty_like(tensor, dtype=dtype, device=device).copy_(tensor)
+            found[key] = self._copied(key, tensor, device)
         return found
+
+    def _copied(self, key: int, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A copy, even on the CPU: mapped weights lie unaligned, which can round differently."""
+        tensor, dtype = tensor.detach(), self._held[key].dtype
+        return torch.empty_like(tensor, dtype=dtype, device=device).copy_(tensor)
 
     def keep_only(self, kept: dict[int, torch.Tensor], device: torch.device) -> None:
         """The model holds these tensors from now on; its other parameters go to meta.
@@ -92,14 +116,28 @@ class Weights:
         self._held.clear()
 
 
-def _stored(model: nn.Module, path: Path) -> dict[str, StoredTensor]:
+def _table(path: Path) -> dict[str, StoredTensor]:
     if path.is_dir():
-        table = read_checkpoint(path)
-    elif path.is_file() and path.suffix == ".safetensors":
-        table = read_header(path)
-    else:
-        raise UsageError(f"no checkpoint: {path}; expected a .safetensors file or a folder of them")
-    if _is_library_model(model):
+        return read_checkpoint(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        return read_header(path)
+    raise UsageError(f"no checkpoint: {path}; expected a .safetensors file or a folder of them")
+
+
+def _transformers_views(
+    model: Any, table: Mapping[str, StoredTensor], path: Path
+) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors under the names that transformers' own loader gives them."""
+    tensors = dict(zip(table, read_tensors(table.values()), strict=True))
+    dtype = getattr(torch, computing_dtype(table, path))
+    loaded = load_transformers(type(model), None, dtype, config=model.config, state_dict=tensors)
+    return loaded.state_dict()
+
+
+def _match(
+    model: nn.Module, table: Mapping[str, StoredTensor], path: Path
+) -> dict[str, StoredTensor]:
+    if _library_of(model) == "diffusers":
         return match_checkpoint(model, table, path)
     state = model.state_dict(keep_vars=True)
     wrong = [n for n in state if n in table and table[n].shape != tuple(state[n].shape)]
@@ -114,6 +152,7 @@ def _stored(model: nn.Module, path: Path) -> dict[str, StoredTensor]:
     return {name: table[name] for name in state if name in table}
 
 
-def _is_library_model(model: Any) -> bool:
-    libraries = ("diffusers", "transformers")
-    return any(kind.__module__.split(".")[0] in libraries for kind in type(model).__mro__)
+def _library_of(model: Any) -> str | None:
+    """``"diffusers"`` or ``"transformers"``, where the model's class comes from one of them."""
+    names = [kind.__module__.split(".")[0] for kind in type(model).__mro__]
+    return next((name for name in names if name in ("diffusers", "transformers")), None)
