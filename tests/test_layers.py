@@ -86,6 +86,57 @@ def test_nothing_imports_upward(path):
         assert allowed is None or other in allowed, f"{path}:{line} imports {module}"
 
 
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path):
+    """Modules of ours that a file imports, at its top or late."""
+    known = {module_name(file) for file in FILES}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    below = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    named = {module for module, _, _ in imports(path)}
+    return (named | {name for name in below if name.rpartition(".")[0] in named}) & known
+
+
+def cycle_in(graph):
+    """Names that import one another in a circle, or ``None``."""
+    finished, active = set(), []
+
+    def visit(name):
+        if name in active:
+            return [*active[active.index(name) :], name]
+        if name in finished:
+            return None
+        active.append(name)
+        found = next(filter(None, map(visit, sorted(graph.get(name, ())))), None)
+        active.pop()
+        finished.add(name)
+        return found
+
+    return next(filter(None, map(visit, sorted(graph))), None)
+
+
+def test_a_cycle_is_found():
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def test_no_modules_import_one_another_not_even_inside_a_package():
+    graph = {}
+    for path in FILES:
+        name = module_name(path)
+        # A package's __init__ re-exports; importing any module of the package runs it anyway.
+        if path.name != "__init__.py":
+            graph[name] = imported_modules(path) - {name}
+    assert cycle_in(graph) is None
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_diffusers_is_touched_late_and_by_few_and_accelerate_by_none(path):
     for module, line, inside_function in imports(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from ddinfer.models.index import call_parameters, pipeline_class
 from ddinfer.models.loading import denoisers, load_model, load_pipeline
 from ddinfer.models.meta_model import open_model, parameters_on_meta
 from ddinfer.models.pipeline_folder import PipelineSource
+from tests.local_hub import local_hub
 from tests.mapped import mapped_file
 from tests.tiny_pipelines import KINDS, call_arguments
 
@@ -28,34 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())
 CONFIGS: dict[str, dict[str, Any]] = DATA["configs"]
-
-#: One class per family runs by default; all of them at night.
-FAMILIES = [
-    "UNet2DConditionModel",
-    "UNet3DConditionModel",
-    "UNetMotionModel",
-    "UNetSpatioTemporalConditionModel",
-    "ControlNetModel",
-    "SD3Transformer2DModel",
-    "FluxTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "SanaTransformer2DModel",
-    "QwenImageTransformer2DModel",
-    "WanTransformer3DModel",
-    "CosmosTransformer3DModel",
-    "HunyuanVideoTransformer3DModel",
-    "LTXVideoTransformer3DModel",
-    "Lumina2Transformer2DModel",
-    "CogView4Transformer2DModel",
-    "ZImageTransformer2DModel",
-    "AutoencoderKL",
-    "AutoencoderDC",
-    "AutoencoderKLWan",
-    "AutoencoderTiny",
-    "VQModel",
-    "PriorTransformer",
-    "T2IAdapter",
-]
 
 
 def every_tensor(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -103,12 +77,6 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_class_of_each_family_comes_back_as_saved(name, tmp_path):
-    check_class(name, tmp_path)
-
-
-@pytest.mark.nightly
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_every_class_comes_back_as_saved(name, tmp_path):
     check_class(name, tmp_path)
@@ -481,6 +449,33 @@ def test_a_cached_hub_model_is_planned_offline(tiny, tmp_path):
     assert done.stdout.strip() == "torch.float32", done.stderr
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert "nor complete in the Hub cache" in run_offline(tmp_path, "-c", code).stderr
+
+
+def test_a_variant_is_planned_by_its_own_shards(tiny, tmp_path):
+    """Of a repository with two sharded variants, as SDXL's own."""
+    unet = load_pipeline(tiny("sd")).unet
+    shutil.copytree(tiny("sd"), tmp_path / "sd")
+    (tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    unet.save_pretrained(tmp_path / "sd" / "unet", max_shard_size="40KB")
+    unet.half().save_pretrained(tmp_path / "sd" / "unet", max_shard_size="40KB", variant="fp16")
+    assert len(list((tmp_path / "sd" / "unet").glob("*.index*.json"))) == 2
+    code = (
+        "import sys, torch\n"
+        "from ddinfer.models.pipeline_folder import PipelineSource\n"
+        "for variant in ('fp16', None):\n"
+        "    source = PipelineSource.for_planning('somebody/tiny', variant=variant)\n"
+        "    assert source.weights_at == 'somebody/tiny'\n"
+        "    print(source.dtypes('auto', torch.device('cuda'))['unet'])"
+    )
+    with local_hub("somebody/tiny", {"main": tmp_path / "sd"}) as address:
+        environment = os.environ | {
+            "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+            timeout=120, cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+    assert done.stdout.split() == ["torch.float16", "torch.float32"], done.stderr
 
 
 def test_a_quantised_hub_model_is_refused_by_its_configs(tiny, tmp_path):

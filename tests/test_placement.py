@@ -26,6 +26,7 @@ from ddinfer.models.devices import (
 )
 from ddinfer.models.placement import Placement, check_covers
 from ddinfer.models.planner import plan, plan_placement
+from ddinfer.models.stages import plan_stages
 from ddinfer.models.tree import Node, Tensor, tree_of, tree_of_model, units_of
 from tests.data.record_accelerate import CASES, build
 from tests.tiny_pipelines import tiny_pipeline
@@ -473,3 +474,14 @@ def test_small_components_stay_whole_when_large_ones_leave(tmp_path):
     where = where_everything_is(placement, root)
     assert {d for n, d in where.items() if n.startswith("transformer")} == {"cuda:0"}
     assert {d for n, d in where.items() if n.startswith("text_encoder_2")} == {"cuda:0", "cpu"}
+
+
+def test_a_stage_is_compared_with_the_first_gpu_whichever_budget_is_named_first():
+    names = [f"unet.{n}" for n in range(10)]
+    unet = Node("unet", (), tuple(Node(n, (Tensor(f"{n}.w", 2, f"{n}.w"),)) for n in names))
+    stages = {"denoise": ("unet",)}
+    gpus = {"cuda:0": 16, "cuda:1": 16}
+    root = Node("", (), (unet,), pipeline=True)
+    for budgets in ({**gpus, "cpu": 1000}, {"cpu": 1000, **gpus}):
+        placement = plan_stages(root, stages, budgets)["denoise"]
+        assert placement.bytes_on() == {"cuda:0": 10, "cuda:1": 10}

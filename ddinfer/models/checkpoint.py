@@ -12,7 +12,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,19 +190,10 @@ def weight_files(
     """
     names = {p.name for p in folder.iterdir()}
     suffixes = [".safetensors", *(PICKLE_SUFFIXES[:1] if allow_pickle else ())]
-    for kind in dict.fromkeys((variant, None)):
-        tag = f".{kind}" if kind else ""
-        for suffix in suffixes:
-            for stem in STEMS:
-                # Newer and older spellings of a variant's index.
-                for index in (
-                    f"{stem}{suffix}.index{tag}.json",
-                    f"{stem}{tag}{suffix}.index.json",
-                ):
-                    if index in names:
-                        return _shards(folder / index, suffix)
-                if f"{stem}{tag}{suffix}" in names:
-                    return [folder / f"{stem}{tag}{suffix}"]
+    for name, suffix in weight_names(variant, suffixes):
+        if name in names:
+            is_index = name.endswith(".json")
+            return _shards(folder / name, suffix) if is_index else [folder / name]
     pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     if pickles:
         raise CheckpointError(
@@ -216,6 +207,20 @@ def weight_files(
         f"{folder} has no weights: expected {' or '.join(f'{s}.safetensors' for s in STEMS[:2])} "
         f"(or their .index.json){hint}"
     )
+
+
+def weight_names(
+    variant: str | None, suffixes: Sequence[str] = (".safetensors",)
+) -> Iterator[tuple[str, str]]:
+    """File names under which a model's weights (or their index) may be, first choice first."""
+    for kind in dict.fromkeys((variant, None)):
+        tag = f".{kind}" if kind else ""
+        for suffix in suffixes:
+            for stem in STEMS:
+                # Newer and older spellings of a variant's index.
+                yield f"{stem}{suffix}.index{tag}.json", suffix
+                yield f"{stem}{tag}{suffix}.index.json", suffix
+                yield f"{stem}{tag}{suffix}", suffix
 
 
 def has_variant(folder: Path, variant: str) -> bool:

@@ -19,12 +19,12 @@ from ddinfer.models import internals
 from ddinfer.models.adapters import LoraFile, LowRank, add_lora, check_layers, read_lora
 from ddinfer.models.checkpoint import (
     DTYPES,
-    STEMS,
     CheckpointError,
     computing_dtype,
     has_variant,
     read_checkpoint,
     weight_files,
+    weight_names,
 )
 from ddinfer.models.component_roles import DENOISER_NAMES
 from ddinfer.models.hub import fetch_pipeline, remote_dtypes
@@ -259,11 +259,13 @@ class PipelineSource:
         name = next((n for n in DENOISER_NAMES if n in self.model_names()), None)
         if name is None:
             return torch.float32
-        tag = f".{self.variant}" if self.variant else ""
-        files = [f"{name}/{stem}{tag}.safetensors" for stem in STEMS]
-        for index in sorted((self.folder / name).glob("*.index*.json")):
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files.insert(0, f"{name}/{min(shards)}")
+        files = []
+        for file, _ in weight_names(self.variant):
+            if not file.endswith(".json"):
+                files.append(f"{name}/{file}")
+            elif (self.folder / name / file).is_file():
+                index = json.loads((self.folder / name / file).read_text(encoding="utf-8"))
+                files.append(f"{name}/{min(index['weight_map'].values())}")
         counts = remote_dtypes(repo, files, revision=self.revision, token=self.token)
         if not counts:
             raise UsageError(

@@ -8,7 +8,7 @@ fetched is kept free where they are computed: the one that computes and the one 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, cast, get_args
 
@@ -31,15 +31,11 @@ Strategy = Literal["balanced", "auto"]
 #: Share of each GPU's budget that is kept for activations unless told otherwise.
 HEADROOM = Fraction(1, 10)
 
-#: Arrangements of whole components that are compared before a heuristic takes over.
-MAX_ARRANGEMENTS = 20_000
-
 #: A component of at most this part of a pipeline's bytes is small.
 SMALL_PARTS = 50
 
 #: PlacementUnit's index → device.
 Assignment = dict[int, str]
-_Filler = Callable[[Sequence[PlacementUnit], Iterable[int], Mapping[str, int]], Assignment]
 
 
 def plan_placement(
@@ -114,10 +110,11 @@ def plan(
     Raises:
         PlacementError: it does not fit.
     """
-    units = units_of(root)
+    # A folder and a pipeline list the same components in other orders.
+    units = sorted(units_of(root), key=lambda unit: unit.component)
     gpus = [device for device in budgets if device not in (CPU, DISK)]
     computing = gpus or [device for device in budgets if device == CPU]
-    kept = {device: _kept(budgets[device], headroom) for device in computing}
+    kept = {device: _headroom(budgets[device], headroom) for device in computing}
     usable = {device: size - kept.get(device, 0) for device, size in budgets.items()}
     free = {device: usable[device] for device in gpus}
     main, room, ahead = next(iter(gpus), CPU), 0, True
@@ -138,7 +135,7 @@ def plan(
     return Placement(names, main, ahead, _sizes(root, names), dict(budgets), reserved)
 
 
-def _kept(budget: int, headroom: int | Fraction | None) -> int:
+def _headroom(budget: int, headroom: int | Fraction | None) -> int:
     if headroom is None:
         headroom = HEADROOM
     return min(budget, int(budget * headroom) if isinstance(headroom, Fraction) else headroom)
@@ -171,10 +168,8 @@ def _on_gpus(
         if len(components) > 1:
             found = _whole_components(units, components, free)
             found = found or _one_divided(units, components, free)
-        found = found or _evenly(units, everything, free)
+        found = found or _balance(units, everything, free)
     found = found or _in_order(units, everything, free)
-    if found is None or len(found) < len(units):
-        found = _tightly(units, everything, free)
     return found if len(found) == len(units) else None
 
 
@@ -201,34 +196,16 @@ def _whole_components(
 def _arrange(
     order: Sequence[str], sizes: Mapping[str, int], free: Mapping[str, int]
 ) -> dict[str, str] | None:
-    """Items (largest first) → bins, the fullest bin's share as small as possible."""
-    best: tuple[Fraction, dict[str, str]] | None = None
-    if len(free) ** len(order) <= MAX_ARRANGEMENTS:
-        trials: Iterable[tuple[str, ...]] = itertools.product(free, repeat=len(order))
-    else:
-        trials = [_largest_first(order, sizes, free)]
-    for trial in trials:
-        loads = dict.fromkeys(free, 0)
-        for item, device in zip(order, trial, strict=True):
-            loads[device] += sizes[item]
-        if any(loads[d] > free[d] for d in free):
-            continue
-        share = max(Fraction(loads[d], free[d]) for d in free if free[d]) if loads else Fraction(0)
-        if best is None or share < best[0]:
-            best = share, dict(zip(order, trial, strict=True))
-    return best[1] if best else None
-
-
-def _largest_first(
-    order: Sequence[str], sizes: Mapping[str, int], free: Mapping[str, int]
-) -> tuple[str, ...]:
-    loads = dict.fromkeys(free, 0)
-    trial = []
-    for item in order:
-        device = max(free, key=lambda d: free[d] - loads[d])
-        loads[device] += sizes[item]
-        trial.append(device)
-    return tuple(trial)
+    """Components (largest first) → GPUs, each where most room is left; ``None``: no room."""
+    left = dict(free)
+    chosen = {}
+    for component in order:
+        device = max(left, key=lambda d: left[d])
+        left[device] -= sizes[component]
+        if left[device] < 0:
+            return None
+        chosen[component] = device
+    return chosen
 
 
 def _one_divided(
@@ -245,14 +222,14 @@ def _one_divided(
         left = dict(free)
         for component, device in chosen.items():
             left[device] -= sizes[component]
-        found = _evenly(units, components[divided], left, {d: free[d] - left[d] for d in free})
+        found = _balance(units, components[divided], left, {d: free[d] - left[d] for d in free})
         if found is not None:
             whole = {n: chosen[c] for c in others for n in components[c]}
             return {**whole, **found}
     return None
 
 
-def _evenly(
+def _balance(
     units: Sequence[PlacementUnit],
     members: Sequence[int],
     free: Mapping[str, int],
@@ -304,68 +281,45 @@ def _in_order(
     return found
 
 
-def _tightly(
-    units: Sequence[PlacementUnit], members: Iterable[int], free: Mapping[str, int]
-) -> Assignment:
-    """Largest first, each where the least room stays: fits more than any order does."""
-    left = dict(free)
-    found: Assignment = {}
-    for n in sorted(members, key=lambda n: (-units[n].num_bytes, n)):
-        fitting = [d for d in left if units[n].num_bytes <= left[d]]
-        if fitting:
-            found[n] = min(fitting, key=lambda d: left[d])
-            left[found[n]] -= units[n].num_bytes
-    return found
-
-
 def _with_fetching(
     units: Sequence[PlacementUnit],
     free: Mapping[str, int],
-    budgets: Mapping[str, int],
+    usable: Mapping[str, int],
     prefetch: bool,
 ) -> tuple[Assignment, str, int, bool] | None:
     """Some units on host or disk: who lies where, what they are fetched into, and whether two fit.
 
-    The room is for a fetched unit and the next one (where that does not fit: for one alone). Which
-    units are fetched depends on the room and the room on them, so every size is tried.
+    Room is kept for a fetched unit and the next one (where that does not fit: for one alone).
+    Which units are fetched depends on the room and the room on them, so every size is tried.
     """
-    order = _first_to_last(units)
     sizes = [u.num_bytes for u in units]
+    order = _first_to_last(units)
+    # Neighbours stay together, unless the largest first spare a slower tier a twentieth of all.
+    orders = list(enumerate((order, sorted(order, key=lambda n: -sizes[n]))))
+    twentieth = max(1, sum(sizes) // 20)
     pairs = {one + other for one, other in itertools.pairwise([*sizes, *sizes[:1]])}
     for ahead, rooms in ((True, {*sizes, *pairs, *(2 * n for n in sizes)}), (False, set(sizes))):
         if ahead and not prefetch:
             continue
-        best: dict[_Filler, tuple[tuple[int, int, int], Assignment, str, int]] = {}
-        for main, room, filler in itertools.product(
-            free or (CPU,), sorted(rooms), (_in_order, _tightly)
-        ):
-            found = _try_room(units, order, free, budgets, main, room, filler)
+        best: tuple[tuple[int, ...], Assignment, str, int] | None = None
+        for main, room, (k, order) in itertools.product(free or (CPU,), sorted(rooms), orders):
+            found = _place_with_room(units, order, free, usable, main, room)
             if found is None:
                 continue
             fetched = sorted(n for n, d in found.items() if d in (CPU, DISK) and d != main)
-            if room < _needed([sizes[n] for n in fetched], ahead):
+            if room < _staging_needed([sizes[n] for n in fetched], ahead):
                 continue
             on_disk = sum(sizes[n] for n in fetched if found[n] == DISK)
-            score = (on_disk, sum(sizes[n] for n in fetched), room)
-            if filler not in best or score < best[filler][0]:
-                best[filler] = score, found, main, room
+            away = sum(sizes[n] for n in fetched)
+            score = (on_disk // twentieth, away // twentieth, k, on_disk, away, room)
+            if best is None or score < best[0]:
+                best = score, found, main, room
         if best:
-            return *_chosen(best, sum(sizes)), ahead
+            return *best[1:], ahead
     return None
 
 
-def _chosen(
-    best: Mapping[_Filler, tuple[tuple[int, int, int], Assignment, str, int]], total: int
-) -> tuple[Assignment, str, int]:
-    """Neighbours together, unless filling tightly spares a twentieth of all bytes a slower tier."""
-    ordered, tight = best.get(_in_order), best.get(_tightly)
-    if ordered is None or tight is None:
-        return (ordered or tight or next(iter(best.values())))[1:]
-    gain = [one - other for one, other in zip(ordered[0][:2], tight[0][:2], strict=True)]
-    return (tight if next((g for g in gain if g), 0) > total // 20 else ordered)[1:]
-
-
-def _needed(fetched: Sequence[int], ahead: bool) -> int:
+def _staging_needed(fetched: Sequence[int], ahead: bool) -> int:
     """Bytes for the largest fetched unit, or (``ahead``) the largest pair of neighbours.
 
     The first follows the last: the next step begins where this one ended.
@@ -390,30 +344,26 @@ def _first_to_last(units: Sequence[PlacementUnit]) -> list[int]:
     return sorted(range(len(units)), key=claim)
 
 
-def _try_room(
+def _place_with_room(
     units: Sequence[PlacementUnit],
     order: Sequence[int],
     free: Mapping[str, int],
-    budgets: Mapping[str, int],
+    usable: Mapping[str, int],
     main: str,
     room: int,
-    filler: _Filler,
 ) -> Assignment | None:
-    tiers = dict(free)
-    host = budgets.get(CPU, 0)
-    if main == CPU:
-        host -= room
-    else:
-        tiers[main] -= room
-    if host < 0 or any(size < 0 for size in tiers.values()):
+    """GPUs first, then the host, the rest on disk, with ``room`` bytes kept free on ``main``."""
+    tiers = {**free, CPU: usable.get(CPU, 0)}
+    tiers[main] -= room
+    if any(size < 0 for size in tiers.values()):
         return None
-    found = filler(units, order, tiers)
-    rest = [n for n in order if n not in found]
-    held = filler(units, rest, {CPU: host})
-    last = [n for n in rest if n not in held]
-    if DISK in budgets and sum(units[n].num_bytes for n in last) > budgets[DISK]:
+    host = tiers.pop(CPU)
+    found = _in_order(units, order, tiers)
+    found |= _in_order(units, [n for n in order if n not in found], {CPU: host})
+    last = [n for n in order if n not in found]
+    if DISK in usable and sum(units[n].num_bytes for n in last) > usable[DISK]:
         return None
-    return {**found, **held, **dict.fromkeys(last, DISK)}
+    return {**found, **dict.fromkeys(last, DISK)}
 
 
 def _does_not_fit(

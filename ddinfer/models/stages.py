@@ -100,7 +100,7 @@ def plan_stages(
         PlacementError: a stage does not fit; it is named.
     """
     placements: dict[Stage, Placement] = {}
-    first = next(iter(budgets.values()), 0)
+    first = budgets.get(next((d for d in budgets if d not in (CPU, DISK)), CPU), 0)
     for stage, names in components.items():
         parts = tuple(child for child in root.children if child.name in names)
         tree = Node("", (), parts, pipeline=True)
