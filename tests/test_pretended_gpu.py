@@ -29,6 +29,9 @@ def test_a_pipeline_draws_on_gpus_what_it_draws_on_the_cpu(kind, library, tmp_pa
     )  # fmt: skip
     refused, *cases = (json.loads(line) for line in done.stdout.splitlines())
     assert refused == {"refused": ["add", "matmul", "cat", "embedding", "conv"]}
+    if kind == "flux":
+        bucket = cases.pop()
+        assert bucket == {"way": "bucket", "num_blocks": 5, "is_same": True, "is_all": True}
     assert [case["kind"] for case in cases] == [kind] * 4
     assert {case["way"]: case["error"] for case in cases if case["error"]} == {}
     # The same kernels, but attention and linear layers are put together otherwise.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ddinfer.models.checkpoint import StoredTensor, read_tensors
@@ -13,11 +13,26 @@ if TYPE_CHECKING:
     import torch
 
 
+#: Bytes; where a tensor begins in a bucket, as CUDA's own allocator has it.
+ALIGNMENT = 256
+
+
 @dataclass
 class HostSource:
     """A tensor in host memory (which may itself be a view into a mapped file)."""
 
     tensor: torch.Tensor
+    is_in_bucket: bool = False
+
+    @property
+    def is_movable(self) -> bool:
+        return self.tensor.is_contiguous() and bool(self.tensor.numel()) and not self.is_in_bucket
+
+    def move_to(self, place: torch.Tensor) -> None:
+        """The same object, with its bytes elsewhere in host memory."""
+        place.copy_(self.tensor.detach())
+        self.tensor.data = place
+        self.is_in_bucket = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,10 +77,56 @@ class FetchGroup:
 
     Attributes:
         sources: name → its bytes. Tied names share one source.
+        bucket: what of them lies in host memory, in one piece; pinned where a GPU fetches it.
+        offsets: id of a source → where it begins in the bucket.
     """
 
     name: str
     sources: Mapping[str, Source]
+    bucket: torch.Tensor | None = None
+    offsets: dict[int, int] = field(default_factory=dict)
+
+    def fetch(self, device: torch.device) -> list[torch.Tensor]:
+        """The tensors on ``device``, in order. To a GPU, the bucket travels as one copy."""
+        sources = list(self.sources.values())
+        if device.type == "cpu" and device.index is None:
+            return read(sources, device)
+        if self.bucket is None:
+            self._fill_bucket(pin=device.type == "cuda")
+        rest = [source for source in sources if id(source) not in self.offsets]
+        found = dict(zip(map(id, rest), read(rest, device), strict=True))
+        if self.bucket is not None:
+            arrived = self.bucket.to(device, non_blocking=True, copy=True)
+            for source in sources:
+                if id(source) in self.offsets:
+                    found[id(source)] = self._part(arrived, source)
+        return [found[id(source)] for source in sources]
+
+    def _fill_bucket(self, *, pin: bool) -> None:
+        """Moves tensors in host memory into one piece, whence they are fetched from now on."""
+        import torch
+
+        end = 0
+        for source in self.sources.values():
+            if (
+                isinstance(source, HostSource)
+                and source.is_movable
+                and id(source) not in self.offsets
+            ):
+                self.offsets[id(source)] = end
+                end += -(-source.tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if not self.offsets:
+            return
+        self.bucket = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
+        for source in self.sources.values():
+            if isinstance(source, HostSource) and id(source) in self.offsets:
+                part = self._part(self.bucket, source)
+                if part.data_ptr() != source.tensor.data_ptr():  # tied names share a source
+                    source.move_to(part)
+
+    def _part(self, bucket: torch.Tensor, source: Any) -> torch.Tensor:
+        start, like = self.offsets[id(source)], source.tensor
+        return bucket[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def read(sources: Sequence[Source], device: torch.device) -> list[torch.Tensor]:
@@ -91,7 +152,7 @@ def read(sources: Sequence[Source], device: torch.device) -> list[torch.Tensor]:
         out[n] = made
     for n, source in enumerate(sources):
         if not isinstance(source, DiskSource):
-            out[n] = move(source.tensor, device, copy=device.index is not None)
+            out[n] = move(source.tensor.detach(), device, copy=device.index is not None)
     return [out[n] for n in range(len(sources))]
 
 
@@ -175,13 +236,13 @@ class Fetcher:
         import torch
 
         if self.device.type != "cuda":
-            return read(list(group.sources.values()), self.device), None
+            return group.fetch(self.device), None
         self._stream = self._stream or torch.cuda.Stream(self.device)
         if after is not None:
             # The host runs ahead of the GPU; without this, so would the memory.
             after.synchronize()
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            tensors = read(list(group.sources.values()), self.device)
+            tensors = group.fetch(self.device)
             event = torch.cuda.Event()
             event.record(self._stream)
         return tensors, event

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG = "config.json"
+
+#: Weight files of a model that are read at the same time.
+MAX_READERS = 4
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +76,8 @@ class OpenModel:
         order = sorted(self.stored, key=lambda n: (str(self.stored[n].file), n))
         order = [name for name in order if device_of(name) is not None]
         done: dict[str, torch.Tensor] = {}
-        for name, tensor in zip(order, read_tensors(self.stored[n] for n in order), strict=True):
+        for name, made in self._read(order, device_of):
             group = ties.get(name, (name,))
-            made = self.convert(name, tensor, device_of(name))
             first = next((done[other] for other in group if other in done), None)
             if first is not None and torch.equal(first, made):
                 continue  # stored twice, kept once
@@ -95,6 +98,28 @@ class OpenModel:
             finish_weight_norm(self.model)
             _assert_real(self.model)
         return self.model
+
+    def _read(
+        self, order: list[str], device_of: Callable[[str], torch.device | None]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors where they will live; several files are read at once."""
+
+        def read_file(names: list[str]) -> list[tuple[str, torch.Tensor]]:
+            tensors = read_tensors(self.stored[name] for name in names)
+            return [
+                (name, self.convert(name, tensor, device_of(name)))
+                for name, tensor in zip(names, tensors, strict=True)
+            ]
+
+        files: dict[Path, list[str]] = {}
+        for name in order:
+            files.setdefault(self.stored[name].file, []).append(name)
+        if len(files) < 2:
+            yield from read_file(order)
+            return
+        with ThreadPoolExecutor(min(MAX_READERS, len(files)), "ddinfer-read") as pool:
+            for tensors in pool.map(read_file, files.values()):
+                yield from tensors
 
     def convert(
         self, name: str, tensor: torch.Tensor, device: torch.device | str | None

@@ -253,9 +253,8 @@ class _Dispatcher:
     def _move(self, tensor: torch.Tensor, device: torch.device, before: torch.device) -> None:
         if before == canonical_device(device):
             return
-        # The object stays the same, so that whoever holds it keeps holding the weight.
-        tensor.data = tensor.data.to(device)
-        self.handle.on_undo(lambda: setattr(tensor, "data", tensor.data.to(before)))
+        _move_in_place(tensor, device)
+        self.handle.on_undo(functools.partial(_move_in_place, tensor, before))
 
     # ---------------------------------------------------------------- what is away
 
@@ -303,7 +302,7 @@ class _Dispatcher:
             return self.weights[id(original)]
         stored = next((n for n in self.ties.get(name, (name,)) if n in self.stored), None)
         component, _, inside = name.partition(".")
-        source: Source = self.written.get(id(original)) or HostSource(original.detach())
+        source: Source = self.written.get(id(original)) or HostSource(original)
         if stored is not None:
             part, key = self.stored[stored]
             source = found = DiskSource(part.stored[key], part.dtypes[key])
@@ -430,6 +429,15 @@ class _Dispatcher:
             own.update(before)
 
         self.handle.on_undo(unwrap)
+
+
+def _move_in_place(tensor: torch.Tensor, device: torch.device) -> None:
+    """The object stays the same, so that whoever holds it keeps holding the weight."""
+    moved = tensor.data.to(device)
+    try:
+        tensor.data = moved
+    except RuntimeError:  # torch has another kind of tensor for this device than for the host
+        torch.utils.swap_tensors(tensor, _like(tensor, moved))
 
 
 def _home(tensor: torch.Tensor) -> torch.device:

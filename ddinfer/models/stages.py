@@ -172,6 +172,8 @@ class StagedPipeline:
 
     def _open(self, name: str, *, is_present: bool) -> OpenModel:
         opened = self.source.open(name, self.dtypes[name], read=is_present)
+        if self.on_progress is not None:
+            self.on_progress()
         return replace(opened, on_progress=self.on_progress)
 
     def _fetches(self, stage: Stage) -> bool:

@@ -60,6 +60,26 @@ def cases(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
         yield case
 
 
+def bucket_case(folder: Path) -> dict[str, Any]:
+    """Weights on the host travel in one piece per block, the same one each time."""
+    pipe = load_pipeline(folder, placement=Placement({"": "cpu"}, main=FIRST))
+    groups = pipe.ddinfer_dispatched.groups
+    draw(pipe, "flux")
+    before = {group.name: group.bucket for group in groups}
+    draw(pipe, "flux")
+    blocks = [group for group in groups if "transformer_blocks" in group.name]
+    return {
+        "way": "bucket",
+        "num_blocks": len(blocks),
+        "is_same": all(group.bucket is before[group.name] for group in blocks),
+        "is_all": all(
+            source.tensor.untyped_storage().data_ptr() == group.bucket.untyped_storage().data_ptr()
+            for group in blocks
+            for source in group.sources.values()
+        ),
+    }
+
+
 def refused() -> list[str]:
     """Which of these operations are refused, as they should be."""
     here, there, host = (torch.ones(2, 2, device=d) for d in (FIRST, SECOND, "cpu"))
@@ -86,4 +106,6 @@ if __name__ == "__main__":
     for kind in sys.argv[3:] or KINDS:
         for case in cases(kind, tiny_pipeline(kind, sys.argv[2])):
             print(json.dumps(case), flush=True)
+    if "flux" in sys.argv[3:]:
+        print(json.dumps(bucket_case(tiny_pipeline("flux", sys.argv[2]))), flush=True)
     exit_now(0)
