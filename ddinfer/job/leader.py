@@ -23,6 +23,7 @@ from ddinfer.job.assignment import Assignment, IndexBatches
 from ddinfer.job.fingerprint import lora_hashes, model_fingerprint
 from ddinfer.job.prepare import job_identity, library_versions, prepare
 from ddinfer.job.restarts import attempt_id
+from ddinfer.models.host_memory import check_host_memory
 from ddinfer.models.index import scheduler_name
 from ddinfer.storage.crashes import prompts_to_give_up, quarantine, record_deaths
 from ddinfer.storage.disk_space import check_room, estimate_disk
@@ -97,6 +98,8 @@ class Leader:
             requests = JobFolder.look(self.files, config.output).all_requests
         self.job = prepare(config, stdin=stdin, requests=requests, gpus=gpu_numbers(world))
         source = open_source(self.job.model, config)
+        if config.placement is None and config.pipeline_parallel == 1:
+            check_host_memory(source, config.dtype, world.device, world.local_world_size)
         model_folder = source.folder
         self.num_threads = self._num_threads()
         identity = job_identity(
