@@ -99,7 +99,7 @@ class Leader:
         self.job = prepare(config, stdin=stdin, requests=requests, gpus=gpu_numbers(world))
         source = open_source(self.job.model, config)
         if config.placement is None and config.pipeline_parallel == 1:
-            check_host_memory(source, config.dtype, world.device, world.local_world_size)
+            check_host_memory(source, config.dtypes, world.device, world.local_world_size)
         model_folder = source.folder
         self.num_threads = self._num_threads()
         identity = job_identity(
