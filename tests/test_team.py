@@ -179,6 +179,49 @@ def test_too_few_tokens_for_the_ranks_are_refused():
     assert "has 2 image tokens, expected at least 4 for each rank" in told[0]
 
 
+def families_on_ranks(group):
+    from docs.make_exactness import measure
+
+    return measure()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_every_family_on_the_page_is_as_exact_as_it_says(num_ranks):
+    """Never silently wrong: refused, or equal up to rounding; `== 0` where two ranks divide all."""
+    found = run_ranks(families_on_ranks, num_ranks)[0]
+    made = {family: float(told) for family, told in found.items() if "refused" not in told}
+    assert len(made) >= 15
+    assert max(made.values()) <= 1e-6
+    if num_ranks == 2 and is_row_invariant():
+        assert [made[family] for family in ("Flux", "SD3", "PixArt", "Wan", "LTX-Video")] == [0] * 5
+
+
+def test_masks_and_unequal_lengths_in_two_more_families():
+    found = run_ranks(two_families, 2)[0]
+    assert found == {"Chroma": True, "LTX-Video": True}
+
+
+def two_families(group):
+    from tests.transformers import TRANSFORMERS
+
+    found = {}
+    for family in ("Chroma", "LTX-Video"):
+        torch.manual_seed(0)
+        model, arguments = TRANSFORMERS[family]()
+        team = Team({"transformer": model.eval()}, Communicator.of(), sequence_parallel=2)
+        if not team.is_leader:
+            team.serve()
+            continue
+        with team.leading():
+            made = model(**arguments, return_dict=False)[0]
+        team.detach()
+        with torch.no_grad():
+            whole = model(**arguments, return_dict=False)[0]
+        found[family] = float((made - whole).abs().max()) <= bound(rounding=1e-6)
+    return found
+
+
 # --- blocks of our own: what the comparison with the whole block finds --------------------------
 
 

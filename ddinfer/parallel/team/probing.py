@@ -167,6 +167,9 @@ class _Call:
         for k in {leaf for leaf, _ in guess}:
             axes_of_leaf = [(dim, cut(axis)) for (leaf, dim), axis in guess.items() if leaf == k]
             found_axes = [(dim, axis) for dim, axis in axes_of_leaf if axis]
+            is_mask = [dim for dim, _ in found_axes] == [self.leaves[k].dim() - 1]
+            if is_mask and seen.has_pairs:
+                continue  # the block makes a mask of pairs of it, and both stay whole
             if len(found_axes) == 1:  # a mask of pairs stays whole
                 inputs[k] = found_axes[0]
         return BlockPlan(
@@ -214,10 +217,15 @@ class _Empty:
 
 @dataclass
 class _Seen:
-    """What the fake run showed: the order of joint tokens, attention's lengths, output shapes."""
+    """What the fake run showed: the order of joint tokens, attention's lengths, output shapes.
+
+    Attributes:
+        has_pairs: an attention mask has a row for each query.
+    """
 
     joint: Axis | None
     lengths: list[tuple[int, int]]
+    has_pairs: bool
     outputs: dict[int, tuple[int, ...]]
 
 
@@ -228,6 +236,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.joints: set[Axis] = set()
         self.lengths: list[tuple[int, int]] = []
+        self.has_pairs = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -236,6 +245,9 @@ class _Watch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             query, key = _argument(args, kwargs, 0, "query"), _argument(args, kwargs, 1, "key")
             self.lengths.append((query.shape[-2], key.shape[-2]))
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if mask is not None and mask.dim() > 1 and mask.shape[-2] == query.shape[-2]:
+                self.has_pairs |= mask.stride(-2) != 0
         elif func in (torch.cat, torch.concat, torch.concatenate):
             parts = _argument(args, kwargs, 0, "tensors")
             dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
@@ -282,7 +294,7 @@ def _run(block: nn.Module, forward: Any, args: Any, kwargs: Any) -> _Seen:
         for k, leaf in enumerate(pytree.tree_leaves(made))
         if isinstance(leaf, torch.Tensor)
     }
-    return _Seen(next(iter(watch.joints), None), watch.lengths, outputs)
+    return _Seen(next(iter(watch.joints), None), watch.lengths, watch.has_pairs, outputs)
 
 
 @contextmanager

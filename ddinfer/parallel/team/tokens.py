@@ -67,19 +67,21 @@ class TokenBlocks:
     def run(self, block: _BlockForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a block, on every rank of the team."""
         key = (block.identity, call_signature(args, kwargs))
-        is_first = key not in self._plans
-        if is_first:
-            self._plans[key] = plan_block(block.name, block.module, block.forward, args, kwargs)
+        plan = self._plans.get(key)
+        if plan is not None:
+            return self._own_tokens(block, plan, args, kwargs)
+        plan = plan_block(block.name, block.module, block.forward, args, kwargs)
         try:
-            plan = self._plans[key]
-            shares = self._shares(block.name, plan)
-            made = self._own_tokens(block, plan, shares, args, kwargs)
-            if is_first:
-                self._check(block, made, args, kwargs)
-        except BaseException:
-            if is_first:
-                del self._plans[key]
-            raise
+            made = self._own_tokens(block, plan, args, kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, UsageError) or not _is_of_shapes(error):
+                raise
+            raise UsageError(
+                f"--sequence_parallel {self.exchange.size} cannot split {block.name} "
+                f"({type(block.module).__name__}) by tokens: {error}. Leave the option out"
+            ) from error
+        self._check(block, made, args, kwargs)
+        self._plans[key] = plan
         return made
 
     def _shares(self, name: str, plan: BlockPlan) -> Shares:
@@ -93,9 +95,8 @@ class TokenBlocks:
                 )
         return Shares(plan.lengths, size, self.exchange.rank)
 
-    def _own_tokens(
-        self, block: _BlockForward, plan: BlockPlan, shares: Shares, args: Any, kwargs: Any
-    ) -> Any:
+    def _own_tokens(self, block: _BlockForward, plan: BlockPlan, args: Any, kwargs: Any) -> Any:
+        shares = self._shares(block.name, plan)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         for k, leaf in enumerate(leaves):
             if k in plan.inputs:
@@ -191,6 +192,12 @@ def _own(leaf: torch.Tensor, shares: Shares, dim: int, axis: Axis) -> torch.Tens
         return rows.tensor
     whole = leaf.fetch() if isinstance(leaf, Deferred) else leaf
     return shares.cut(whole, dim, axis)
+
+
+def _is_of_shapes(error: Exception) -> bool:
+    """Whether a block failed because it does not run on a share of its tokens, not for memory."""
+    is_of_device = isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError))
+    return not is_of_device and "DefaultCPUAllocator" not in str(error)
 
 
 def call_signature(args: Any, kwargs: Any) -> Any:
