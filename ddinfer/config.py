@@ -239,6 +239,9 @@ class MemoryOptions:
     pipeline_parallel: Annotated[Count, _arg("S", default="1")] = 1
     """Cut the denoiser into S stages, held by S neighbouring ranks; several
     images are in flight."""
+    balance: Literal["bytes", "time"] = "bytes"
+    """What these stages are balanced by: bytes of weights, or time, measured with the first prompt.
+    Same images."""
 
 
 @dataclass(frozen=True)
@@ -365,6 +368,11 @@ class JobConfig(
             raise UsageError(
                 f"--compile does not go with --pipeline_parallel {self.pipeline_parallel}: a "
                 "denoiser cut over ranks is followed block by block; leave one out"
+            )
+        if self.balance == "time" and self.pipeline_parallel == 1:
+            raise UsageError(
+                "--balance time says how stages are balanced, but there are none; add "
+                "--pipeline_parallel S"
             )
         if placement is None:
             for name in ("max_memory", "gpus_per_rank"):

@@ -67,6 +67,9 @@ def test_a_unet_cut_in_two_draws_the_same_bytes(tmp_path):
     run_job_on_ranks(job("shapes-sd", tmp_path / "cut", prompts, pipeline_parallel=2, **more), 2)
     whole = file_bytes(tmp_path / "whole")
     assert file_bytes(tmp_path / "cut") == whole
+    by_time = {**more, "pipeline_parallel": 2, "balance": "time"}
+    run_job_on_ranks(job("shapes-sd", tmp_path / "timed", prompts, **by_time), 2)
+    assert file_bytes(tmp_path / "timed") == whole
     more |= {"pipeline_parallel": 2, "seed": 9}
     run_job_on_ranks(job("shapes-sd", tmp_path / "other", prompts, **more), 2)
     assert not set(file_bytes(tmp_path / "other").values()) & set(whole.values())

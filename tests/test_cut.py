@@ -8,11 +8,8 @@ from ddinfer.errors import UsageError
 from ddinfer.parallel.cut import balance
 
 
-def largest(sizes, stages, first=0, last=0):
-    loads = [sum(sizes[k] for k in stage) for stage in stages]
-    loads[0] += first
-    loads[-1] += last
-    return max(loads)
+def largest(sizes, stages):
+    return max(sum(sizes[k] for k in stage) for stage in stages)
 
 
 def every_cut(num_blocks, num_stages):
@@ -25,22 +22,17 @@ def every_cut(num_blocks, num_stages):
 @pytest.mark.parametrize(
     "sizes", [[1] * 7, [5, 1, 1, 1, 9, 2, 2], [0, 0, 3, 0, 1, 0], [100, 1, 1, 1, 1, 1, 1, 1]]
 )
-@pytest.mark.parametrize(("first", "last"), [(0, 0), (4, 0), (0, 7), (3, 2)])
-def test_the_largest_stage_is_as_small_as_any_cut_can_make_it(sizes, num_stages, first, last):
-    found = balance(sizes, num_stages, first=first, last=last)
+def test_the_largest_stage_is_as_small_as_any_cut_can_make_it(sizes, num_stages):
+    found = balance(sizes, num_stages)
     assert [k for stage in found for k in stage] == list(range(len(sizes)))
     assert all(len(stage) for stage in found)
-    best = min(largest(sizes, cut, first, last) for cut in every_cut(len(sizes), num_stages))
-    assert largest(sizes, found, first, last) == best
+    best = min(largest(sizes, cut) for cut in every_cut(len(sizes), num_stages))
+    assert largest(sizes, found) == best
 
 
 def test_equal_blocks_make_equal_stages():
     assert [len(stage) for stage in balance([7] * 12, 4)] == [3, 3, 3, 3]
     assert sorted(len(stage) for stage in balance([7] * 10, 4)) == [2, 2, 3, 3]
-
-
-def test_a_heavy_first_stage_gets_fewer_blocks():
-    assert [len(stage) for stage in balance([1] * 10, 2, first=4)] == [3, 7]
 
 
 def test_too_few_blocks_and_no_stage_are_refused_with_the_numbers():

@@ -15,6 +15,7 @@ import torch
 
 from ddinfer.distributed.partition import Replica
 from ddinfer.engines.base import Batch, ProgressListener
+from ddinfer.engines.block_times import measure_blocks
 from ddinfer.engines.encoding import EncodingCache
 from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_source
 from ddinfer.engines.pipeline_call import run_batch
@@ -25,11 +26,12 @@ from ddinfer.models.component_roles import DENOISER_NAMES
 from ddinfer.models.meta_model import OpenModel, build_on_meta
 from ddinfer.models.pipeline_folder import PipelineSource
 from ddinfer.parallel.blocks import denoiser_blocks, module_bytes
+from ddinfer.parallel.communicator import Communicator
 from ddinfer.parallel.continuous.image_state import check_pipeline_class
 from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
 from ddinfer.parallel.cut import block_stages
 from ddinfer.parallel.flow import PlanError
-from ddinfer.request import Result
+from ddinfer.request import Request, Result
 
 if TYPE_CHECKING:
     from ddinfer.config import JobConfig
@@ -125,23 +127,25 @@ def load_continuous_engine(
     device: str | torch.device,
     rank: int,
     group: Any = None,
+    first_request: Request | None = None,
 ) -> ContinuousEngine:
     """Load this rank's part of a job's pipeline: its own blocks, and on stage 0 the rest.
 
     Args:
         model: folder or hub id.
         group: the replica's process group, from `Replica.process_group`.
+        first_request: on the replica's first rank, what ``--balance time`` measures.
 
     Raises:
         UsageError: the pipeline cannot be cut.
     """
     source = open_source(model, config)
     target = torch.device(device)
-    denoisers = load_stage(source, config.dtypes, len(replica.ranks), replica.stage, target)
-    for name, denoiser in denoisers.items():
-        apply_to_denoiser(name, denoiser, config)
-        if source.loras:
-            send_with_calls(denoiser)
+    is_timed = config.balance == "time"
+    seconds: dict[str, list[float]] = {}
+    if is_timed and not replica.makes_results:
+        seconds = _of_first_rank(seconds, group, target)
+    denoisers, stages = _load_denoisers(source, config, replica, target, seconds)
     pipe = encodings = None
     if replica.makes_results:
         types = source.dtypes(config.dtypes, target)
@@ -153,29 +157,60 @@ def load_continuous_engine(
         pipe = source.assemble({**rest, **denoisers})
         set_up_leader(pipe, denoisers, config.setup)
         apply_to_pipeline(pipe, config)
+        if is_timed:
+            if first_request is not None:
+                seconds = measure_blocks(pipe, denoisers, first_request, {}, target)
+            _of_first_rank(seconds, group, target)
+            if seconds:
+                denoisers, stages = _load_denoisers(source, config, replica, target, seconds)
+                pipe = source.assemble({**rest, **denoisers})
+                apply_to_pipeline(pipe, config)
         encodings = EncodingCache(pipe)
-    pipeline = ContinuousPipeline(pipe, denoisers=denoisers, group=group, device=target)
+    pipeline = ContinuousPipeline(
+        pipe, denoisers=denoisers, stages=stages, group=group, device=target
+    )
     return ContinuousEngine(pipeline, rank=rank, encodings=encodings)
 
 
-def load_stage(
-    source: PipelineSource, dtype: Any, num_stages: int, stage: int, device: torch.device
-) -> dict[str, torch.nn.Module]:
-    """One stage of a pipeline's denoisers, by component name; foreign blocks are never read.
+def _of_first_rank(seconds: dict[str, list[float]], group: Any, device: torch.device) -> Any:
+    """What the replica's first rank has measured."""
+    comm = Communicator.of(group, device)
+    comm.agree(None, "measuring the denoiser's blocks")
+    found = comm.broadcast_object(seconds)
+    comm.close()
+    return found
+
+
+def _load_denoisers(
+    source: PipelineSource,
+    config: JobConfig,
+    replica: Replica,
+    device: torch.device,
+    seconds: Mapping[str, Sequence[float]],
+) -> tuple[dict[str, torch.nn.Module], dict[str, list[range]]]:
+    """One stage of a pipeline's denoisers, by component name, and all their stages.
+
+    Args:
+        seconds: of the blocks of each denoiser that is balanced by time.
 
     Raises:
-        UsageError: the pipeline has no denoiser that can be cut into ``num_stages``.
+        UsageError: the pipeline has no denoiser that can be cut into so many stages.
     """
-    types = source.dtypes(dtype, device)
-    found = {}
+    types = source.dtypes(config.dtypes, device)
+    found, stages = {}, {}
     for name in source.model_names():
         if name in DENOISER_NAMES:
             opened = source.open(name, types[name])
-            if opened.stored and denoiser_blocks(opened.model):
-                found[name] = _fill_stage(name, opened, num_stages, stage, device)
+            if opened.stored and (blocks := denoiser_blocks(opened.model)):
+                num_stages = len(replica.ranks)
+                stages[name] = _stages_of(name, opened.model, blocks, num_stages, seconds.get(name))
+                found[name] = _fill_stage(opened, blocks, stages[name][replica.stage], device)
+                apply_to_denoiser(name, found[name], config)
+                if source.loras:
+                    send_with_calls(found[name])
     if not found:
         raise _no_blocks(source)
-    return found
+    return found, stages
 
 
 def plan_stages(source: PipelineSource, num_stages: int) -> dict[str, list[StagePlan]]:
@@ -210,10 +245,14 @@ def _plan_of(
 
 
 def _stages_of(
-    name: str, model: torch.nn.Module, blocks: Sequence[str], num_stages: int
+    name: str,
+    model: torch.nn.Module,
+    blocks: Sequence[str],
+    num_stages: int,
+    seconds: Sequence[float] | None = None,
 ) -> list[range]:
     try:
-        return block_stages(model, blocks, num_stages)
+        return block_stages(model, blocks, num_stages, seconds)
     except PlanError as error:
         raise UsageError(
             f"--pipeline_parallel {num_stages}: the {name} cannot be cut: {error}"
@@ -229,10 +268,8 @@ def _no_blocks(source: PipelineSource) -> UsageError:
 
 
 def _fill_stage(
-    name: str, opened: OpenModel, num_stages: int, stage: int, device: torch.device
+    opened: OpenModel, blocks: Sequence[str], own: range, device: torch.device
 ) -> torch.nn.Module:
-    blocks = denoiser_blocks(opened.model)
-    own = _stages_of(name, opened.model, blocks, num_stages)[stage]
     foreign = tuple(f"{block}." for k, block in enumerate(blocks) if k not in own)
     opened.fill(lambda tensor: None if tensor.startswith(foreign) else device)
     for module in opened.model.modules():  # those of other ranks' blocks, too

@@ -15,19 +15,26 @@ from ddinfer.engines.whole import load_whole_engine
 from ddinfer.errors import UsageError
 from ddinfer.models.devices import on_gpu, parse_max_memory
 from ddinfer.models.placement import Placement
+from ddinfer.request import Request
 
 if TYPE_CHECKING:
     from ddinfer.engines.continuous import StagePlan
 
 
 def load_engine(
-    model: str, config: JobConfig, world: World, replica: Replica, group: Any = None
+    model: str,
+    config: JobConfig,
+    world: World,
+    replica: Replica,
+    group: Any = None,
+    first_request: Request | None = None,
 ) -> Engine:
     """Load what this rank holds of a job's model.
 
     Args:
         model: folder or hub id.
         group: of the ranks of ``replica``, where they are several.
+        first_request: of this rank's, for what is measured before (``--balance time``).
 
     Raises:
         UsageError: the pipeline lacks what an option asks for, or the model does not fit.
@@ -36,8 +43,9 @@ def load_engine(
         from ddinfer.engines.continuous import load_continuous_engine
 
         return load_continuous_engine(
-            model, config, replica, device=world.device, rank=world.rank, group=group
-        )
+            model, config, replica,
+            device=world.device, rank=world.rank, group=group, first_request=first_request,
+        )  # fmt: skip
     if config.team_options:
         from ddinfer.engines.team import load_team_engine
 

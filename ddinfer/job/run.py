@@ -107,7 +107,8 @@ def _run(
     engine = None
     stages = replica.process_group() if len(replica.ranks) > 1 else None
     if not assignment.is_empty:  # else nothing needs a model
-        engine = load_engine(assignment.model, config, group.world, replica, stages)
+        first = None if requests is None else requests.first()
+        engine = load_engine(assignment.model, config, group.world, replica, stages, first)
         engine.set_progress_listener(watchdog)
     loaded = time.monotonic()
 

@@ -12,9 +12,7 @@ from ddinfer.parallel.blocks import module_bytes
 from ddinfer.parallel.flow import PlanError
 
 
-def balance(
-    sizes: Sequence[float], num_stages: int, *, first: float = 0, last: float = 0
-) -> list[range]:
+def balance(sizes: Sequence[float], num_stages: int) -> list[range]:
     """Cut blocks into contiguous stages so that the largest stage is as small as possible.
 
     Every stage gets at least one block. Among cuts with an equally large largest stage the
@@ -22,8 +20,6 @@ def balance(
 
     Args:
         sizes: of the blocks, in the order they run (bytes, seconds: any one unit).
-        first: what the first stage carries besides its blocks, in the same unit.
-        last: likewise for the last stage.
 
     Returns:
         One range of block numbers per stage.
@@ -42,10 +38,6 @@ def balance(
     for size in sizes:
         total.append(total[-1] + size)
 
-    def weight(stage: int, begin: int, end: int) -> float:
-        extra = (first if stage == 0 else 0) + (last if stage == num_stages - 1 else 0)
-        return total[end] - total[begin] + extra
-
     # best[i]: (largest stage, sum of squares, where the stages begin) of the first i blocks
     best: list[tuple[float, float, tuple[int, ...]] | None] = [(0.0, 0.0, ())]
     best += [None] * num_blocks
@@ -56,7 +48,7 @@ def balance(
             for begin in range(stage, end):
                 before = best[begin]
                 if before is not None:
-                    here = weight(stage, begin, end)
+                    here = total[end] - total[begin]
                     largest, squares, begins = before
                     choices.append((max(largest, here), squares + here * here, (*begins, begin)))
             after[end] = min(choices) if choices else None
@@ -71,30 +63,20 @@ def block_stages(
     model: nn.Module,
     blocks: Sequence[str],
     num_stages: int,
-    split_points: list[str] | None = None,
-    *,
-    first: float = 0,
+    sizes: Sequence[float] | None = None,
 ) -> list[range]:
-    """Which blocks each stage has: balanced by bytes, or as the split points say.
+    """Which blocks each stage has.
 
     Args:
-        first: bytes' worth of what the first stage does besides its blocks.
+        sizes: what to balance, per block (default: bytes).
 
     Raises:
-        PlanError: too few blocks, or a split point that is none of them.
+        PlanError: too few blocks.
     """
     if len(blocks) < num_stages:
         raise PlanError(
             f"{type(model).__name__} has {len(blocks)} blocks, too few for {num_stages} ranks"
         )
-    if split_points is None:
+    if sizes is None:
         sizes = [module_bytes(model.get_submodule(block)) for block in blocks]
-        return balance(sizes, num_stages, first=first)
-    unknown = [p for p in split_points if p not in blocks[1:]]
-    if unknown:
-        raise PlanError(
-            f"split point {unknown[0]!r} is not one of its blocks after the first: "
-            f"{', '.join(blocks[1:4])}, …"
-        )
-    starts = [0, *sorted(blocks.index(p) for p in split_points), len(blocks)]
-    return [range(a, b) for a, b in itertools.pairwise(starts)]
+    return balance(sizes, num_stages)

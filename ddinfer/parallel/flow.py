@@ -153,19 +153,19 @@ class StagedModel:
 
     def run_order(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_timed: bool = False
-    ) -> list[tuple[int, float]]:
-        """Numbers of the blocks in the order in which a call runs them, each as often as it runs.
+    ) -> tuple[list[tuple[int, float]], Any]:
+        """Numbers and seconds of the blocks in the order in which a call runs them, and its output.
 
         As for `plan`, blocks return zeros and need no weights.
 
         Args:
-            is_timed: also measure each block, in seconds (else 0), with weights of zeros that it
-                holds for that time only.
+            is_timed: measure each block (else 0), with weights of zeros that it holds for that
+                time only.
         """
         call = _Ordering(self, is_timed)
         with torch.no_grad():
-            self._run(call, args, kwargs)
-        return call.order
+            output = self._run(call, args, kwargs)
+        return call.order, output
 
     def _edges(
         self, call: _Planning, arguments: TensorTree, in_output: Any, inspected: frozenset[int]

@@ -101,6 +101,9 @@ class RequestRows:
     def __len__(self) -> int:
         return len(self._indices)
 
+    def first(self) -> Request | None:
+        return self[self._indices[0]] if self._indices else None
+
     def __getitem__(self, index: int) -> Request:
         k = bisect_left(self._indices, index)
         if k == len(self) or self._indices[k] != index:

@@ -8,7 +8,7 @@ output to the first, whose image goes on to its next call. The pipeline is never
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ class ContinuousPipeline:
     Args:
         pipe: the pipeline on the first rank; ``None`` or a pipeline elsewhere.
         denoisers: by component name, on ranks that have no ``pipe``.
+        stages: which blocks each stage of a denoiser has (default: balanced by bytes).
         group: process group in stage order (default: all ranks).
         num_in_flight: images in the pipeline at once, at least the number of stages S (default: S;
             2·S on a GPU). From 2·S on, a tick's transfers overlap with the next tick's computing.
@@ -63,6 +64,7 @@ class ContinuousPipeline:
         pipe: Any = None,
         *,
         denoisers: Mapping[str, nn.Module] | None = None,
+        stages: Mapping[str, Sequence[range]] | None = None,
         group: Any = None,
         num_in_flight: int | None = None,
         device: str | torch.device | None = None,
@@ -91,7 +93,9 @@ class ContinuousPipeline:
                     )
                 check_pipeline_class(type(pipe))
                 self._threads = PipelineThreads(pipe, models, self.comm.device)
-            self._staged = [self._stage(name, model) for name, model in models.items()]
+            self._staged = [
+                self._stage(name, model, (stages or {}).get(name)) for name, model in models.items()
+            ]
         except Exception as failure:  # noqa: BLE001 - raised again, on every rank
             error = failure
         self.comm.agree(error, "cutting the denoiser")
@@ -99,11 +103,11 @@ class ContinuousPipeline:
         self._inspected: list[frozenset[int]] = [frozenset() for _ in self._staged]
         self._exchange = Exchange(self.comm, self._plans)
 
-    def _stage(self, name: str, model: nn.Module) -> StagedModel:
+    def _stage(self, name: str, model: nn.Module, stages: Sequence[range] | None) -> StagedModel:
         _check_supported(name, model)
         blocks = denoiser_blocks(model)
         try:
-            stages = block_stages(model, blocks, self.comm.size)
+            stages = stages or block_stages(model, blocks, self.comm.size)
         except PlanError as error:
             raise UsageError(f"the {name} cannot be cut: {error}") from error
         own = stages[self.comm.group_rank]

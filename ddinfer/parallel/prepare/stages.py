@@ -128,7 +128,7 @@ def _record_order(
         with substituted(model, placeholder):
             memory = {unit: _storages(model.get_submodule(unit)) for unit in units}
             with _UsedStorages() as used:
-                order = staged.run_order(args, kwargs, is_timed=is_timed)
+                order, _ = staged.run_order(args, kwargs, is_timed=is_timed)
     finally:
         staged.detach()
     return [(units[k], seconds) for k, seconds in order], [
