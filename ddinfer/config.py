@@ -21,7 +21,7 @@ from ddinfer.errors import UsageError
 from ddinfer.request import GIVEN_BY_DDINFER, PIPELINE_SETTINGS
 
 #: Options that let what a model brings run as code on this machine. No file can switch them on,
-#: and none is written with them: files are handed on.
+#: and none is written with them, since files are passed on to others.
 TRUST_OPTIONS = ("trust_remote_code", "allow_pickle", "setup")
 
 #: Options that are not part of the job: the secret one, those of trust, and switches of one run.
@@ -40,7 +40,7 @@ ONE_TIME_OPTIONS = (
 #: What ``--dtype`` takes, for all components or by name.
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
-#: What ``--placement`` knows by name; anything else is a file.
+#: Names that ``--placement`` takes; anything else is a file.
 PLACEMENTS = ("auto", "balanced", "staged")
 
 #: Call arguments that may not be set for all prompts at once, and what to do instead.
@@ -48,7 +48,7 @@ RESERVED_CALL_ARGUMENTS = {"prompt": "prompts come from --prompt or --prompts", 
 
 
 def parse_json_object(text: str) -> dict[str, Any]:
-    """What an option says as JSON.
+    """The JSON object in an option's text.
 
     Raises:
         ValueError: it is no JSON, or no object.

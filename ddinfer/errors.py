@@ -1,6 +1,6 @@
 """The errors that ddinfer raises, each with the exit code of the command line.
 
-Every message says what was found, what was expected, and how to fix it.
+Every message states what was found, what was expected, and how to fix it.
 """
 
 from __future__ import annotations

@@ -272,7 +272,7 @@ def test_parts_of_different_jobs_are_told_apart(tmp_path, parts):
     other = make_part(tmp_path / "cores", 2, 2, num_threads=8)
     text = refusal([parts[0], other], tmp_path / "joined")
     assert f"num_threads: 1 in {parts[0]}, 8 in {other}" in text
-    assert "--shard and --output alone" in text
+    assert "only in --shard and --output" in text
 
 
 def test_folders_that_cannot_be_joined_are_refused(tmp_path, parts):

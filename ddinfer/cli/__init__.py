@@ -29,7 +29,7 @@ COMMANDS = {
     "status": "progress of a job, while it runs and afterwards",
     "report": "write a page of the job's images, failures and times",
     "verify": "check that every image is present with the bytes that were written",
-    "retry-failed": "generate the failed prompts of a job again, from its folder alone",
+    "retry-failed": "generate the failed prompts of a job again, from what its folder records",
     "merge": "join the parts of a job that was split with --shard",
     "template": "print the script that starts a job under Slurm, Kubernetes or torchrun",
     "replay": "generate one image again from its own metadata and compare",

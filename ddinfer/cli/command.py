@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """What every command that opens a model takes anew: no folder and no image can say these."""
+    """Options of every command that opens a model. No folder and no image can set them."""
 
     token: Annotated[str | None, tyro.conf.arg(metavar="TOKEN")] = None
     """Hub token; setting HF_TOKEN is safer."""

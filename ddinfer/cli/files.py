@@ -8,7 +8,7 @@ from ddinfer.errors import UsageError
 
 
 def check_can_write(option: str, path: str, ending: str) -> None:
-    """Check, before time is spent, that ``path`` can be written.
+    """Check before any work that ``path`` can be written.
 
     Raises:
         UsageError: another ending, a directory, or in a directory that is missing or not

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _config_of(record: ImageRecord, options: ReplayOptions) -> JobConfig:
-    """How the model was loaded, by the record; what of it may run, by the options alone."""
+    """How the model was loaded, by the record; whether its code may run, only by the options."""
     names = (
         "variant",
         "revision",

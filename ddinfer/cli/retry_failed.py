@@ -1,4 +1,4 @@
-"""``ddinfer retry-failed OUT``: generate a job's failed prompts again, from its folder alone."""
+"""``ddinfer retry-failed OUT``: generate a job's failed prompts again."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Assignment:
         inexact: indices in ``solo`` whose planned batch is larger.
         skip: indices in a batch that have their image already. A batch always runs whole, but
             nothing is written twice.
-        info: what every image's metadata says about the job.
+        info: about the job, for every image's metadata.
         header: of this attempt's journals.
         model: folder or hub id.
         num_images, num_finished: of the whole job, and how many were made or failed before.

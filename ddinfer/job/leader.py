@@ -1,4 +1,4 @@
-"""What rank 0 alone does for a job: open the directory, assign batches, finish."""
+"""What only rank 0 does for a job: open the directory, assign batches, finish."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Leader:
             JobDescription(
                 self.job.requests, identity, library_versions(), config.to_dict(), self._shard()
             ),
-            overwrite=config.overwrite and world.restart_count == 0,  # a restart goes on
+            overwrite=config.overwrite and world.restart_count == 0,  # a restart resumes
             extend=config.extend,
             accept_versions=config.accept_versions,
             run_id=world.run_id if world.is_launched else "",
@@ -144,7 +144,7 @@ class Leader:
             before = attempt_id(world.run_id, world.restart_count - 1)
             record_deaths(self.files, config.output, before)
         state = self.folder.read_state()
-        if retry_failed and world.restart_count == 0:  # a restart goes on
+        if retry_failed and world.restart_count == 0:  # a restart resumes
             self.folder.retry_failed(state)
         given_up = prompts_to_give_up(self.folder.requests, state)
         if given_up:
@@ -194,7 +194,7 @@ class Leader:
         return Shard(part + 1, num_parts, images.start, images.stop)
 
     def _num_threads(self) -> int:
-        """As given, else as the job in the directory was begun, else by the machine's cores."""
+        """As given, else as in the job in the directory, else by the machine's cores."""
         config = self.config
         before = None if config.overwrite else read_job(self.files, config.output)
         if config.num_threads is None and before is not None:
@@ -231,7 +231,7 @@ class Leader:
         ]
 
     def _cost(self, batch: Sequence[int]) -> int:
-        """Denoising steps of a batch, as far as the Requests say; sorting keeps equals in order."""
+        """Denoising steps of a batch, where its Requests set them; equals stay in order."""
         return len(batch) * (self.job.requests[batch[0]].num_inference_steps or 0)
 
     def finish(self, times: Sequence[RankTimes]) -> RunReport:

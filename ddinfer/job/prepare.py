@@ -1,7 +1,7 @@
 """`prepare`: everything that is decided before a weight is read. Needs no ranks and no GPU.
 
 Requests, batches and the fingerprint are functions of the configuration and the prompt file
-alone, so that every run of the same command, on any number of ranks, means the same images.
+alone, so that every run of the same command, on any number of ranks, generates the same images.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Job:
         pipeline: name of its class.
         parameters: of the class's ``__call__``.
         stages: how ``--pipeline_parallel`` cuts each denoiser, by its name; else empty.
-        notes: what the user should know before the job runs, one sentence each.
+        notes: for the user before the job runs, one sentence each.
     """
 
     config: JobConfig

@@ -49,7 +49,7 @@ def batch_of(record: ImageRecord, image: str) -> tuple[list[Request], list[str]]
         return [own], []
     return [own], [
         f"it was generated in a batch of {len(record.batch)}, whose other requests are not in "
-        f"{out}: generated alone here, which can differ in last bits"
+        f"{out}: generated as a batch of one here, which can differ in last bits"
     ]
 
 
@@ -59,7 +59,7 @@ def _folder_of_job(image: str) -> str:
 
 
 def options_of_job(record: ImageRecord, image: str) -> dict[str, Any]:
-    """The options of the job around an image, which say where its model is; empty without it."""
+    """The options of the job around an image, which name its model; empty without it."""
     job = read_job(Files(), _folder_of_job(image))
     if job is None or job.identity.get("model_hash") != record.model_hash:
         return {}
@@ -95,7 +95,7 @@ def generate_again(
 
 
 def compare(data: bytes, path: str) -> tuple[bool, str]:
-    """Compare the bytes of two files; where they differ, what they show or let hear."""
+    """Compare the bytes of two files; where they differ, how their pixels or samples differ."""
     import numpy as np
 
     with open(path, "rb") as file:
@@ -121,7 +121,7 @@ def compare(data: bytes, path: str) -> tuple[bool, str]:
 
 
 def _decoded(path: str) -> list[np.ndarray]:
-    """What a file shows and lets hear: pictures in 0 to 255, and sound on the same scale."""
+    """The pixels of a file, from 0 to 255, or the samples of its sound on the same scale."""
     import numpy as np
 
     ending = os.path.splitext(path)[1]
@@ -147,8 +147,8 @@ def changes_since(record: ImageRecord, model: str, config: JobConfig, device: st
     hashes = lora_hashes(open_source(model, config).loras)
     lines += [
         f"LoRA {name}: its file is not the one that it was generated with"
-        for name, said in record.loras.items()
-        if hashes.get(name) != said
+        for name, recorded in record.loras.items()
+        if hashes.get(name) != recorded
     ]
     if setup_identity(config.setup) != record.setup:
         lines.append("--setup: its file is not the one that it was generated with")

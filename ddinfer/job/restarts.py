@@ -30,7 +30,7 @@ def launch_with_restarts(
     """`launch` ``fn``, again after a rank died; the other ranks finish their own work first.
 
     Args:
-        config: its ``max_restarts`` says how often; ``grace_seconds`` how long after a signal.
+        config: ``max_restarts`` limits how often, ``grace_seconds`` how long after a signal.
         notify: called with a message for every restart.
 
     Raises:

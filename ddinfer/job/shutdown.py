@@ -162,7 +162,7 @@ class ShutdownRequest:
     def _print_stderr(self, text: str) -> None:
         """To standard error, past its buffer: the main thread may be inside of it.
 
-        Not where nobody reads it any more, since that would stop the clock.
+        Not where its reader has stopped reading, since that would block this thread.
         """
         if self.verbose:
             with contextlib.suppress(OSError):  # no terminal any more

@@ -1,3 +1,3 @@
-"""Prompt files, and what a prompt may say."""
+"""Prompt files, and the fields of a prompt."""
 
 from ddinfer.prompts.files import read_requests as read_requests

@@ -1,4 +1,4 @@
-"""What a prompt may say: the names of its fields, their types, and help with misspelt ones."""
+"""The fields of a prompt: names, types, and help with misspelt names."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ class FieldChecker:
             )
         standard = [n for n in STANDARD_FIELDS if n in self.known]
         rest = sorted(self.known.difference(standard))
-        return f"unknown field {name!r}; this pipeline knows {', '.join([*standard, *rest])}"
+        return f"unknown field {name!r}; this pipeline takes {', '.join([*standard, *rest])}"
 
     def check(self, row: Mapping[str, Any], line: int | None) -> Prompt:
         """One row, every field of a known name and a right type.
@@ -237,7 +237,7 @@ class FieldChecker:
         return out
 
     def note_nulls(self) -> str | None:
-        """What the user should know of fields that are null."""
+        """A note for the user about fields that are null."""
         if not self.nulls:
             return None
         names = ", ".join(f"{name} ({count})" for name, count in sorted(self.nulls.items()))

@@ -112,7 +112,7 @@ def read_open_file(path: str) -> bytes:
 
 
 def kind_of_prompt_file(path: str) -> str | None:
-    """How a prompt file would be read, by its name; ``None``: its first line must say.
+    """How a prompt file would be read, by its name; ``None``: its first line decides.
 
     Raises:
         InputError: it is not there, may not be read, is a folder, or has an unknown ending.
@@ -313,7 +313,7 @@ def _columns(header: list[str], line: int, checker: FieldChecker) -> list[tuple[
             columns[name] = at
     if checker.takes_prompt and "prompt" not in columns:
         raise checker.error(
-            f"no column is named prompt; the first line must name the columns and says "
+            f"no column is named prompt; the first line must name the columns and is "
             f"{', '.join(repr(title) for title in header[:8])}",
             line,
         )
@@ -352,7 +352,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number that JSON knows")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _finite_float(text: str) -> float:
@@ -393,7 +393,7 @@ def _read_json(text: str, checker: FieldChecker) -> list[Prompt]:
         raise checker.error(f"broken JSON: {error}", None) from None
     if not isinstance(items, list):
         raise checker.error("expected a list of strings or objects", None)
-    checker.counts_items = True  # the decoder does not say on which line an item starts
+    checker.counts_items = True  # the decoder does not report the line of an item
     return _objects(enumerate(items, 1), checker, check_text="\\u" in text)
 
 

@@ -41,7 +41,7 @@ def write_report(
     Args:
         thumbnails: make those that are missing; else the page shows the images themselves where
             there is none.
-        progress: told how many of how many thumbnails have been made.
+        progress: called with how many thumbnails are made, and how many will be.
 
     Raises:
         UsageError: no job there, or a ``report.html`` that ddinfer did not write.

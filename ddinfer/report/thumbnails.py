@@ -74,7 +74,7 @@ def make_thumbnails(
         hashes: of the images that are there: index → the beginning of their SHA-256.
         threads: how many to make at once; default: one for each core.
         path_of: index → file of the image below ``path``.
-        progress: told how many of how many have been made, after each.
+        progress: called after each, with how many are made and how many will be.
     """
     done = list_thumbnails(files, path, hashes)
     missing = [index for index in hashes if index not in done.frames]
@@ -120,7 +120,7 @@ def _in_order(
     make: Callable[[int], tuple[int, int, str | None]],
     indices: list[int],
 ) -> Iterator[tuple[int, int, str | None]]:
-    """``pool.map`` that starts a few at a time: Ctrl-C then waits for those alone."""
+    """``pool.map`` that starts a few at a time: Ctrl-C then waits only for those."""
     left = iter(indices)
     while some := list(islice(left, _AT_ONCE)):
         yield from pool.map(make, some)

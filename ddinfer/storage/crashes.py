@@ -13,7 +13,7 @@ from ddinfer.storage.files import Files
 from ddinfer.storage.job_record import read_job
 from ddinfer.storage.journal import JournalState, JournalWriter, read_journals
 
-#: After so many deaths a prompt runs alone; after so many deaths alone it has failed.
+#: After so many deaths a prompt runs with nothing else in flight; after so many of those it fails.
 MAX_DEATHS = 2
 
 B = TypeVar("B", bound=Sequence[int])
@@ -40,7 +40,7 @@ def record_deaths(
     if job is None:
         return
     for attempt in read_journals(files, folder, job.fingerprints, job.images.stop).attempts:
-        # A batch that had run and was only not written yet killed nobody.
+        # A batch that was only being written cannot have killed the process.
         indices = [k for batch in attempt.in_flight if batch[0] in attempt.running for k in batch]
         if attempt.header.run_id != run_id or not indices:
             continue
@@ -93,7 +93,7 @@ def quarantine(batches: Sequence[B], state: JournalState) -> tuple[list[B], list
 
 
 def prompts_to_give_up(requests: Sequence[Request], state: JournalState) -> list[dict[str, Any]]:
-    """``failed`` lines for pending prompts that have killed their process twice, alone."""
+    """``failed`` lines for pending prompts that have killed their process twice on their own."""
     signals: dict[int, list[int]] = {}
     for death in state.deaths:
         if death["alone"]:

@@ -24,7 +24,7 @@ class DiskEstimate:
     """Room that is needed and room that is free, in bytes.
 
     Attributes:
-        is_measured: it rests on images that this job has made, not on their size alone.
+        is_measured: from the files of images that this job has made, not from width and height.
     """
 
     needed_bytes: int

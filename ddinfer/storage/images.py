@@ -1,4 +1,4 @@
-"""Where the files of a job's Requests lie, and what their metadata says."""
+"""Paths of a job's images, and the text in their metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddinfer.storage.media import ENDINGS, read_text
 IMAGES_FOLDER = "images"
 IMAGES_PER_FOLDER = 10_000
 
-#: Scheduler classes whose sampler A1111-style tools know by another name.
+#: Scheduler class → the name of its sampler in A1111-style tools.
 _SAMPLERS = {
     "DDIMScheduler": "DDIM",
     "DDPMScheduler": "DDPM",

@@ -44,7 +44,7 @@ from ddinfer.storage.lease import Lease
 from ddinfer.storage.media import Formats
 from ddinfer.storage.report_files import THUMBNAILS_FOLDER, delete_report
 
-#: Files of a job beside job.json, images and journals.
+#: Files of a job besides job.json, images and journals.
 _JOB_FILES = (
     metadata.METADATA_FILE,
     metadata.FAILURES_FILE,
@@ -165,7 +165,7 @@ class JobFolder:
         return self.record.fingerprint
 
     def read_journals(self) -> JournalState:
-        """The state by the journals alone, whether or not the images' files are there."""
+        """The state by the journals; whether the images' files exist is not checked."""
         record = self.record
         return read_journals(self.files, self.path, record.fingerprints, record.images.stop)
 
@@ -327,8 +327,8 @@ def _reject_foreign(files: Files, path: str) -> JobRecord | None:
 def _reject_links(files: Files, path: str) -> None:
     """
     Raises:
-        UsageError: a directory of the job is a link: a directory that somebody handed on could
-            make us write and delete anywhere.
+        UsageError: a directory of the job is a link, so that writing and deleting in it would
+            change files elsewhere.
     """
     for folder in (IMAGES_FOLDER, JOURNAL_FOLDER, THUMBNAILS_FOLDER):
         at = os.path.join(path, folder)

@@ -5,12 +5,12 @@ crash can tear only the last line, and a power failure only lines that were not 
 is a JSON object whose last key is the CRC-32 of everything before it. The first line is the
 header; the others are of one of these kinds:
 
-- ``start``: a batch is about to run (``indices``; ``beside``: the first index of each other batch
-  that is running in this process);
+- ``start``: a batch is about to run (``indices``; ``beside``: the first index of each batch that is
+  running concurrently in this process);
 - ``image``: an image is stored durably (``index``, ``sha256``, ``bytes``);
 - ``failed``: a prompt could not be made (``index``, ``error``);
 - ``death``: a process was killed by a signal (``signal``) with these prompts in flight
-  (``indices``; ``alone``: it was one);
+  (``indices``; ``alone``: there was only one);
 - ``retry``: failed prompts are pending again, and the deaths recorded for them are dropped;
 - ``end``: the process ended without being killed (``reason``).
 

@@ -1,11 +1,11 @@
 """``lock``: one job at a time writes into a directory.
 
-On one machine the kernel's flock decides: it ends with the last process of the job, so nobody
-waits after a crash. Between machines, and on file systems without flock, a heartbeat in the same
-file decides: rank 0 increments it every 10 s, and a lease whose heartbeat has not changed for 60 s
-has expired. The restarts of one run take over from one another at once.
+On one machine the kernel's flock decides: it ends with the last process of the job, so that a job
+after a crash does not wait. Between machines, and on file systems without flock, a heartbeat in the
+same file decides: rank 0 increments it every 10 s, and a lease whose heartbeat has not changed for
+60 s has expired. The restarts of one run take over from one another at once.
 
-Rank 0 alone locks a second file, ``rank0.lock``. `is_held` tests that one, with a shared lock, so
+Only rank 0 locks a second file, ``rank0.lock``. `is_held` tests that one, with a shared lock, so
 that looking at a job never prevents a job from starting.
 """
 
@@ -209,7 +209,7 @@ class Lease:
 
 
 def read_holder(files: Files, folder: str) -> Holder | None:
-    """The process that holds or last held the directory, as far as ``lock`` says."""
+    """The process that holds or last held the directory, according to ``lock``."""
     # Opened anew each time: on network file systems that is what brings the current content.
     data = files.read_or_none(os.path.join(folder, LOCK_FILE))
     try:
@@ -219,10 +219,10 @@ def read_holder(files: Files, folder: str) -> Holder | None:
 
 
 def is_held(files: Files, folder: str) -> bool:
-    """Whether a job is running in the directory, as far as can be told without waiting.
+    """Whether a job is running in the directory, without waiting for a heartbeat.
 
-    On one machine the kernel knows whether rank 0 lives. Of a job on another machine, or on a
-    file system without flock, the last heartbeat counts, however old it is.
+    On one machine the kernel holds rank 0's lock for as long as it runs. For a job on another
+    machine, or on a file system without flock, the last heartbeat counts, however old it is.
     """
     holder = read_holder(files, folder)
     path = os.path.join(folder, RANK0_FILE)
@@ -281,7 +281,7 @@ def _wait_for_expiry(
     sleep: Callable[[float], object],
     notify: Callable[[str], object],
 ) -> None:
-    """Return once the heartbeat says that no other job can be running."""
+    """Return once the heartbeat shows that no other job is running."""
     found = read_holder(files, folder)
     if found is None or found.beat < 0 or (me.run_id and found.run_id == me.run_id):
         return

@@ -56,7 +56,7 @@ def merge(
 
     Args:
         paths: directories that hold parts of one job (or all of it). They may overlap.
-        target: a new directory, or one that an earlier `merge` of this job has begun.
+        target: a new directory, or one that an earlier `merge` of this job has started to fill.
         notify: called with a sentence before copying.
 
     Raises:
@@ -133,7 +133,7 @@ def _check_same_job(first: JobFolder, folder: JobFolder) -> None:
     if len(b.segments) > 1:
         raise UsageError(
             f"{folder.path} was extended with --extend, so that its batches were cut otherwise; "
-            "merge the parts of a job as it was begun, and extend the joined directory"
+            "merge the parts of a job as it was started, and extend the joined directory"
         )
     if a.fingerprint == b.fingerprint:
         return
@@ -146,7 +146,7 @@ def _check_same_job(first: JobFolder, folder: JobFolder) -> None:
     raise UsageError(
         f"{folder.path} and {first.path} hold different jobs:"
         + "".join(f"\n  {line}" for line in lines)
-        + "\nThe parts of a job are made by one command that differs in --shard and --output alone"
+        + "\nThe parts of a job come from one command that differs only in --shard and --output"
     )
 
 

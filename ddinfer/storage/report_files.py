@@ -12,7 +12,7 @@ from ddinfer.storage.images import IMAGES_PER_FOLDER
 REPORT_FILE = "report.html"
 THUMBNAILS_FOLDER = "thumbnails"
 
-#: How a page that ddinfer has written begins: another `REPORT_FILE` is somebody else's.
+#: First bytes of a page that ddinfer has written; another `REPORT_FILE` is not ours.
 REPORT_START = b"<!doctype html>\n<!-- written by ddinfer report -->\n"
 
 _NAME = re.compile(r"(\d{8,})-([0-9a-f]{12})(?:-(\d+))?\.webp")
@@ -20,7 +20,7 @@ _NAME = re.compile(r"(\d{8,})-([0-9a-f]{12})(?:-(\d+))?\.webp")
 
 @dataclass(frozen=True)
 class ThumbnailName:
-    """What the name of a thumbnail says.
+    """The parts of a thumbnail's name.
 
     Attributes:
         hash: the first 12 hexadecimal digits of the image file's SHA-256.

@@ -71,12 +71,12 @@ def _rank(attempt: Attempt, is_running: bool) -> dict[str, Any]:
     }
 
 
-def job_state(is_running: bool, num_pending: int, said: Mapping[str, Any]) -> str:
-    """``running``, ``stopped``, ``interrupted`` or ``finished``; ``said``: its ``status.json``."""
+def job_state(is_running: bool, num_pending: int, status: Mapping[str, Any]) -> str:
+    """``running``, ``stopped``, ``interrupted`` or ``finished``; ``status``: of `read_status`."""
     if is_running:
         return "running"
-    if said.get("state") == "stopped":
+    if status.get("state") == "stopped":
         return "stopped"
     # A process that is killed leaves status.json as it was: "running".
-    is_finished = not num_pending and said.get("state", "finished") == "finished"
+    is_finished = not num_pending and status.get("state", "finished") == "finished"
     return "finished" if is_finished else "interrupted"
