@@ -154,7 +154,7 @@ def test_failed_prompts_of_a_part_are_tried_again_in_it_alone(moody, tmp_path):
     prompts = ("a", "b", f"need {gate}", "c", f"need {gate}")
     assert run_job(config(moody, out, "2/3", prompt=prompts)).num_failed == 1
     gate.touch()
-    again = config_of(RetryOptions(str(out), trust_remote_code=True))
+    again = config_of(RetryOptions(output=str(out), trust_remote_code=True))
     report = run_job(again, retry_failed=True)
     assert (report.num_images, report.num_new, report.num_failed) == (2, 1, 0)
 
