@@ -10,7 +10,7 @@ from diffusers.pipelines.kandinsky5.pipeline_output import KandinskyImagePipelin
 from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 from diffusers.pipelines.marigold.pipeline_marigold_depth import MarigoldDepthOutput
 from diffusers.pipelines.pipeline_utils import AudioPipelineOutput
-from diffusers.utils import load_image
+from diffusers.utils import load_image, load_video
 from PIL import Image
 
 import ddinfer
@@ -108,6 +108,36 @@ def test_files_are_those_of_plain_diffusers_on_any_ranks_and_resumed(kind, folde
     assert verify(Files(), str(out)).is_good
     run_ranks(on_rank, 2, job(folder, tmp_path / "two", kind), join=False)
     assert files(tmp_path / "two") == made
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "num_ranks"),
+    [
+        ("ltx2", {"pipeline_parallel": 2}, 2),
+        pytest.param("ltx2", {"placement": "balanced"}, 1, marks=pytest.mark.nightly),
+        pytest.param("stable_audio", {"pipeline_parallel": 2}, 2, marks=pytest.mark.nightly),
+        pytest.param("stable_audio", {"placement": "balanced"}, 1, marks=pytest.mark.nightly),
+        pytest.param("stable_video", {"pipeline_parallel": 2}, 2, marks=pytest.mark.nightly),
+        pytest.param("stable_video", {"placement": "balanced"}, 1, marks=pytest.mark.nightly),
+    ],
+)
+def test_cut_and_placed_models_make_the_same_files(kind, options, num_ranks, folder, tmp_path):
+    run_job(job(folder, tmp_path / "one", kind))
+    run_ranks(on_rank, num_ranks, job(folder, tmp_path / "out", kind, **options), join=False)
+    assert files(tmp_path / "out") == files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("kind", ENDINGS)
+def test_stages_are_refused_by_name(kind, folder, tmp_path):
+    with pytest.raises(UsageError, match=r"cannot run in stages: .* use --placement balanced"):
+        run_job(job(folder, tmp_path / "out", kind, placement="staged"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_sound_in_animated_images_is_refused_before_loading(folder, tmp_path):
+    with pytest.raises(UsageError, match=r"LTX2Pipeline makes videos with sound, .*apng"):
+        run_job(job(folder, tmp_path / "out", "ltx2", video_format="apng"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ENDINGS)
@@ -284,6 +314,44 @@ def test_a_video_is_its_frames(name, clips):
     for frame, expected in zip(loaded, frames(), strict=True):
         off = np.abs(np.subtract(frame, expected, dtype=int))
         assert off.max() == 0 if lossless else off.mean() < 12
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "pipeline_kwargs", "generate"])
+def test_a_job_on_a_video(form, clips, tmp_path):
+    """Compared with plain diffusers, called with what its `load_video` returns."""
+    model = tiny_pipeline("video_to_video", tmp_path)
+    arguments = call_arguments("video_to_video")
+    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    torch.set_num_threads(1)
+    loaded = [frame.convert("RGB") for frame in load_video(str(clips / "a.gif"))]
+    generator = torch.Generator("cpu").manual_seed(0)
+    [expected] = pipe(
+        prompt="a red cat", video=loaded, generator=generator, output_type="pil", **arguments
+    ).frames
+    if form == "generate":
+        [result] = ddinfer.generate(pipe, [{"prompt": "a red cat", "video": loaded}], **arguments)
+        shown = result.frames
+    else:
+        more = {"prompts": str(tmp_path / f"rows.{form}")}
+        if form == "jsonl":
+            row = {"prompt": "a red cat", "video": str(clips / "a.gif")}
+            (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        elif form == "csv":
+            (tmp_path / "rows.csv").write_text(f"prompt,video\na red cat,{clips / 'a.gif'}\n")
+        else:
+            arguments["video"] = str(clips / "a.gif")
+            more = {"prompt": ("a red cat",)}
+        named = {n: arguments.pop(n) for n in ("num_inference_steps", "height", "width")}
+        out = tmp_path / "out"
+        config = JobConfig(
+            model=str(model), output=str(out), device="cpu", num_threads=1, video_format="frames",
+            pipeline_kwargs=arguments, **named, **more,
+        )  # fmt: skip
+        assert run_job(config).num_failed == 0
+        shown = read_frames(str(out / "images/0000/00000000.zip"))
+    for frame, wanted in zip(shown, expected, strict=True):
+        assert np.array_equal(frame, wanted)
 
 
 def test_masks_and_sound_by_path(clips):

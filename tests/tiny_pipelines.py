@@ -541,6 +541,25 @@ def stable_video() -> Any:
     )  # fmt: skip
 
 
+def video_to_video() -> Any:
+    """AnimateDiff on Stable Diffusion's components: a video becomes another."""
+    from diffusers import AnimateDiffVideoToVideoPipeline, MotionAdapter
+
+    tokenizer = clip_tokenizer()
+    adapter = MotionAdapter(
+        block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=4,
+        motion_num_attention_heads=2,
+    )  # fmt: skip
+    return AnimateDiffVideoToVideoPipeline(
+        vae=_vae(),
+        text_encoder=_clip(tokenizer),
+        tokenizer=tokenizer,
+        unet=_unet(),
+        motion_adapter=adapter,
+        scheduler=_ddim(),
+    )
+
+
 #: kind → builder of a pipeline in memory.
 KINDS: dict[str, Callable[[], Any]] = {
     "sd": stable_diffusion,
@@ -554,4 +573,5 @@ KINDS: dict[str, Callable[[], Any]] = {
     "ltx2": ltx2,
     "stable_audio": stable_audio,
     "stable_video": stable_video,
+    "video_to_video": video_to_video,
 }

@@ -138,6 +138,7 @@ def prepare(
     check_pipeline(configs, config.trust_remote_code, **hub)
     notes: list[str | None] = []
     check_dtypes(kind, config)
+    check_formats(kind, config)
     if requests is None:
         allowed = [name for name in parameters if name not in GIVEN_BY_DDINFER]
         allowed += ["prompt"] if takes_prompt(parameters) else []
@@ -208,6 +209,19 @@ def check_dtypes(kind: Any, config: JobConfig) -> None:
                 f"--dtype {config.dtype}: {kind.__name__} has no component {name}; it has "
                 f"{', '.join(takes)}"
             )
+
+
+def check_formats(kind: Any, config: JobConfig) -> None:
+    """
+    Raises:
+        UsageError: videos with sound in a format that has none.
+    """
+    makes_sound = {"audio_vae", "vocoder"} & set(inspect.signature(kind.__init__).parameters)
+    if config.video_format == "apng" and len(makes_sound) == 2:
+        raise UsageError(
+            f"{kind.__name__} makes videos with sound, which --video_format apng cannot hold; use "
+            "mp4, webm or frames"
+        )
 
 
 def check_images(kind: type, prompts: Sequence[Prompt], defaults: Mapping[str, Any]) -> None:

@@ -151,7 +151,8 @@ const factTable = (values) => h("table", {}, ...Object.entries(values).map(([nam
 
 /** The row as a line of a jsonl prompt file. */
 const asPrompt = (table, row) => ({
-  prompt: table.promptText(row), seed: table.seed[row], ...table.parameters(row),
+  ...(table.promptText(row) && { prompt: table.promptText(row) }), seed: table.seed[row],
+  ...table.parameters(row),
 });
 
 /** The command that makes an image again; for one that failed, that tries again. */
