@@ -139,6 +139,7 @@ def prepare(
     notes: list[str | None] = []
     check_dtypes(kind, config)
     check_formats(kind, config)
+    is_new = requests is None
     if requests is None:
         allowed = [name for name in parameters if name not in GIVEN_BY_DDINFER]
         allowed += ["prompt"] if takes_prompt(parameters) else []
@@ -155,7 +156,7 @@ def prepare(
         notes += _demonstration_note(requests) if model_name in tiny.PIPELINES else []
         notes.append(checker.note_nulls())
     check_call(pipeline, parameters, call_arguments(requests), config.batch_size)
-    check_job_settings(kind, configs, config, requests)
+    check_requests(kind, configs, config, requests, is_new=is_new)
     setup_identity(config.setup)  # raises where there is no such function
     check_placement(config, gpus)
     stages = check_stages(model, config)
@@ -171,24 +172,31 @@ def prepare(
     )
 
 
-def check_job_settings(
-    kind: type, path: str, config: JobConfig, requests: Sequence[Request]
+def check_requests(
+    kind: type, path: str, config: JobConfig, requests: Sequence[Request], *, is_new: bool
 ) -> None:
-    """Check what prompts set on the pipeline (`PIPELINE_SETTINGS`), by its configs alone.
+    """Check what prompts ask of the pipeline and set on it, by its configs alone.
+
+    Args:
+        is_new: the requests come from a prompt file, which can be corrected.
 
     Raises:
         UsageError: the pipeline cannot use it.
+        InputError: values that its ``check_inputs`` refuses.
     """
-    if not config.loras and not any(request.settings() for request in requests):
-        return
     import torch
 
     from ddinfer.engines.pipeline_call import check_settings
     from ddinfer.models.adapters import find_loras
+    from ddinfer.models.check import check_values
     from ddinfer.models.pipeline_folder import PipelineSource
 
     hub = {"revision": config.revision, "token": config.token}
     source = PipelineSource.for_planning(path, trust_remote_code=config.trust_remote_code, **hub)
+    if is_new:
+        check_values(source, requests)
+    if not config.loras and not any(request.settings() for request in requests):
+        return
     own = None
     if any(entry.name == "scheduler" for entry in source.index.entries):
         own = source.load("scheduler", None, torch.device("cpu"))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
+import logging
 import os
 import sys
 import typing
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ddinfer.errors import UsageError
+from ddinfer.errors import InputError, UsageError
 from ddinfer.models.component_roles import DENOISER_NAMES
 from ddinfer.models.hub import MODEL_INDEX
 from ddinfer.models.index import (
@@ -19,7 +22,15 @@ from ddinfer.models.index import (
     pipeline_class,
     read_model_index,
 )
-from ddinfer.models.pipeline_folder import check_connected, installed_class, own_code
+from ddinfer.models.pipeline_folder import (
+    PipelineSource,
+    check_connected,
+    installed_class,
+    own_code,
+)
+from ddinfer.request import Request
+
+log = logging.getLogger(__name__)
 
 #: Fields of diffusers' output classes that are saved, by what they hold.
 VIDEO_FIELDS = ("frames", "videos", "video")
@@ -112,3 +123,80 @@ def _fields(annotation: Any, kind: Any) -> list[str]:
         module = sys.modules[kind.__module__]
         kinds = tuple(getattr(module, part.strip(), None) for part in annotation.split("|"))
     return [f.name for k in kinds if dataclasses.is_dataclass(k) for f in dataclasses.fields(k)]
+
+
+def check_values(source: PipelineSource, requests: Iterable[Request]) -> None:
+    """Let a pipeline of diffusers check what prompts ask for, before any weight is read.
+
+    Its ``check_inputs`` is asked once for each set of arguments. What it cannot tell without the
+    models is left to the call itself.
+
+    Raises:
+        InputError: sizes that do not divide, a strength beyond 1 and the like; names the prompt.
+    """
+    kind = source.kind
+    is_own = kind.__module__.startswith("diffusers.") and hasattr(kind, "check_inputs")
+    if not is_own or (pipe := _without_weights(source)) is None:
+        return
+    wanted = inspect.signature(kind.check_inputs).parameters
+    defaults = {n: p.default for n, p in inspect.signature(kind.__call__).parameters.items()}
+    seen: set[str] = set()
+    for request in requests:
+        plain = {n: v for n, v in request.parameters().items() if n not in request.input_hashes}
+        key = repr((sorted(plain.items(), key=str), sorted(request.input_hashes)))
+        if key in seen:
+            continue
+        seen.add(key)
+        sizes = {n: 1024 for n in ("height", "width") if plain.get(n) is None}
+        given: dict[str, Any] = {**defaults, **plain, **sizes, "prompt": request.prompt}
+        given["negative_prompt"] = request.negative_prompt
+        if set(request.input_hashes) & set(wanted):
+            continue  # images are looked at when they are read
+        arguments = {
+            name: given.get(name)
+            for name, parameter in wanted.items()
+            if name != "self" and (name in given or parameter.default is parameter.empty)
+        }
+        if any(value is inspect.Parameter.empty for value in arguments.values()):
+            continue  # something is missing, which the call says better
+        try:
+            pipe.check_inputs(**arguments)
+        except ValueError as error:
+            text = " ".join(str(error).split())
+            raise InputError(f"prompt {request.index} (id {request.id}): {text}") from None
+        except (TypeError, AttributeError, AssertionError, LookupError) as error:
+            log.debug("%s.check_inputs needs the models: %s", kind.__name__, error)
+
+
+class _Settings:
+    """In place of a component: its config, also as attributes."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return vars(self)["config"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def _without_weights(source: PipelineSource) -> Any:
+    """The pipeline with settings in place of its models; ``None`` where its class needs more."""
+    from diffusers.configuration_utils import FrozenDict
+
+    components: dict[str, Any] = {}
+    for entry in source.index.entries:
+        folder = source.folder / entry.name
+        config: dict[str, Any] = {}
+        for file in (folder / "config.json", folder / "scheduler_config.json"):
+            if file.is_file():
+                config = json.loads(file.read_text(encoding="utf-8"))
+        if entry.name.startswith("tokenizer"):
+            config.setdefault("model_max_length", 77)
+        components[entry.name] = _Settings(FrozenDict(config))
+    try:
+        return source.assemble(components)
+    except (TypeError, AttributeError, LookupError, ValueError) as error:
+        log.debug("%s cannot be made without its models: %s", source.kind.__name__, error)
+        return None

@@ -168,7 +168,8 @@ class FieldChecker:
         if not self._holdable(name):
             return f"{name!r} takes a tensor, which a prompt file cannot hold"
         if self.is_refused(name):
-            return f"this pipeline takes no {name}"
+            hint = "; --pipeline img2img or inpaint runs one that does" if "image" in name else ""
+            return f"this pipeline takes no {name}{hint}"
         meant = self.suggestion(name)
         if meant is not None:
             return f"unknown field {name!r}; did you mean {meant}?"
