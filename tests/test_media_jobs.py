@@ -29,7 +29,21 @@ from tests.ranks import run_ranks
 from tests.test_storage_media import RATE, frames, sound, video
 from tests.tiny_pipelines import call_arguments, tiny_pipeline
 
-ENDINGS = {"ltx2": "mp4", "stable_audio": "wav", "stable_video": "mp4"}
+ENDINGS = {
+    "ltx2": "mp4",
+    "stable_audio": "wav",
+    "stable_video": "mp4",
+    "marigold": "png",
+    "unconditional": "png",
+}
+#: What a row says for each of them.
+ROWS = {
+    "ltx2": {"prompt": "a red cat"},
+    "stable_audio": {"prompt": "a red cat"},
+    "stable_video": {"image": "first.png"},
+    "marigold": {"image": "first.png"},
+    "unconditional": {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +53,7 @@ def folder(tmp_path_factory):
     frames(1, (40, 32))[0].save(root / "first.png")
     for kind in ENDINGS:
         tiny_pipeline(kind, root)
-        row = {"image": "first.png"} if kind == "stable_video" else {"prompt": "a red cat"}
-        rows = [row, {**row, "seed": 7}]
+        rows = [ROWS[kind], {**ROWS[kind], "seed": 7}]
         (root / f"{kind}.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
     return root
 
@@ -77,6 +90,12 @@ def plain(folder, kind, seed):
     if kind == "stable_video":
         image = load_image(str(folder / "first.png"))
         return Result(request, frames=pipe(image, **arguments, output_type="pil").frames[0], fps=7)
+    if kind == "unconditional":
+        return Result(request, image=pipe(**arguments).images[0])
+    if kind == "marigold":
+        depth = pipe(load_image(str(folder / "first.png")), **arguments).prediction
+        # What its export_depth_to_16bit_png does; that one fails with this Pillow.
+        return Result(request, image=Image.fromarray((depth[0, ..., 0] * 65535).astype(np.uint16)))
     made = pipe("a red cat", **arguments, output_type="pil")
     [audio] = made.audio.numpy()
     return Result(request, frames=made.frames[0], audio=audio, sampling_rate=16_000, fps=24)

@@ -51,6 +51,8 @@ def call_arguments(kind: str) -> dict[str, Any]:
         common["num_frames"] = 5
     if kind == "ltx2":
         common |= {"max_sequence_length": 16, "spatio_temporal_guidance_blocks": [1]}
+    if kind in ("marigold", "unconditional"):
+        return {"num_inference_steps": 2}
     if kind == "stable_audio":
         return {"num_inference_steps": 2, "audio_end_in_s": 0.25}
     return common
@@ -541,6 +543,35 @@ def stable_video() -> Any:
     )  # fmt: skip
 
 
+def marigold() -> Any:
+    """A picture's depth; there is no prompt."""
+    from diffusers import MarigoldDepthPipeline
+
+    tokenizer = clip_tokenizer()
+    return MarigoldDepthPipeline(
+        unet=_unet(in_channels=8),
+        vae=_vae(),
+        scheduler=_ddim(),
+        text_encoder=_clip(tokenizer),
+        tokenizer=tokenizer,
+        prediction_type="depth",
+        scale_invariant=True,
+        shift_invariant=True,
+        default_denoising_steps=2,
+        default_processing_resolution=32,
+    )
+
+
+def unconditional() -> Any:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8,), norm_num_groups=4, attention_head_dim=8,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    return DDPMPipeline(unet, DDPMScheduler())
+
+
 def video_to_video() -> Any:
     """AnimateDiff on Stable Diffusion's components: a video becomes another."""
     from diffusers import AnimateDiffVideoToVideoPipeline, MotionAdapter
@@ -574,4 +605,6 @@ KINDS: dict[str, Callable[[], Any]] = {
     "stable_audio": stable_audio,
     "stable_video": stable_video,
     "video_to_video": video_to_video,
+    "marigold": marigold,
+    "unconditional": unconditional,
 }

@@ -27,7 +27,7 @@ from ddinfer.engines.lockstep import (
     needs_equal_inputs,
     sharded_models,
 )
-from ddinfer.engines.pipeline_call import check_call, check_settings, split_settings
+from ddinfer.engines.pipeline_call import check_call, check_settings, split_settings, takes_prompt
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import PromptsFailed, UsageError
 from ddinfer.models.adapters import loras_of
@@ -246,7 +246,8 @@ def _plan(
     parameters = inspect.signature(pipe.__call__).parameters
     takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     allowed = [n for n in parameters if n not in GIVEN_BY_DDINFER]
-    requests = as_requests(prompts, seed, None if takes_anything else allowed)
+    is_open = takes_anything and takes_prompt(parameters)
+    requests = as_requests(prompts, seed, None if is_open else allowed)
     shared, arguments = split_settings(call)
     given = set(arguments).union(*(r.parameters() for r in requests))
     given |= {"negative_prompt" for r in requests if r.negative_prompt is not None}

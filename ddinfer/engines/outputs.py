@@ -87,7 +87,7 @@ def sampling_rate(pipe: Any) -> int:
     Raises:
         RuntimeError: none of its components says.
     """
-    for name in ("vocoder", "sound_tokenizer", "audio_vae", "vae"):
+    for name in ("vocoder", "sound_tokenizer", "audio_vae", "vae", "unet"):
         config = getattr(getattr(pipe, name, None), "config", None)
         for key in ("output_sampling_rate", "sampling_rate", "sample_rate"):
             rate = getattr(config, key, None)

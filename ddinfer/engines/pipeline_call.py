@@ -222,8 +222,7 @@ def check_call(
     Raises:
         UsageError: the pipeline takes no generator, no such argument, or no batches.
     """
-    # Stable Diffusion's **kwargs is for two deprecated names; anything else it would ignore. Only
-    # a wrapper that does not even name its prompt is believed to hand everything on.
+    # Stable Diffusion's **kwargs is for two deprecated names; anything else it would ignore.
     takes_anything = takes_prompt(parameters) and "prompt" not in parameters
     if "generator" not in parameters and not takes_anything:
         raise UsageError(
@@ -248,8 +247,12 @@ def check_call(
 
 
 def takes_prompt(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a pipeline's ``__call__`` takes a prompt, by name or with whatever it is given."""
-    return "prompt" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    """Whether a pipeline's ``__call__`` takes a prompt.
+
+    A wrapper that names not even its generator is believed to hand on whatever it is given.
+    """
+    has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "prompt" in parameters or (has_kwargs and "generator" not in parameters)
 
 
 @contextlib.contextmanager
