@@ -282,6 +282,8 @@ class ModelOptions:
     """A LoRA, beside the model's own weights; repeat for several. A prompt's "lora" says which."""
     dtype: Annotated[str, _arg("auto|float32|float16|bfloat16", default="auto")] = "auto"
     """auto: float32 on CPU, else the checkpoint's own. By component: vae=float32,bfloat16."""
+    quantize: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("COMPONENT=fp8")] = ()
+    """Keep a component's weights in 8 bits and compute in its dtype. Changes images."""
     variant: Annotated[str | None, _arg("NAME")] = None
     """Variant of the weight files, such as fp16."""
     revision: Annotated[str | None, _arg("REV")] = None
@@ -343,6 +345,7 @@ class JobConfig(
         self._check_placement()
         self._check_team()
         _ = self.shard_of, self.dtypes, self.components, self.loras  # raise
+        self._check_quantize()
         if self.compile and self.lora:
             raise UsageError("--compile does not go with --lora; leave one out")
         if self.setup is not None and self.placement == "staged":
@@ -360,6 +363,23 @@ class JobConfig(
                 raise UsageError(f"--pipeline_kwargs {name}: it is an option, --{name}")
             if name in RESERVED_CALL_ARGUMENTS:
                 raise UsageError(f"--pipeline_kwargs {name}: {RESERVED_CALL_ARGUMENTS[name]}")
+
+    def _check_quantize(self) -> None:
+        for text in self.quantize:
+            name, _, kind = text.partition("=")
+            if not name.isidentifier() or kind != "fp8":
+                raise OptionError(
+                    "quantize",
+                    f"--quantize {text}: expected COMPONENT=fp8, such as transformer=fp8",
+                )
+        others = {
+            "placement": self.placement is not None,
+            "pipeline_parallel": self.pipeline_parallel > 1,
+            "lora": bool(self.lora),
+            "compile": self.compile,
+        }
+        for option in (name for name, is_given in others.items() if is_given and self.quantize):
+            raise UsageError(f"--quantize does not go with --{option}; leave one out")
 
     def _check_placement(self) -> None:
         """The options that say how a rank, or several, hold the model."""
@@ -412,6 +432,7 @@ class JobConfig(
             f"--pipeline_parallel {self.pipeline_parallel}": self.pipeline_parallel > 1,
             f"--placement {self.placement}": self.placement is not None,
             "--compile": self.compile,
+            "--quantize": bool(self.quantize),
         }
         for other, is_given in others.items():
             if is_given:

@@ -412,6 +412,12 @@ def test_rows_with_wrong_weights_are_named(tiny, loras, tmp_path, lora, message)
         prepare(resolve_config(job(tiny("sd"), tmp_path, two(loras, "sd-peft"), rows)))
 
 
+def test_a_scale_that_only_peft_obeys_is_refused(tiny, loras, tmp_path):
+    rows = [{"prompt": "a cat", "cross_attention_kwargs": {"scale": 0.5}}]
+    with pytest.raises(UsageError, match='give the weight as "lora"'):
+        prepare(resolve_config(job(tiny("sd"), tmp_path, two(loras, "sd-peft"), rows)))
+
+
 def test_diffusers_itself_draws_the_same_without_a_lora(tiny, loras):
     plain = DiffusionPipeline.from_pretrained(tiny("sd"))
     plain.set_progress_bar_config(disable=True)

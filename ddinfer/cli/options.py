@@ -165,7 +165,7 @@ def _read_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         name = _known(name, "environment variable ", ENVIRONMENT_PREFIX)
         sources[name] = variable
-        values[name] = [text] if name in ("prompt", "component", "lora") else text
+        values[name] = [text] if name in ("prompt", "component", "lora", "quantize") else text
         if name == "pipeline_kwargs":
             try:
                 values[name] = parse_json_object(text)

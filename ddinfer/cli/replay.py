@@ -86,6 +86,7 @@ def _config_of(record: ImageRecord, options: ReplayOptions) -> JobConfig:
         pipeline=options.pipeline or found.get("pipeline"),
         component=options.component or found.get("component", ()),
         lora=options.lora or found.get("lora", ()),
+        quantize=tuple(record.quantize),
         dtype=record.dtype.replace("checkpoint", "auto"),
         token=options.token,
         setup=options.setup,

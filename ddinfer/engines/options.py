@@ -80,6 +80,26 @@ def apply_to_pipeline(pipe: Any, config: JobConfig) -> None:
         _vae_method(pipe, "enable_slicing", "--vae_slicing")()
 
 
+def quantize(pipe: Any, config: JobConfig) -> None:
+    """Keep the weights of components in float8, cast for each layer's forward by diffusers.
+
+    Raises:
+        UsageError: no such component, or none of diffusers' models.
+    """
+    import torch
+
+    for text in config.quantize:
+        name = text.partition("=")[0]
+        model = pipe.components.get(name)
+        if not hasattr(model, "enable_layerwise_casting"):
+            able = [n for n, c in pipe.components.items() if hasattr(c, "enable_layerwise_casting")]
+            raise UsageError(
+                f"--quantize {text}: {type(pipe).__name__} has no such model of diffusers; it has "
+                f"{', '.join(able)}"
+            )
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
+
+
 def apply_to_denoiser(name: str, denoiser: Any, config: JobConfig) -> None:
     """What holds for a denoiser, or for this rank's stage of one.
 

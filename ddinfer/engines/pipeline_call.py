@@ -150,6 +150,12 @@ def check_settings(
                     f"prompt {request.index} (id {request.id}): no LoRA is called {name!r}; "
                     f"loaded are {', '.join(sorted(loras)) or 'none (--lora PATH=NAME)'}"
                 )
+        for name, value in request.kwargs.items():
+            if loras and name.endswith("attention_kwargs") and "scale" in (value or ()):
+                raise UsageError(
+                    f"prompt {request.index} (id {request.id}): {name} has a scale, which only "
+                    'peft obeys; give the weight as "lora": {"' + sorted(loras)[0] + '": …}'
+                )
         text = settings.get("scheduler")
         given = frozenset({"sigmas", "timesteps"}.intersection(request.kwargs))
         if text is None or (text, given) in seen:

@@ -9,7 +9,13 @@ from ddinfer.config import JobConfig
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, ProgressListener
 from ddinfer.engines.encoding import EncodingCache
-from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, gpu_numbers, open_source
+from ddinfer.engines.options import (
+    apply_to_denoiser,
+    apply_to_pipeline,
+    gpu_numbers,
+    open_source,
+    quantize,
+)
 from ddinfer.engines.pipeline_call import run_batch
 from ddinfer.engines.setup_file import setup_function
 from ddinfer.errors import UsageError
@@ -94,6 +100,7 @@ def load_whole_engine(
         gpus=gpu_numbers(world) if is_placed else None,
         setup=setup_function(config.setup),
     )
+    quantize(pipe, config)
     apply_to_pipeline(pipe, config)
     if config.attention_backend is not None or config.compile:
         for name, denoiser in denoisers(pipe).items():

@@ -138,6 +138,7 @@ def prepare(
     check_pipeline(configs, config.trust_remote_code, **hub)
     notes: list[str | None] = []
     check_dtypes(kind, config)
+    check_quantize(kind, config)
     check_formats(kind, config)
     is_new = requests is None
     if requests is None:
@@ -170,6 +171,20 @@ def prepare(
         stages,
         tuple(filter(None, notes)),
     )
+
+
+def check_quantize(kind: Any, config: JobConfig) -> None:
+    """
+    Raises:
+        UsageError: ``--quantize`` names a component that the pipeline's class does not take.
+    """
+    takes = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    for text in config.quantize:
+        if text.partition("=")[0] not in takes:
+            raise UsageError(
+                f"--quantize {text}: {kind.__name__} has no such component; it has "
+                f"{', '.join(takes)}"
+            )
 
 
 def check_requests(
@@ -345,6 +360,7 @@ def job_identity(
         "vae_tiling": config.vae_tiling,
         "vae_slicing": config.vae_slicing,
         "compile": config.compile,
+        "quantize": sorted(config.quantize),
         "cfg_parallel": config.cfg_parallel,
         "sequence_parallel": config.sequence_parallel,
         "fps": config.fps,

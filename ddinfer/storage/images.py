@@ -150,6 +150,7 @@ class ImageRecord:
     sequence_parallel: int = 1
     loras: dict[str, dict[str, str]] = field(default_factory=dict)
     setup: dict[str, str] | None = None
+    quantize: list[str] = field(default_factory=list)
 
 
 def read_metadata(path: str) -> ImageRecord:
