@@ -21,7 +21,7 @@ from bench.report import PAGE, page_with_figures
 #: In the order of the page, and of running.
 PARTS = (
     *jobs.PARTS, "startup", "scaling", "overhead", "memory", "options", "instant",
-    "launch", "loading", "journal", "png", "schedule", "continuous", "gpu",
+    "launch", "loading", "journal", "png", "schedule", "continuous", "intra", "gpu",
 )  # fmt: skip
 
 
