@@ -25,6 +25,9 @@ LORAS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "flux-peft": ("flux", {"transformer": ("to_q", "proj_mlp", "x_embedder")}),
     # with peft's own settings in the file's header
     "flux-metadata": ("flux", {"transformer": ("to_k", "to_v")}),
+    # as kohya's and XLabs' scripts save it, with the names of the original code
+    "flux-kohya": ("flux", {"transformer": ("to_q",)}),
+    "flux-xlabs": ("flux", {"transformer": ("to_q",)}),
     "wan-peft": ("wan", {"transformer": ("to_q", "ffn.net.2")}),
 }
 
@@ -42,7 +45,7 @@ def make_lora(name: str, pipe: Any, folder: str | Path, *, seed: int = 0) -> Pat
             rank = 2 if layer.endswith(endings[0]) else 4
             down = torch.randn(rank, *shape[1:], generator=generator) * 0.2
             up = torch.randn(shape[0], rank, *([1] * (len(shape) - 2)), generator=generator) * 0.2
-            if name.endswith("kohya"):
+            if name == "sd-kohya":
                 prefix = {"unet": "lora_unet", "text_encoder": "lora_te"}[component]
                 inside = f"text_model.{layer}" if component == "text_encoder" else layer
                 inside = inside.removeprefix("text_model.text_model.").replace(".", "_")
@@ -56,6 +59,8 @@ def make_lora(name: str, pipe: Any, folder: str | Path, *, seed: int = 0) -> Pat
             else:
                 key = f"{component}.{layer}"
                 tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = down, up
+    if name in ("flux-kohya", "flux-xlabs"):
+        tensors = _original_flux(name, pipe.transformer, generator)
     path = Path(folder) / f"{name}-{seed}.safetensors"
     metadata = None
     if name.endswith("metadata"):
@@ -67,3 +72,20 @@ def make_lora(name: str, pipe: Any, folder: str | Path, *, seed: int = 0) -> Pat
         }
     save_file(tensors, path, metadata)
     return path
+
+
+def _original_flux(name: str, model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Query, key and value in one, as the original code has them."""
+    tensors = {}
+    for k, block in enumerate(model.transformer_blocks):
+        width = block.attn.to_q.in_features
+        down = torch.randn(4, width, generator=generator) * 0.2
+        up = torch.randn(3 * width, 4, generator=generator) * 0.2
+        if name == "flux-kohya":
+            key = f"lora_unet_double_blocks_{k}_img_attn_qkv"
+            tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
+            tensors[f"{key}.alpha"] = torch.tensor(2.0)
+        else:
+            key = f"double_blocks.{k}.processor.qkv_lora1"
+            tensors[f"{key}.down.weight"], tensors[f"{key}.up.weight"] = down, up
+    return tensors
