@@ -17,6 +17,7 @@ VALUES = {"errors", "_version"}
 MAY_IMPORT = {
     "errors": set(),
     "_version": set(),
+    "patched": set(),
     "request": {"errors"},
     "config": {"errors", "request"},
     "inputs": {"errors", "request"},
@@ -25,8 +26,9 @@ MAY_IMPORT = {
     "distributed": VALUES | {"request", "config"},
     "models": VALUES | {"request", "config", "tiny"},
     "tiny": VALUES | {"request"},
-    "parallel": VALUES | {"request", "distributed", "models"},
-    "engines": VALUES | {"request", "inputs", "config", "distributed", "models", "parallel"},
+    "parallel": VALUES | {"patched", "request", "distributed", "models"},
+    "engines": VALUES
+    | {"patched", "request", "inputs", "config", "distributed", "models", "parallel"},
     "report": VALUES | {"request", "inputs", "storage", "distributed"},
     "job": None,
     "embed": None,
