@@ -257,7 +257,7 @@ def test_replay_makes_the_same_image_again_with_its_batch_and_notices_another(mo
         (["--nproc_per_node", "two"], "two"),
         (["--width", "63", "--prompt", "a", "--pipeline_kwargs", '{"x": 1}'], "takes no argument"),
         (["replay", "nowhere.png"], "nowhere.png"),
-        (["replay", __file__, "--save", "nowhere/a.png"], "the directory nowhere does not exist"),
+        (["replay", __file__, "--save", "nowhere/a.py"], "the directory nowhere does not exist"),
     ],
 )
 def test_bad_usage_ends_with_2_and_one_clear_message(words, message, tmp_path):
