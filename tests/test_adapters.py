@@ -24,6 +24,7 @@ from ddinfer.models.adapters import loras_set
 from tests.data.record_peft import SETS, TARGET, adapter_name, figures, picture
 from tests.local_hub import local_hub
 from tests.loras import LORAS, make_lora
+from tests.ranks import run_ranks
 from tests.test_cli import ROOT
 from tests.test_run import file_bytes, lines, pixels
 from tests.test_run import run as run_on_ranks
@@ -270,6 +271,21 @@ def test_generate_takes_weights_for_all_prompts(tiny, loras, expected):
     plain = ddinfer.load_pipeline(tiny("sd"))
     with pytest.raises(UsageError, match="loaded are none"):
         ddinfer.generate(plain, ["a red cat"], lora={"a": 0.8}, **CALL)
+
+
+def generate_in_teams(group, folder, lora):
+    pipe = ddinfer.load_pipeline(folder, lora=lora)
+    made = [
+        ddinfer.generate(pipe, ["a red cat"], lora={"a": weight}, cfg_parallel=2, **CALL)
+        for weight in (0.8, 0.0)
+    ]
+    return [np.asarray(result.image) for (result,) in made]
+
+
+def test_generate_in_teams_takes_weights_on_every_rank(tiny, loras, expected):
+    with_lora, without = run_ranks(generate_in_teams, 2, str(tiny("sd")), two(loras, "sd-peft"))[0]
+    assert np.allclose(with_lora.astype(int), expected("sd")[0], atol=1)
+    assert np.abs(with_lora.astype(int) - without).max() > 1
 
 
 def test_a_lora_for_the_second_of_two_denoisers(tiny, loras):

@@ -18,7 +18,6 @@ from ddinfer.engines.options import apply_to_denoiser, apply_to_pipeline, open_s
 from ddinfer.engines.setup_file import set_up_leader
 from ddinfer.engines.whole import WholeEngine
 from ddinfer.errors import UsageError
-from ddinfer.models.adapters import send_with_calls
 from ddinfer.models.loading import denoisers
 from ddinfer.models.meta_model import build_on_meta
 from ddinfer.models.pipeline_folder import DENOISER_NAMES, PipelineSource
@@ -129,8 +128,6 @@ def load_team_engine(
         set_up_leader(pipe, models, config.setup)
     for name, denoiser in models.items():
         apply_to_denoiser(name, denoiser, config)
-        if source.loras:
-            send_with_calls(denoiser)
     is_alone = len(replica.ranks) == 1
     team = Team(
         models,

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ddinfer.errors import ErrorRecord, RankError, UsageError
+from ddinfer.models.adapters import active_loras, loras_set
 from ddinfer.parallel.blocks import denoiser_blocks
 from ddinfer.parallel.communicator import STATUS_TAG, Communicator, ConnectionLost
 from ddinfer.parallel.packing import layout_of
@@ -238,7 +239,7 @@ class Team:
         layout = layout_of({n: tensors.empty[n[1]] for n in inputs if n not in known})
         payload = layout.pack(inputs, self._wire)
         kind = self._kind(number, args, kwargs)
-        header = pickle.dumps((number, kind, tensors, layout, tokens))
+        header = pickle.dumps((number, kind, tensors, layout, tokens, active_loras()))
         with self._finding_lost():
             for work in [w for rank in ranks for w in self._send(rank, _CALL, header, payload)]:
                 work.wait()
@@ -323,10 +324,11 @@ class Team:
             self._after_call()
 
     def _serve_one(self, header: Any, payload: torch.Tensor) -> tuple[int, Any]:
-        number, kind, tensors, layout, tokens = header
+        number, kind, tensors, layout, tokens, loras = header
         cache = self._caches[0]
         try:
-            with self.exchange.call(kind), torch.no_grad():
+            loras_here = loras_set(None if loras is None else dict(loras))
+            with self.exchange.call(kind), torch.no_grad(), loras_here:
                 values = layout.unpack(payload.to(self.comm.device))
                 known = cache.find(0, 0, tokens)
                 cache.put(0, 0, tokens, values)
