@@ -66,7 +66,11 @@ def stand_ins(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     folders = {kind: tiny_pipeline(kind, root) for kind in ("sd", "sdxl", "flux", "wan", "qwen")}
     shutil.copytree(folders["wan"] / "transformer", folders["wan"] / "transformer_2")
-    change_index(folders["wan"], transformer_2=["diffusers", "WanTransformer3DModel"])
+    change_index(
+        folders["wan"],
+        transformer_2=["diffusers", "WanTransformer3DModel"],
+        boundary_ratio=0.875,
+    )
     change_index(
         folders["qwen"],
         _class_name="QwenImageEditPlusPipeline",
