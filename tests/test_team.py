@@ -14,7 +14,12 @@ from ddinfer.parallel.communicator import Communicator
 from ddinfer.parallel.team.attention import AttentionAxes, attend, gather
 from ddinfer.parallel.team.deferred import Deferred
 from ddinfer.parallel.team.exchange import CallAborted, Exchange
-from ddinfer.parallel.team.rows import cut_rows, join_rows, num_rows
+from ddinfer.parallel.team.rows import (
+    cut_rows,
+    difference_beyond_rounding,
+    join_rows,
+    num_rows,
+)
 from ddinfer.parallel.team.shares import Shares
 from ddinfer.parallel.team.team import Team
 from tests.ranks import run_ranks
@@ -511,3 +516,11 @@ def test_a_first_call_that_fails_is_aborted_on_all_ranks_and_the_next_goes_on():
     values = [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
     assert told[0] == told[2] == ["CallAborted", values, "CallAborted"]
     assert told[1] == ["_Fault", values, "_Fault"]
+
+
+def test_outputs_that_are_equally_broken_are_equal():
+    broken = torch.tensor([1.0, float("nan"), float("inf")])
+    assert difference_beyond_rounding(broken, broken.clone()) is None
+    other = torch.tensor([1.0, 2.0, float("inf")])
+    assert "differs by nan" in difference_beyond_rounding(broken, other)
+    assert "differs by 1, more than" in difference_beyond_rounding(other + 1, other)

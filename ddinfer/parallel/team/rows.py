@@ -92,18 +92,24 @@ def check_rows(name: str, joined: Any, whole: Any) -> None:
     for found, expected in pairs:
         if not isinstance(found, torch.Tensor):
             continue
-        if found.shape == expected.shape:
-            difference = float((found - expected).abs().max())
-            bound = TOLERANCES.get(found.dtype, 0.0) * max(float(expected.abs().max()), 1.0)
-            if difference <= bound:
-                continue
-            problem = f"differs by {difference:.2g}, more than {bound:.2g}"
-        else:
-            problem = f"has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+        problem = difference_beyond_rounding(found, expected)
+        if problem is None:
+            continue
         raise UsageError(
             f"--cfg_parallel cannot split the batch of {name}: the output of its rows one by one "
             f"{problem}, compared with the whole batch. Leave the option out"
         )
+
+
+def difference_beyond_rounding(found: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """By how much two outputs differ, where it is more than rounding. NaN equals NaN."""
+    if found.shape != expected.shape:
+        return f"has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    is_same = (found == expected) | (found.isnan() & expected.isnan())
+    difference = float(torch.where(is_same, 0, (found - expected).abs()).max())
+    largest = float(expected.nan_to_num(0, 0, 0).abs().max())
+    bound = TOLERANCES.get(found.dtype, 0.0) * max(largest, 1.0)
+    return None if difference <= bound else f"differs by {difference:.2g}, more than {bound:.2g}"
 
 
 def _first_with_rows(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -20,13 +20,11 @@ from ddinfer.parallel.team.attention import AttentionAxes, attend, gather
 from ddinfer.parallel.team.deferred import Deferred, fetched
 from ddinfer.parallel.team.exchange import Exchange
 from ddinfer.parallel.team.probing import BlockPlan, plan_block
+from ddinfer.parallel.team.rows import difference_beyond_rounding
 from ddinfer.parallel.team.shares import Axis, Shares
 
 #: Fewer rows of a matrix product take another kernel on a CPU, and no time is gained.
 FEWEST_TOKENS = 4
-
-#: Largest difference from the whole block in its first call, in parts of the largest value.
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 class _Rows(NamedTuple):
@@ -132,20 +130,13 @@ class TokenBlocks:
         for k, leaf in enumerate(pytree.tree_leaves(fetched(made))):
             if not isinstance(leaf, torch.Tensor):
                 continue
-            expected = whole[k]
-            if leaf.shape != expected.shape:
-                found = f"its shape is {tuple(leaf.shape)} instead of {tuple(expected.shape)}"
-            else:
-                difference = float((leaf - expected).abs().max())
-                largest = float(expected.abs().max())
-                bound = TOLERANCES.get(leaf.dtype, 0.0) * max(largest, 1.0)
-                if difference <= bound:
-                    continue
-                found = f"it differs by {difference:.2g}, more than {bound:.2g}"
+            found = difference_beyond_rounding(leaf, whole[k])
+            if found is None:
+                continue
             raise UsageError(
                 f"--sequence_parallel {self.exchange.size} cannot split {block.name} "
                 f"({type(block.module).__name__}) by tokens: output {k} was compared with that of "
-                f"the whole block, and {found}. Leave the option out"
+                f"the whole block, and it {found}. Leave the option out"
             )
 
 
