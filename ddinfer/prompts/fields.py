@@ -26,8 +26,8 @@ STANDARD_FIELDS = (
     *PIPELINE_SETTINGS,
 )
 
-#: Call arguments of diffusers' text-driven pipelines that a file can hold. They are what may be
-#: written when the pipeline is not known yet; a known pipeline's own signature decides instead.
+#: Call arguments of diffusers' pipelines that a file can hold: accepted where the pipeline is not
+#: known (`read_requests`). In a job the pipeline's own signature decides.
 COMMON_CALL_ARGUMENTS = (
     *("prompt_2", "prompt_3", "prompt_4", "negative_prompt_2", "negative_prompt_3"),
     *("negative_prompt_4", "adapter_conditioning_factor", "adapter_conditioning_scale"),
