@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ddinfer.models.adapters import active_loras
+from ddinfer.parallel.tensor_tree import UnsupportedValueError, fingerprint, tensors_of
 
 #: Answers that are kept, in bytes, wherever they lie: the negative prompt and a few neighbours.
 KEPT_BYTES = 64 * 10**6
@@ -127,24 +128,16 @@ class _NotComparable(Exception):
     """A value that is not known to be one that can be compared, or given again."""
 
 
-def _key(value: Any) -> Any:
-    """Something hashable that is equal for what a forward cannot tell apart."""
-    if isinstance(value, torch.Tensor):
-        is_plain = type(value) is torch.Tensor and value.layout == torch.strided
-        if not is_plain or value.is_meta or value.nbytes > _LARGEST_INPUT_BYTES:
+def _key(values: Any) -> str:
+    """Equal for arguments that a forward cannot tell apart."""
+    for tensor in tensors_of(values):
+        is_plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided
+        if not is_plain or tensor.is_meta or tensor.nbytes > _LARGEST_INPUT_BYTES:
             raise _NotComparable
-        flat = value.detach().cpu().contiguous().view(-1)
-        data = flat.view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        return value.dtype, tuple(value.shape), value.stride(), value.device, data
-    if isinstance(value, float):
-        return value.hex()  # 0.0 and -0.0 are two
-    if value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device)):
-        return type(value), value
-    if isinstance(value, (tuple, list)):
-        return type(value), *map(_key, value)
-    if isinstance(value, Mapping):
-        return type(value), *((name, _key(item)) for name, item in value.items())
-    raise _NotComparable
+    try:
+        return fingerprint(values, contents=True)
+    except UnsupportedValueError as error:
+        raise _NotComparable from error
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
