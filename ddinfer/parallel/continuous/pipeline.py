@@ -22,9 +22,9 @@ from ddinfer.parallel.communicator import Communicator
 from ddinfer.parallel.continuous.admission import AdmissionQueue
 from ddinfer.parallel.continuous.exchange import END, ERROR, WORK, Exchange, Message
 from ddinfer.parallel.continuous.image_state import check_pipeline_class
-from ddinfer.parallel.continuous.pipeline_threads import Call, PipelineThreads
+from ddinfer.parallel.continuous.pipeline_threads import PipelineThreads
 from ddinfer.parallel.cut import block_stages
-from ddinfer.parallel.flow import PlanError, StagedModel, call_key
+from ddinfer.parallel.flow import PlanError, StagedModel
 from ddinfer.parallel.plans import PlanCache
 
 #: A job makes one image (or batch of images) with the pipeline it is given.
@@ -100,7 +100,6 @@ class ContinuousPipeline:
             error = failure
         self.comm.agree(error, "cutting the denoiser")
         self._plans = PlanCache()
-        self._inspected: list[frozenset[int]] = [frozenset() for _ in self._staged]
         self._exchange = Exchange(self.comm, self._plans)
 
     def _stage(self, name: str, model: nn.Module, stages: Sequence[range] | None) -> StagedModel:
@@ -204,7 +203,10 @@ class ContinuousPipeline:
         assert call is not None
         assert task.slot is not None
         try:
-            number = task.plan = self._plan(call, queue)
+            in_flight = {other.plan for other in queue.in_flight.values()}
+            number = task.plan = self._plans.number_of(
+                self._staged[call.model], call.args, call.kwargs, in_flight, call.model
+            )
             leaves = pytree.tree_leaves((call.args, call.kwargs))
             inputs = {("input", k): leaves[k] for k in self._plans[number].arguments.empty}
             message = Message(
@@ -219,17 +221,6 @@ class ContinuousPipeline:
             return Message()
         queue.in_flight[task.serial] = task
         return message
-
-    def _plan(self, call: Call, queue: AdmissionQueue) -> int:
-        """The number of the plan that a call follows."""
-        model, (args, kwargs) = call.model, call[1:]
-        number = self._plans.find((model, call_key(args, kwargs, self._inspected[model])))
-        if number is not None:
-            return number
-        plan, inspected = self._staged[model].plan(args, kwargs)
-        self._inspected[model] |= inspected
-        key = (model, call_key(args, kwargs, self._inspected[model]))
-        return self._plans.add(key, plan, {task.plan for task in queue.in_flight.values()})
 
     def _on_result(self, queue: AdmissionQueue, message: Message) -> None:
         """What came back from the last stage goes to its image."""
