@@ -200,7 +200,35 @@ def make_lumina2(seed):
     }
 
 
-MODELS = {"sana": make_sana, "qwen-image": make_qwen_image, "lumina2": make_lumina2}
+def make_lumina_next(seed):
+    from diffusers import LuminaNextDiT2DModel
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+    torch.manual_seed(0)
+    model = LuminaNextDiT2DModel(
+        sample_size=4, patch_size=2, in_channels=4, hidden_size=32, num_layers=3,
+        num_attention_heads=4, num_kv_heads=4, multiple_of=16, learn_sigma=False,
+        cross_attention_dim=8,
+    )  # fmt: skip
+    torch.nn.init.normal_(model.norm_out.linear_2.weight)  # zeros would hide every block
+    for block in model.layers:
+        block.gate.data.fill_(0.5)
+    return model, {
+        "hidden_states": tokens(seed, 1, 4, 8, 8),
+        "encoder_hidden_states": tokens(seed + 1, 1, 5 + seed, 8),
+        "encoder_mask": torch.ones(1, 5 + seed),
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(8, 384, 384),
+        "cross_attention_kwargs": {},
+        "timestep": torch.ones(1),
+    }
+
+
+MODELS = {
+    "sana": make_sana,
+    "qwen-image": make_qwen_image,
+    "lumina2": make_lumina2,
+    "lumina-next": make_lumina_next,
+}
 
 
 def models_on_ranks(group, names):
