@@ -58,11 +58,7 @@ def write_page() -> None:
         runs = [json.loads(run(command).stdout)["schedules"] for _ in range(REPETITIONS)]
         for name in ("continuous", "flushed"):
             told = [schedules[name] for schedules in runs]
-            how = (
-                "continuous, transfers beside computing"
-                if in_flight >= 2 * stages
-                else "continuous"
-            )
+            how = "continuous, transfers overlap" if in_flight >= 2 * stages else "continuous"
             rows.append(
                 [
                     str(stages),
