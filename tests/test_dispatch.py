@@ -30,7 +30,7 @@ from ddinfer.models.planner import plan, plan_placement
 from ddinfer.models.stand_ins import StandInParameter, is_stand_in
 from ddinfer.models.tree import tree_of, tree_of_model
 from tests.mapped import mapped_file
-from tests.tiny_pipelines import KINDS, call_arguments
+from tests.tiny_pipelines import FROM_TEXT, KINDS, call_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,7 +64,7 @@ TIERS = {
 
 
 @pytest.mark.parametrize("tiers", sorted(TIERS))
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", FROM_TEXT)
 def test_a_placed_pipeline_draws_the_same(kind, tiers, tiny, monkeypatch):
     folder = tiny(kind)
     total = tree_of(folder).num_bytes()
@@ -506,7 +506,7 @@ def test_a_gigabyte_runs_under_a_quarter_of_it(tmp_path):
 
 @pytest.mark.cuda
 @needs_gpu
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", FROM_TEXT)
 def test_on_a_gpu_with_host_and_disk_the_picture_is_the_same(kind, tiny):
     total = tree_of(tiny(kind)).num_bytes()
     plain = load_pipeline(tiny(kind), device="cuda:0", dtype="float32")

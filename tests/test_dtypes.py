@@ -17,7 +17,7 @@ from ddinfer.models.stages import StagedPipeline
 from ddinfer.models.stand_ins import is_stand_in
 from ddinfer.models.tree import tree_of
 from ddinfer.request import Prompt, resolve_requests
-from tests.tiny_pipelines import KINDS, call_arguments
+from tests.tiny_pipelines import FROM_TEXT, call_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,7 +98,7 @@ def run(folder, way, dtype, batches):
 
 
 def grid():
-    for kind in sorted(KINDS):
+    for kind in FROM_TEXT:
         for stored in DTYPES:
             for dtype in ("auto", "bfloat16", "float16"):
                 usual = (stored, dtype) == ("float32", "bfloat16")
@@ -122,7 +122,7 @@ def test_pictures_are_those_of_plain_diffusers_in_every_type(kind, stored, dtype
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
 @pytest.mark.parametrize("stored", DTYPES)
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", FROM_TEXT)
 def test_weights_are_those_of_plain_diffusers_in_every_type(kind, stored, dtype, tiny):
     folder = folder_of(kind, stored, tiny)
     plain = models_of(plain_pipeline(folder, DTYPES.get(dtype, torch.float32)))

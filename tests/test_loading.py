@@ -24,7 +24,7 @@ from ddinfer.models.meta_model import open_model, parameters_on_meta
 from ddinfer.models.pipeline_folder import PipelineSource
 from tests.local_hub import local_hub
 from tests.mapped import mapped_file
-from tests.tiny_pipelines import KINDS, call_arguments
+from tests.tiny_pipelines import FROM_TEXT, KINDS, call_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,7 +97,7 @@ def test_every_exported_model_class_has_a_configuration_or_a_reason():
     assert all(DATA["left_out"].values())
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", FROM_TEXT)
 def test_a_pipeline_draws_what_the_one_it_was_saved_from_draws(kind, tmp_path):
     torch.manual_seed(0)
     original = KINDS[kind]()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.pretended_gpu import COMPILER, build
 from tests.pretended_gpu.jobs import PROMPTS
-from tests.tiny_pipelines import KINDS
+from tests.tiny_pipelines import FROM_TEXT
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs Linux and a C++ compiler")
 
@@ -21,7 +21,7 @@ def library(tmp_path_factory):
     return build(tmp_path_factory.mktemp("pretended-gpu"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FROM_TEXT)
 def test_a_pipeline_draws_on_gpus_what_it_draws_on_the_cpu(kind, library, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.pretended_gpu", library, tmp_path, kind],
@@ -40,7 +40,7 @@ def test_a_pipeline_draws_on_gpus_what_it_draws_on_the_cpu(kind, library, tmp_pa
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind == "sd" else pytest.param(kind, marks=pytest.mark.nightly) for kind in KINDS],
+    [kind if kind == "sd" else pytest.param(kind, marks=pytest.mark.nightly) for kind in FROM_TEXT],
 )
 def test_jobs_on_gpus_make_the_images_of_a_job_on_the_cpu(kind, library, tmp_path):
     done = subprocess.run(

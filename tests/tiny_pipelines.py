@@ -608,3 +608,6 @@ KINDS: dict[str, Callable[[], Any]] = {
     "marigold": marigold,
     "unconditional": unconditional,
 }
+
+#: Those that make images or frames from a prompt alone.
+FROM_TEXT = sorted(set(KINDS) - {"stable_audio", "stable_video"})

@@ -21,7 +21,7 @@ from ddinfer.models.loading import load_pipeline
 from ddinfer.models.placement import Placement
 from ddinfer.models.planner import plan_placement
 from tests.pretended_gpu import FIRST, SECOND, register
-from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
+from tests.tiny_pipelines import FROM_TEXT, call_arguments, tiny_pipeline
 
 
 def draw(pipe: Any, kind: str) -> np.ndarray:
@@ -103,7 +103,7 @@ if __name__ == "__main__":
     register(sys.argv[1])
     torch.set_num_threads(1)
     print(json.dumps({"refused": refused()}))
-    for kind in sys.argv[3:] or KINDS:
+    for kind in sys.argv[3:] or FROM_TEXT:
         for case in cases(kind, tiny_pipeline(kind, sys.argv[2])):
             print(json.dumps(case), flush=True)
     if "flux" in sys.argv[3:]:
