@@ -10,7 +10,7 @@ from PIL import Image
 
 from ddinfer.engines.staged import StagedEngine
 from ddinfer.engines.whole import WholeEngine
-from ddinfer.inputs import check_image_file
+from ddinfer.inputs import check_media_file
 from ddinfer.models.loading import load_model, load_pipeline
 from ddinfer.models.pipeline_folder import PipelineSource
 from ddinfer.models.stages import StagedPipeline
@@ -155,7 +155,7 @@ def image_requests(folder, fields):
     paths = {"image": str(folder / "in.png"), "mask_image": str(folder / "mask.png")}
     row = {"prompt": "a cat", "num_inference_steps": 4, "strength": 0.5, "height": 32, "width": 32}
     row = {n: v for n, v in (row | paths).items() if n in {*fields, "prompt", "image", "strength"}}
-    row["input_hashes"] = {n: check_image_file(n, path) for n, path in paths.items() if n in row}
+    row["input_hashes"] = {n: check_media_file(n, path) for n, path in paths.items() if n in row}
     return resolve_requests([Prompt(row)])
 
 
