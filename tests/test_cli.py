@@ -125,7 +125,7 @@ def test_more_ranks_than_gpus_and_half_an_environment_are_errors(moody, tmp_path
     command = [*MAIN, *options(moody, tmp_path / "out", "--prompt", "a")]
     done = run(command, RANK="0", MASTER_ADDR="127.0.0.1")
     assert done.returncode == 2
-    assert "half set" in done.stderr
+    assert "incomplete distributed environment" in done.stderr
     assert "WORLD_SIZE" in done.stderr
 
 

@@ -78,7 +78,7 @@ def test_one_rank_on_each_of_two_machines_is_not_a_world_of_one():
 
 
 def test_a_half_set_environment_is_an_error_before_anything_starts():
-    with pytest.raises(UsageError, match=r"RANK=0.* but WORLD_SIZE, LOCAL_RANK, .* are missing"):
+    with pytest.raises(UsageError, match=r"RANK=0; missing: WORLD_SIZE, LOCAL_RANK, "):
         plan(2, environ={"RANK": "0"})
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from ddinfer.distributed import progress
 from ddinfer.distributed.process_group import Group
-from ddinfer.distributed.progress import Progress, RankTimes, duration, load_balance, progress_line
+from ddinfer.distributed.progress import Progress, duration, progress_line
+from ddinfer.job.assignment import RankTimes, load_balance
 from tests.ranks import run_ranks
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ddinfer.cli.logging import configure_logging
-from ddinfer.cli.options import parse_config
 from ddinfer.config import JobConfig
 from ddinfer.errors import EXIT_OK
 
@@ -23,6 +22,8 @@ PRELOAD = ("transformers", "torch", "torch.distributed", "diffusers", "ddinfer.j
 
 
 def main(argv: Sequence[str]) -> int:
+    from ddinfer.cli.options import parse_config  # the ranks need no parser of options
+
     config = parse_config(argv)
     if config.print_config:
         if _is_first_rank():

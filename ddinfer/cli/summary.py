@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from ddinfer.distributed.progress import duration, load_balance
+from ddinfer.distributed.progress import duration
+from ddinfer.job.assignment import load_balance
 from ddinfer.job.leader import RunReport
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,42 +15,28 @@ T = TypeVar("T")
 
 
 def place_by_index(
-    gathered: Iterable[Iterable[T]], expected: int | Iterable[int], index_of: Callable[[T], int]
+    gathered: Iterable[Iterable[T]], num_items: int, index_of: Callable[[T], int]
 ) -> list[T]:
-    """Put every rank's items where they belong: complete, unique, in order of their index.
+    """Every rank's items in order of their index: complete and unique.
 
     Args:
-        gathered: one part per rank, in any order and of any sizes; empty ones are ordinary.
-        expected: the indices there must be, or their number n for ``0 … n - 1``.
+        gathered: one part per rank, in any order and of any sizes.
+        num_items: the indices must be ``0 … num_items - 1``.
 
     Raises:
-        DdinferError: an index is missing, there more than once, or not expected.
+        DdinferError: an index is missing, repeated or out of range.
     """
-    wanted = range(expected) if isinstance(expected, int) else sorted(set(expected))
-    placed: dict[int, T] = {}
-    twice: list[int] = []
-    for part in gathered:
-        for item in part:
-            index = index_of(item)
-            if index in placed:
-                twice.append(index)
-            placed[index] = item
-    missing = [k for k in wanted if k not in placed]
-    foreign = sorted(set(placed) - set(wanted))
-    problems = [
-        f"{len(indices)} {what}: {list_some(indices)}"
-        for what, indices in (
-            ("missing", missing),
-            ("there more than once", twice),
-            ("not asked for", foreign),
-        )
-        if indices
-    ]
+    items = [item for part in gathered for item in part]
+    count = Counter(map(index_of, items))
+    found = {
+        "missing": [k for k in range(num_items) if k not in count],
+        "repeated": [k for k in count if count[k] > 1],
+        "out of range": sorted(k for k in count if not 0 <= k < num_items),
+    }
+    problems = [f"{len(ks)} {what}: {list_some(ks)}" for what, ks in found.items() if ks]
     if problems:
-        raise DdinferError(
-            f"the ranks' results do not make up {len(wanted)} items: " + "; ".join(problems)
-        )
-    return [placed[k] for k in wanted]
+        raise DdinferError(f"gathered results are not {num_items} items: " + "; ".join(problems))
+    return sorted(items, key=index_of)
 
 
 def require_same(
@@ -68,25 +55,20 @@ def require_same(
     """
     record = None if failure is None else ErrorRecord.of(failure)
     code = None if failure is None else exit_code_of(failure)
-    told = group.all_gather_object((record, code, value_hash))
-    failed = [(rank, each, code) for rank, (each, code, _) in enumerate(told) if each is not None]
+    gathered = group.all_gather_object((record, code, value_hash))
+    failed = [(k, each, code) for k, (each, code, _) in enumerate(gathered) if each is not None]
     is_the_same = len({str(each) for _, each, _ in failed}) == 1
     if failure is not None and is_the_same and len(failed) == group.group_size:
         raise failure
     if failed:
-        rank, first, code = failed[0]
-        raise RankError(group.ranks[rank], group.phase, first, exit_code=code) from failure
-    _raise_if_differing(group, what, [value for _, _, value in told])
-
-
-def _raise_if_differing(group: Group, what: str, hashes: Sequence[str]) -> None:
-    if len(set(hashes)) <= 1:
-        return
+        k, first, code = failed[0]
+        raise RankError(group.ranks[k], group.phase, first, exit_code=code) from failure
     holders: dict[str, list[int]] = {}
-    for group_rank, each in enumerate(hashes):
-        holders.setdefault(each, []).append(group.ranks[group_rank])
-    found = "; ".join(f"{_ranks(ranks)}: {each}" for each, ranks in holders.items())
-    raise UsageError(f"every rank must be given the same {what}, but they differ: {found}")
+    for rank, (_, _, each) in zip(group.ranks, gathered, strict=True):
+        holders.setdefault(each, []).append(rank)
+    if len(holders) > 1:
+        found = "; ".join(f"{_ranks(ranks)}: {each}" for each, ranks in holders.items())
+        raise UsageError(f"every rank must be given the same {what}, but they differ: {found}")
 
 
 def _ranks(ranks: Sequence[int]) -> str:

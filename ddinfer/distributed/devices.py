@@ -35,7 +35,9 @@ class Gpus:
         Creates no CUDA context, but may initialise the driver: not for a process that forks.
         """
         environ = os.environ if environ is None else environ
-        if sys.platform.startswith("linux") and not _any_device_file():
+        if sys.platform == "linux" and not any(
+            next(Path("/dev").glob(name), None) for name in _LINUX_DEVICE_FILES
+        ):
             return cls()
         import torch
 
@@ -47,7 +49,8 @@ class Gpus:
         """Why GPUs that are there cannot be used, with the way out; ``None`` if all is well."""
         if self.usable or not self.present:
             return None
-        found = f"this machine shows {_count(self.present, 'NVIDIA GPU')} (/dev/nvidia*), but"
+        plural = "s" * (self.present > 1)
+        found = f"this machine shows {self.present} NVIDIA GPU{plural} (/dev/nvidia*), but"
         if self.cuda_version is None:
             return (
                 f"{found} torch {self.torch_version} is a build without CUDA; install a CUDA "
@@ -99,14 +102,6 @@ def openmp_environment(
     return added
 
 
-def _any_device_file() -> bool:
-    return any(True for name in _LINUX_DEVICE_FILES for _ in Path("/dev").glob(name))
-
-
 def _hidden(environ: Mapping[str, str]) -> bool:
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     return visible is not None and visible.strip() in ("", "-1", "NoDevFiles")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from ddinfer.distributed.devices import Gpus, openmp_environment, resolve_num_threads
 from ddinfer.distributed.preload import SETUP, restore_environment
+from ddinfer.distributed.process import import_once
 from ddinfer.distributed.rank import RankTask
 from ddinfer.distributed.store import loopback_interfaces, loopback_store
 from ddinfer.distributed.supervise import CudaLost, Supervisor
@@ -55,18 +56,17 @@ def plan_launch(
     gpus_per_rank: int = 1,
     gpus: Gpus | None = None,
 ) -> LaunchPlan:
-    """Decide from the option and from what an outer launcher has set.
+    """Decide from the option and from the environment whether to join or to start ranks.
 
-    ``torchrun script --nproc_per_node=2`` hands the option to the script, inside a world of one:
-    there the script's number wins. An outer launcher of several ranks is joined.
+    ``torchrun script --nproc_per_node=2`` passes the option to the script, inside a world of one:
+    there the script's number wins. A launcher of several ranks is joined.
 
     Args:
-        nproc_per_node: a number, or as torchrun spells it ``auto``, ``gpu`` or ``cpu``;
-            default: every GPU, else one rank.
+        nproc_per_node: a number, ``auto``, ``gpu`` or ``cpu``; default: every GPU, else one rank.
 
     Raises:
-        UsageError: an outer and an inner number that differ, fewer GPUs than ranks need, an
-            incomplete environment, a GPU that this torch cannot use.
+        UsageError: two numbers that differ, fewer GPUs than ranks need, an incomplete
+            environment, a GPU that this torch cannot use.
     """
     environ = os.environ if environ is None else environ
     outer = from_environment(environ)
@@ -134,35 +134,32 @@ def launch(
 ) -> list[Any]:
     """Run ``fn(world, *args)`` in one new process for each rank; returns in rank order.
 
-    The ranks see the environment that torchrun would give them, so `World.detect`,
-    `process_group` and a plain ``torch.distributed.init_process_group()`` work inside ``fn``. On
-    Linux they are forked from multiprocessing's forkserver, which has imported ``preload`` once
-    for all of them and for later launches. Their store is hosted here, on loopback, and outlives
-    any of them. When this process ends, so do they. Their standard input is empty. A rank that
-    returns ends at once, with all it has started: its other threads are not waited for, and exit
-    handlers do not run.
+    Ranks see the environment that torchrun would give them, so a plain
+    ``torch.distributed.init_process_group()`` works inside ``fn``. On Linux they are forked from
+    multiprocessing's forkserver, which imports ``preload`` once for all of them and for later
+    launches. Their store is hosted here, on loopback. When this process ends, so do they. Their
+    standard input is empty. A rank that returns ends at once, with all processes it has started;
+    exit handlers do not run.
 
     Args:
-        fn: importable in another process: a function at the top level of a module.
+        fn: a function at the top level of a module.
         args: pickled to every rank.
         nproc_per_node: as on the command line; default: every GPU, else one rank.
         num_threads: CPU threads of each rank; default: ``OMP_NUM_THREADS``, else cores / ranks.
         start_method: "forkserver", "spawn" (each rank is a new interpreter that imports for
             itself), or "auto": forkserver on Linux; spawn elsewhere, and where importing
             ``preload`` has initialized CUDA, which no forked process can use then.
-        preload: modules. A forkserver that this program has started before keeps its own, and
-            the environment that it was started with.
+        preload: modules. A forkserver that this program has started before keeps its own.
         before_fork: called once where ``preload`` was imported, to import more that depends on
-            the job; picklable, and it opens no GPU, no connection and no thread. What it raises
-            is not reported: the ranks will meet it. Not called for spawned ranks.
+            the job; picklable. It opens no GPU, connection or thread. What it raises is ignored:
+            the ranks will meet it. Not called for spawned ranks.
         on_failure: "terminate" ends the other ranks soon after the first failure; "finish" lets
             them do their own share first.
-        grace_seconds: after Ctrl-C or SIGTERM the ranks get the same signal, and this long.
-        handle_signals: for a command line: SIGTERM, SIGHUP and Ctrl-C are passed on to the ranks
-            once, and what they return is returned if all of them still return. Main thread only.
-            Without it, no handler is installed: ``KeyboardInterrupt`` ends the ranks and goes on.
-        on_death: called with (rank, signal) of a rank that a signal killed which nothing here
-            has sent.
+        grace_seconds: how long ranks may take after Ctrl-C or SIGTERM, which they receive too.
+        handle_signals: SIGTERM, SIGHUP and Ctrl-C are passed on to the ranks, and their values are
+            returned if all of them still return. Main thread only. Without it, no handler is
+            installed, and ``KeyboardInterrupt`` ends the ranks.
+        on_death: called with (rank, signal) when a signal that was not sent here killed a rank.
         run_id, restart_count: tell the ranks that this launch continues an earlier one.
 
     Raises:
@@ -186,7 +183,8 @@ def launch(
         with supervisor.handling_signals(handle_signals), supervisor.ending_all():
             if context is forkserver:
                 start_forkserver(preload, before_fork, openmp)
-            store = loopback_store()  # imports torch, while the forkserver does the same
+            import_once(("torch.distributed",))  # while the forkserver does the same
+            store = loopback_store()
             environment = {**os.environ, **loopback_interfaces(), **openmp}
             tasks = [
                 RankTask(

@@ -8,6 +8,7 @@ Processes forked from it do.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -32,35 +33,18 @@ def prepare_server(
     """
     end_with_parent(launcher)
     os.setsid()
-    _ignore_signals_here(signal.SIGTERM, signal.SIGHUP)
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _block_signals_here(signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     variables = {COUNT_BY_NVML: os.environ.get(COUNT_BY_NVML), **variables}
     os.environ.setdefault(COUNT_BY_NVML, "1")
     import_once(modules, (lambda: pickle.loads(before_fork)()) if before_fork else None)
+    gc.freeze()  # so that forked processes keep sharing what exists now
     restore_environment(variables)
-    signal.signal(signal.SIGINT, on_interrupt)  # multiprocessing ignores it from here on
 
 
-def _ignore_signals_here(*numbers: signal.Signals) -> None:
-    """Ignore signals in this process; one that is sent to a process forked from it is never lost.
-
-    They are blocked during the fork, and so pending until the child has its handlers back.
-    """
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-
-    def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        unblock()
-
-    os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, numbers),
-        after_in_parent=unblock,
-        after_in_child=restore,
-    )
+def _block_signals_here(*numbers: signal.Signals) -> None:
+    """Block signals in this process, but not in those forked from it; none of theirs is lost."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers))
 
 
 def restore_environment(variables: dict[str, str | None]) -> None:

@@ -31,12 +31,11 @@ COPY_SECONDS = 2.0
 
 
 def import_once(modules: Sequence[str], further: Callable[[], object] | None = None) -> None:
-    """Import modules for the life of this process.
+    """Import modules with the garbage collector off.
 
-    The garbage collector is off meanwhile: it would traverse the modules again and again, which
-    takes a fifth of their import time, and find nothing. Afterwards it ignores what exists now, so
-    that forked processes keep sharing it. An import that fails is ignored: it fails again, and is
-    reported, where the module is needed.
+    It would traverse the modules again and again, which takes a fifth of their import time, and
+    find nothing. An import that fails is ignored: it fails again, and is reported, where the module
+    is needed.
 
     Args:
         further: imports what depends on the job.
@@ -51,7 +50,6 @@ def import_once(modules: Sequence[str], further: Callable[[], object] | None = N
             with contextlib.suppress(Exception):
                 further()
     finally:
-        gc.freeze()
         if was_enabled:
             gc.enable()
 

@@ -6,9 +6,6 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from types import TracebackType
 from typing import TextIO
 
 from ddinfer.distributed.peers import StoreLost
@@ -50,12 +47,7 @@ class Progress:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -114,28 +106,3 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
-
-
-@dataclass(frozen=True)
-class RankTimes:
-    """How a rank spent its time, in seconds.
-
-    Attributes:
-        loading: until its model was ready.
-        working: from there to its last image.
-        pipeline: of that, inside the pipeline's own calls.
-        stage: of a model that is cut over ranks; the images are counted on stage 0.
-    """
-
-    rank: int
-    images: int
-    loading: float
-    working: float
-    pipeline: float
-    stage: int = 0
-
-
-def load_balance(times: Sequence[RankTimes]) -> float:
-    """Mean working time over the longest: 1.0 when all ranks ended together."""
-    longest = max((t.working for t in times), default=0.0)
-    return sum(t.working for t in times) / len(times) / longest if longest else 1.0

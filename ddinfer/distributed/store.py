@@ -65,12 +65,15 @@ def loopback_store(
     )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a name resolves to loopback on this machine; another may resolve it otherwise."""
+def is_loopback(host: str, unresolved: bool = False) -> bool:
+    """Whether a name resolves to loopback on this machine; ``unresolved`` if it does not resolve.
+
+    Another machine may resolve it otherwise.
+    """
     try:
         return socket.gethostbyname(host).startswith("127.")
     except OSError:
-        return False
+        return unresolved
 
 
 def announce_address(world: World, store: Store) -> None:
@@ -100,7 +103,7 @@ def network_interface(world: World, store: Store) -> Iterator[None]:
     chosen: Mapping[str, str | None] = {}
     if world.num_nodes == 1:
         chosen = loopback_interfaces()
-    elif _own_name_is_loopback():
+    elif is_loopback(socket.gethostname(), unresolved=True):  # gloo's way
         host, _, port = world.store_address.rpartition(":")
         address = _own_address(host, int(port))
         if address is None and store.check([_ADDRESS]):  # MASTER_ADDR is this machine
@@ -113,14 +116,6 @@ def network_interface(world: World, store: Store) -> Iterator[None]:
     finally:
         for name in names:
             os.environ.pop(name, None)
-
-
-def _own_name_is_loopback() -> bool:
-    name = socket.gethostname()
-    try:
-        return socket.gethostbyname(name).startswith("127.")
-    except OSError:
-        return True  # gloo takes loopback for a name that does not resolve
 
 
 def _own_address(host: str, port: int) -> str | None:

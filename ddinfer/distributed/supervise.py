@@ -15,12 +15,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ddinfer.distributed.peers import (
-    EXIT_REPORT_SECONDS,
-    PeerStatus,
-    ends_the_job,
-    is_reported_by_peer,
-)
+from ddinfer.distributed.peers import PeerStatus, ends_the_job, is_reported_by_peer
 from ddinfer.distributed.process import COPY_SECONDS, is_running, stop_signals
 from ddinfer.distributed.rank import Outcome, RankTask, run_rank
 from ddinfer.errors import EXIT_INTERRUPTED, DdinferError, ErrorRecord, RankError, UsageError
@@ -29,9 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 #: Seconds that the peers of a failed rank get to learn of it and end by themselves.
-FAILURE_GRACE_SECONDS = 5.0
-#: Seconds between SIGTERM and SIGKILL.
-TERMINATE_SECONDS = 5.0
+FAILURE_GRACE_SECONDS = 10.0
 #: Seconds after SIGKILL until a rank that hangs in the kernel is left there.
 UNKILLABLE_SECONDS = 30.0
 
@@ -53,10 +46,6 @@ class CudaLost(UsageError):
             "importing what all ranks need has opened CUDA, and no process forked afterwards can "
             "use a GPU; use --start_method spawn"
         )
-
-
-class _StartInterrupted(BaseException):
-    """Raised by the signal handler, since `Process.start` waits for seconds of imports."""
 
 
 @dataclass
@@ -97,9 +86,8 @@ class Supervisor:
         self.failure: RankError | None = None
         self.stopped_by: int | None = None
         self._stopped_at = 0.0
-        self._has_signalled = False
-        self._scheduled: list[tuple[float, signal.Signals]] = []  # when to send which
-        self._give_up_at: float | None = None
+        self._kill_at: float | None = None
+        self._killed_at: float | None = None
         self._received: list[int] = []
         self._wakeup: list[int] = []
         self._is_starting = False
@@ -113,12 +101,18 @@ class Supervisor:
             self.peers.set_continue_on_failure()
 
     def start(self, context: ForkServerContext | SpawnContext, tasks: Sequence[RankTask]) -> None:
-        """Start the ranks. A signal meanwhile ends those that have started."""
+        """Start the ranks, which then wait for their tasks.
+
+        Raises:
+            Interrupted, KeyboardInterrupt: a signal came; `Process.start` may wait for seconds.
+        """
         streams = []
         with contextlib.suppress(OSError):  # closed, as a daemon's may be
             streams += [Connection(os.dup(fd)) for fd in (1, 2)]
         self._is_starting = True
         try:
+            if self._received:
+                raise _interruption(self._received[0])
             for task in tasks:
                 ours, theirs = context.Pipe()
                 process = context.Process(
@@ -127,9 +121,6 @@ class Supervisor:
                 self.ranks.append(_Rank(task.rank, process, ours, task))
                 process.start()
                 theirs.close()
-        except _StartInterrupted:
-            if self.ranks[-1].process.pid is None:
-                self.ranks.pop().pipe.close()
         finally:
             self._is_starting = False
             for stream in streams:
@@ -139,7 +130,7 @@ class Supervisor:
         """Wait for all ranks → what each returned."""
         self._handle_signals()
         while living := [rank for rank in self.ranks if not rank.has_ended]:
-            if self._give_up_at is not None and time.monotonic() > self._give_up_at:
+            if self._killed_at and time.monotonic() > self._killed_at + UNKILLABLE_SECONDS:
                 break
             try:
                 self._wait_for_next(living)
@@ -156,16 +147,19 @@ class Supervisor:
             for rank in self.ranks:
                 rank.kill_group()
             for rank in self.ranks:
-                rank.process.join(UNKILLABLE_SECONDS if self._give_up_at is None else 0)
+                if rank.process.pid is not None:
+                    rank.process.join(0 if self._killed_at else UNKILLABLE_SECONDS)
                 rank.pipe.close()
 
     def _wait_for_next(self, living: Sequence[_Rank]) -> None:
-        """Take what the ranks send next, and send the signals that are due."""
-        while self._scheduled and self._scheduled[0][0] <= time.monotonic():
-            self._signal(self._scheduled.pop(0)[1])
-        times = [when for when, _ in self._scheduled]
-        times += [] if self._give_up_at is None else [self._give_up_at]
-        timeout = max(0.0, min(times) - time.monotonic()) if times else None
+        """Take what the ranks send next, or kill them when it is time."""
+        now = time.monotonic()
+        if self._kill_at is not None and self._killed_at is None and self._kill_at <= now:
+            self._killed_at = now
+            for rank in living:
+                rank.signal(signal.SIGKILL)
+        until = self._killed_at + UNKILLABLE_SECONDS if self._killed_at else self._kill_at
+        timeout = None if until is None else max(0.0, until - now)
         pipes = {rank.pipe: rank for rank in living if not rank.pipe.closed}
         sentinels = {rank.process.sentinel: rank for rank in living}
         ready = wait([*self._wakeup, *pipes, *sentinels], timeout)
@@ -203,7 +197,7 @@ class Supervisor:
             phase = self._activity_of(rank)
             self._fail(RankError(error.rank, phase, error.record, exit_code=error.exit_code))
         else:  # it ended because of a peer, whose own report may be on its way
-            self._schedule_termination()
+            self._end_others()
 
     def _on_end(self, rank: _Rank) -> None:
         while not rank.pipe.closed and rank.pipe.poll():
@@ -212,7 +206,7 @@ class Supervisor:
         code = rank.process.exitcode
         rank.has_ended = True
         rank.kill_group()
-        if rank.outcome is not None or self._has_signalled:
+        if rank.outcome is not None or self.stopped_by is not None or self._killed_at:
             return
         record = None
         if code == FORKSERVER_LOST and _ends_soon(rank.parent):
@@ -232,31 +226,24 @@ class Supervisor:
             first = self.peers.post_failure(failure)
             is_vague = first.rank == failure.rank and is_reported_by_peer(first)
             self.failure = failure if is_vague else first
-            self._schedule_termination()
+            self._end_others()
 
-    def _schedule_termination(self) -> None:
+    def _end_others(self) -> None:
+        """Have the other ranks killed if they do not end by themselves."""
         ends = self.failure is not None and ends_the_job(self.failure)
-        if self._scheduled or self._has_signalled or (self.on_failure == "finish" and not ends):
-            return
-        first = time.monotonic() + max(FAILURE_GRACE_SECONDS, EXIT_REPORT_SECONDS + 1)
-        self._scheduled = [(first, signal.SIGTERM), (first + TERMINATE_SECONDS, signal.SIGKILL)]
+        if self._kill_at is None and (ends or self.on_failure == "terminate"):
+            self._kill_at = time.monotonic() + FAILURE_GRACE_SECONDS
 
     def stop(self, number: int) -> None:
         """A signal asks for the end: ranks receive it once; a second request kills them."""
         now = time.monotonic()
         if self.stopped_by is None:
             self.stopped_by, self._stopped_at = number, now
-            self._signal(signal.Signals(number))
-            self._scheduled = [(now + self.grace_seconds, signal.SIGKILL)]
+            self._kill_at = now + self.grace_seconds
+            for rank in self.ranks:
+                rank.signal(number)
         elif now - self._stopped_at >= COPY_SECONDS:
-            self._scheduled = [(now, signal.SIGKILL)]
-
-    def _signal(self, number: signal.Signals) -> None:
-        self._has_signalled = True
-        for rank in self.ranks:
-            rank.signal(number)
-        if number == signal.SIGKILL:
-            self._give_up_at = time.monotonic() + UNKILLABLE_SECONDS
+            self._kill_at = now
 
     def _values(self) -> list[Any]:
         """What the ranks returned; raises if one failed or a signal ended them."""
@@ -264,12 +251,7 @@ class Supervisor:
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
         is_complete = bool(outcomes) and len(outcomes) == len(self.ranks) and not errors
         if self.stopped_by is not None and not is_complete:
-            if self.stopped_by == signal.SIGINT:
-                raise KeyboardInterrupt
-            name = signal.Signals(self.stopped_by).name
-            raise Interrupted(
-                f"received {name}; the ranks have ended. Run the same command again to resume"
-            )
+            raise _interruption(self.stopped_by)
         if self.stopped_by is None and (self.failure is not None or errors):
             raise self.failure or errors[0]
         return [outcome.value for outcome in outcomes]
@@ -297,11 +279,20 @@ class Supervisor:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received.append(number)
         if self._is_starting:
-            raise _StartInterrupted
+            raise _interruption(number)
 
     def _handle_signals(self) -> None:
         while self._received:
             self.stop(self._received.pop(0))
+
+
+def _interruption(number: int) -> BaseException:
+    if number == signal.SIGINT:
+        return KeyboardInterrupt()
+    name = signal.Signals(number).name
+    return Interrupted(
+        f"received {name}; the ranks have ended. Run the same command again to resume"
+    )
 
 
 def _ends_soon(pid: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""The state of the world as a value: detected once, passed on. No torch, but to ask for GPUs."""
+"""The state of the world as a value: detected once, passed on. Imports torch only for GPUs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,12 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost")
 
 _SLURM_TASKS = "SLURM_STEP_TASKS_PER_NODE"
 
-#: Launchers' variables: number of all ranks → number of ranks on this machine.
-_RANKS_HERE = {
-    "SLURM_STEP_NUM_TASKS": _SLURM_TASKS,
-    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
-    "PMI_SIZE": "MPI_LOCALNRANKS",
-}
-
-#: Schedulers that start many copies and say so, without saying what torch needs.
+#: Launchers that start copies without torch's variables: their number of ranks → the launcher's
+#: name, and the number of ranks on this machine.
 _OTHER_LAUNCHERS = {
-    "SLURM_STEP_NUM_TASKS": "srun",
-    "OMPI_COMM_WORLD_SIZE": "mpirun",
-    "PMI_SIZE": "mpiexec",
+    "SLURM_STEP_NUM_TASKS": ("srun", _SLURM_TASKS),
+    "OMPI_COMM_WORLD_SIZE": ("mpirun", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "PMI_SIZE": ("mpiexec", "MPI_LOCALNRANKS"),
 }
 
 
@@ -110,18 +104,17 @@ def from_environment(environ: Mapping[str, str]) -> World:
     Raises:
         UsageError: some are set and others are not, or they contradict one another.
     """
-    given = [name for name in RANK_VARIABLES if environ.get(name)]
-    missing = [name for name in RANK_VARIABLES if not environ.get(name)]
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(given):
+    given = {name: environ[name] for name in RANK_VARIABLES if environ.get(name)}
+    missing = [name for name in RANK_VARIABLES if name not in given]
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & given.keys():
         _refuse_other_launchers(environ)
         return World()
     if missing:
-        found = ", ".join(f"{name}={environ[name]}" for name in given)
         raise UsageError(
-            f"the environment is half set: {found}, but {_and(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing. Start the ranks with torchrun (or "
-            f"with --nproc_per_node), set all of {', '.join(RANK_VARIABLES)}, or unset "
-            f"{_and(given)} to run alone"
+            f"incomplete distributed environment: found "
+            f"{', '.join(f'{name}={value}' for name, value in given.items())}; missing: "
+            f"{', '.join(missing)}. Start the ranks with torchrun (or with --nproc_per_node), set "
+            f"all of {', '.join(RANK_VARIABLES)}, or unset {', '.join(given)} to run alone"
         )
     rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     local_rank = _number(environ, "LOCAL_RANK")
@@ -134,22 +127,31 @@ def from_environment(environ: Mapping[str, str]) -> World:
         )
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise UsageError(
-            f"the environment contradicts itself: RANK={rank} of WORLD_SIZE={world_size}, "
+            f"contradictory distributed environment: RANK={rank} of WORLD_SIZE={world_size}, "
             f"LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_world_size}; expected "
             "0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE"
         )
+    return replace(
+        _launched(environ, rank, world_size, local_rank, local_world_size),
+        store_address=f"{environ['MASTER_ADDR']}:{_number(environ, 'MASTER_PORT')}",
+        launcher_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def _launched(
+    environ: Mapping[str, str], rank: int, world_size: int, local_rank: int, local_world_size: int
+) -> World:
+    num_nodes = 1 if local_world_size >= world_size else max(2, world_size // local_world_size)
     return World(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_world_size,
-        num_nodes=_machines(environ, world_size, local_world_size),
+        num_nodes=_number(environ, "GROUP_WORLD_SIZE", num_nodes),
         run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
         restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         max_restarts=_number(environ, "TORCHELASTIC_MAX_RESTARTS", 0),
         is_launched=True,
-        store_address=f"{environ['MASTER_ADDR']}:{_number(environ, 'MASTER_PORT')}",
-        launcher_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
@@ -230,27 +232,14 @@ def _check_one_gpu(device: str, index: int, ranks: int, gpus_per_rank: int, usab
 
 
 def _from_live_group(environ: Mapping[str, str]) -> World | None:
-    """The group that somebody made already; the environment only adds what it cannot say."""
-    if "torch.distributed" not in sys.modules:
-        return None
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
+    """The caller's process group; the environment only adds what it does not know."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized():
         return None
     rank, world_size = dist.get_rank(), dist.get_world_size()
     local_world_size = _ranks_per_machine(environ, world_size) or world_size
     local_rank = _number(environ, "LOCAL_RANK", rank % local_world_size)
-    return World(
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        local_world_size=local_world_size,
-        num_nodes=_machines(environ, world_size, local_world_size),
-        run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
-        restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
-        max_restarts=_number(environ, "TORCHELASTIC_MAX_RESTARTS", 0),
-        is_launched=True,
-    )
+    return _launched(environ, rank, world_size, local_rank, local_world_size)
 
 
 def _ranks_per_machine(environ: Mapping[str, str], world_size: int) -> int | None:
@@ -259,11 +248,9 @@ def _ranks_per_machine(environ: Mapping[str, str], world_size: int) -> int | Non
         return _number(environ, "LOCAL_WORLD_SIZE")
     if environ.get("GROUP_WORLD_SIZE"):
         return max(1, world_size // max(1, _number(environ, "GROUP_WORLD_SIZE")))
-    for total, here in _RANKS_HERE.items():  # only where that launcher started exactly these ranks
+    for total, (_, here) in _OTHER_LAUNCHERS.items():  # where it started exactly these ranks
         if environ.get(total) == str(world_size) and environ.get(here):
-            if here == _SLURM_TASKS:
-                return _slurm_tasks(environ)
-            return _number(environ, here)
+            return _slurm_tasks(environ) if here == _SLURM_TASKS else _number(environ, here)
     if world_size == 1 or environ.get("MASTER_ADDR") in LOOPBACK_NAMES:
         return world_size
     return None
@@ -286,16 +273,9 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int:
     return counts[node]
 
 
-def _machines(environ: Mapping[str, str], world_size: int, local_world_size: int) -> int:
-    """Machines of the world; from two on the number may be a guess."""
-    if local_world_size >= world_size:
-        return _number(environ, "GROUP_WORLD_SIZE", 1)
-    return _number(environ, "GROUP_WORLD_SIZE", max(2, world_size // local_world_size))
-
-
 def _refuse_other_launchers(environ: Mapping[str, str]) -> None:
     """srun and mpirun start N copies; without torch's variables each would do all the work."""
-    for name, launcher in _OTHER_LAUNCHERS.items():
+    for name, (launcher, _) in _OTHER_LAUNCHERS.items():
         copies = environ.get(name, "")
         if copies.isdigit() and int(copies) > 1:
             raise UsageError(
@@ -313,7 +293,3 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
         return int(str(text))
     except ValueError:
         raise UsageError(f"environment variable {name}={text!r} is not a number") from None
-
-
-def _and(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

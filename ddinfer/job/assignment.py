@@ -75,3 +75,28 @@ class Assignment:
             for batch in some:
                 mask[batch.start : batch.stop] = b"\1" * len(batch)
         return mask
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """How a rank spent its time, in seconds.
+
+    Attributes:
+        loading: until its model was ready.
+        working: from there to its last image.
+        pipeline: of that, inside the pipeline's own calls.
+        stage: of a model that is cut over ranks; the images are counted on stage 0.
+    """
+
+    rank: int
+    images: int
+    loading: float
+    working: float
+    pipeline: float
+    stage: int = 0
+
+
+def load_balance(times: Sequence[RankTimes]) -> float:
+    """Mean working time over the longest: 1.0 when all ranks ended together."""
+    longest = max((t.working for t in times), default=0.0)
+    return sum(t.working for t in times) / len(times) / longest if longest else 1.0

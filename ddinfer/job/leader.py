@@ -15,11 +15,10 @@ from ddinfer._version import __version__
 from ddinfer.config import JobConfig
 from ddinfer.distributed.devices import resolve_num_threads
 from ddinfer.distributed.partition import slice_of_batches
-from ddinfer.distributed.progress import RankTimes, load_balance
 from ddinfer.distributed.world import World
 from ddinfer.engines.options import gpu_numbers, open_source
 from ddinfer.errors import EXIT_FAILED_PROMPTS, EXIT_OK, DdinferError, StorageError, exit_code_of
-from ddinfer.job.assignment import Assignment, IndexBatches
+from ddinfer.job.assignment import Assignment, IndexBatches, RankTimes, load_balance
 from ddinfer.job.fingerprint import lora_hashes, model_fingerprint
 from ddinfer.job.prepare import job_identity, library_versions, prepare
 from ddinfer.job.restarts import attempt_id

@@ -12,12 +12,12 @@ import torch
 from ddinfer.config import JobConfig
 from ddinfer.distributed.partition import Replica
 from ddinfer.distributed.process_group import Group, process_group
-from ddinfer.distributed.progress import Progress, RankTimes
+from ddinfer.distributed.progress import Progress
 from ddinfer.distributed.world import World
 from ddinfer.engines.base import Batch, Engine
 from ddinfer.engines.select import load_engine
 from ddinfer.errors import RankError, UsageError
-from ddinfer.job.assignment import Assignment
+from ddinfer.job.assignment import Assignment, RankTimes
 from ddinfer.job.leader import Leader, RunReport
 from ddinfer.job.prepare import resolve_config
 from ddinfer.job.shutdown import ShutdownRequest
