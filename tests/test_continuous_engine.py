@@ -120,7 +120,7 @@ def test_no_batches_are_no_results(tmp_path):
 
 
 def test_ranks_that_do_not_come_out_even_are_refused_with_the_numbers():
-    with pytest.raises(UsageError, match=r"parallel 2 needs .* found 3: say --nproc_per_node 2"):
+    with pytest.raises(UsageError, match=r"parallel 2 needs .* found 3: use --nproc_per_node 2"):
         Replica.of(0, 3, 2)
     assert Replica.of(5, 6, 3) == Replica(1, 2, 2, (3, 4, 5))
 

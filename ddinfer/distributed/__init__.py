@@ -1,1 +1,1 @@
-"""Who does what: the world, its process group, its launcher. Knows nothing of diffusion."""
+"""Ranks: the world, the launcher, the process group, the split of the work. No diffusion."""

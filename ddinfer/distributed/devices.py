@@ -93,7 +93,7 @@ def openmp_environment(
     """What ranks of one machine add to the environment before they load OpenMP.
 
     Its threads spin for a moment while they wait. That is fastest where each has a core, and many
-    times slower where ranks share cores: there they sleep, unless the user has said otherwise.
+    times slower where ranks share cores: there they sleep, unless the user has set OMP_WAIT_POLICY.
     """
     environ = os.environ if environ is None else environ
     added = {"OMP_NUM_THREADS": str(num_threads)}

@@ -20,13 +20,7 @@ from ddinfer.distributed.process import import_once
 from ddinfer.distributed.rank import RankTask
 from ddinfer.distributed.store import loopback_interfaces, loopback_store
 from ddinfer.distributed.supervise import CudaLost, Supervisor
-from ddinfer.distributed.world import (
-    World,
-    check_gpus_suffice,
-    from_environment,
-    parse_device,
-    pick_device,
-)
+from ddinfer.distributed.world import from_environment, parse_device, pick_device
 from ddinfer.errors import UsageError
 
 StartMethod = Literal["auto", "forkserver", "spawn"]
@@ -34,7 +28,7 @@ StartMethod = Literal["auto", "forkserver", "spawn"]
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """How the ranks of this command come to be.
+    """How the ranks of this command are started.
 
     Attributes:
         kind: "join": this process is a rank already, of an outer launcher or the only one;
@@ -73,13 +67,23 @@ def plan_launch(
     gpus = Gpus() if device == "cpu" else Gpus.probe(environ) if gpus is None else gpus
     wanted = count_ranks(nproc_per_node, gpus)
     if outer.is_launched and (outer.world_size > 1 or outer.num_nodes > 1):
-        return _join(outer, wanted)
-    num_ranks = default_ranks(device, gpus, gpus_per_rank) if wanted is None else wanted
-    if outer.is_launched and wanted is None:
-        note = _idle_note(gpus, num_ranks, gpus_per_rank)
+        if wanted is not None and wanted != outer.local_world_size:
+            plural = "s" * (outer.local_world_size > 1)
+            raise UsageError(
+                "two launchers want different numbers of ranks: torchrun started "
+                f"{outer.local_world_size} rank{plural} on this machine ({outer.world_size} in "
+                f"all), ddinfer was given --nproc_per_node={wanted}; give the number once, before "
+                "the script"
+            )
+        return LaunchPlan("join", outer.world_size)
+    num_ranks, note = wanted or default_ranks(device, gpus, gpus_per_rank), ""
+    if outer.is_launched and wanted is None and num_ranks > 1:
+        idle = gpus.usable - gpus_per_rank
+        note = (
+            f"torchrun started one rank and this machine has {gpus.usable} GPUs, so that {idle} "
+            f"{'is' if idle == 1 else 'are'} idle; --nproc_per_node={num_ranks} uses all"
+        )
         num_ranks = 1
-    else:
-        note = ""
     pick_device(device, 0, num_ranks, gpus_per_rank, environ, gpus)
     return LaunchPlan("join" if outer.is_launched and num_ranks == 1 else "start", num_ranks, note)
 
@@ -110,9 +114,7 @@ def default_ranks(device: str, gpus: Gpus, gpus_per_rank: int = 1) -> int:
     kind, index = parse_device(device)
     if kind == "cpu" or index is not None or not gpus.usable:
         return 1
-    if gpus.usable < gpus_per_rank:
-        check_gpus_suffice(1, gpus_per_rank, gpus.usable)
-    return gpus.usable // gpus_per_rank
+    return max(1, gpus.usable // gpus_per_rank)
 
 
 def launch(
@@ -152,7 +154,7 @@ def launch(
         preload: modules. A forkserver that this program has started before keeps its own.
         before_fork: called once where ``preload`` was imported, to import more that depends on
             the job; picklable. It opens no GPU, connection or thread. What it raises is ignored:
-            the ranks will meet it. Not called for spawned ranks.
+            it is raised again on the ranks. Not called for spawned ranks.
         on_failure: "terminate" ends the other ranks soon after the first failure; "finish" lets
             them do their own share first.
         grace_seconds: how long ranks may take after Ctrl-C or SIGTERM, which they receive too.
@@ -160,7 +162,7 @@ def launch(
             returned if all of them still return. Main thread only. Without it, no handler is
             installed, and ``KeyboardInterrupt`` ends the ranks.
         on_death: called with (rank, signal) when a signal that was not sent here killed a rank.
-        run_id, restart_count: tell the ranks that this launch continues an earlier one.
+        run_id, restart_count: mark this launch as continuing an earlier one.
 
     Raises:
         RankError: a rank raised, was killed, or ended before ``fn`` returned: the first of them.
@@ -169,8 +171,7 @@ def launch(
     """
     payload = _pickled(fn, args)
     gpus = Gpus() if device == "cpu" else Gpus.probe()
-    wanted = count_ranks(nproc_per_node, gpus)
-    num_ranks = default_ranks(device, gpus, gpus_per_rank) if wanted is None else wanted
+    num_ranks = count_ranks(nproc_per_node, gpus) or default_ranks(device, gpus, gpus_per_rank)
     if pick_device(device, 0, num_ranks, gpus_per_rank, gpus=gpus) == "cpu":
         device = "cpu"
     num_threads = resolve_num_threads(num_threads, num_ranks)
@@ -239,7 +240,7 @@ def start_forkserver(
 def _environment_of_children(variables: Mapping[str, str], *setup: Any) -> Iterator[None]:
     """Inside, processes that multiprocessing starts import from where this one does.
 
-    Python 3.11's forkserver is not told ``sys.path``. A new interpreter would look into the
+    Python 3.11's forkserver does not receive ``sys.path``. A new interpreter would look into the
     current directory first.
 
     Args:
@@ -307,25 +308,3 @@ def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
             "it into a module of its own and import it"
         )
     return payload
-
-
-def _join(outer: World, wanted: int | None) -> LaunchPlan:
-    if wanted is not None and wanted != outer.local_world_size:
-        raise UsageError(
-            f"two launchers want different numbers: torchrun started {outer.local_world_size} "
-            f"rank{'s' * (outer.local_world_size > 1)} on this machine ({outer.world_size} in "
-            f"all), ddinfer was given --nproc_per_node={wanted}; give the number once, in front "
-            "of the script"
-        )
-    return LaunchPlan("join", outer.world_size)
-
-
-def _idle_note(gpus: Gpus, num_fitting: int, gpus_per_rank: int) -> str:
-    """A note where torchrun started one rank and more would fit on the GPUs."""
-    if num_fitting == 1:
-        return ""
-    idle = gpus.usable - gpus_per_rank
-    return (
-        f"torchrun started one rank and this machine has {gpus.usable} GPUs, so that {idle} "
-        f"{'is' if idle == 1 else 'are'} idle; --nproc_per_node={num_fitting} uses all"
-    )

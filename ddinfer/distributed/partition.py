@@ -88,12 +88,12 @@ class Replica:
             options: that ask for it, for the message.
 
         Raises:
-            UsageError: the ranks do not come out even.
+            UsageError: the number of ranks is not a multiple of ``num_stages``.
         """
         if num_ranks < 1 or world_size % num_ranks:
             raise UsageError(
                 f"{options or f'--pipeline_parallel {num_ranks}'} needs a number of ranks that "
-                f"{num_ranks} divides; found {world_size}: say --nproc_per_node "
+                f"{num_ranks} divides; found {world_size}: use --nproc_per_node "
                 f"{max(num_ranks, world_size // num_ranks * num_ranks)}"
             )
         number, stage = divmod(rank, num_ranks)

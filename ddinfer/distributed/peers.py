@@ -1,7 +1,7 @@
 """The status of peers, exchanged through the store, outside of any collective.
 
 A collective has a timeout and fails on all ranks when one is late. Here ranks poll: a slow rank
-makes nobody time out, and a failed or dead one ends the wait of the others.
+does not make the others time out, and a failed or dead one ends their wait.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LIVENESS_CHECK_SECONDS = 1.0
 EXIT_REPORT_SECONDS = 3.0
 
 #: Types in the record of a rank whose peer found it dead, or lost the connection to it. The peer
-#: cannot know how it ended; its launcher does.
+#: cannot see how it ended; its launcher can.
 PROCESS_DIED, CONNECTION_LOST = "ProcessDied", "ConnectionLost"
 
 
@@ -98,7 +98,7 @@ class PeerStatus:
         """A barrier: wait until every rank has called this as often as this one. No timeout.
 
         Raises:
-            RankError: a rank failed, or is dead and will never come.
+            RankError: a rank failed or died.
         """
         if len(self.ranks) == 1:
             return

@@ -23,12 +23,12 @@ JOIN_TIMEOUT_SECONDS = 300.0
 CONTROL_TIMEOUT_SECONDS = 600.0
 
 #: How long a rank that hosts the store itself keeps it for the others at the end.
-_HOST_LINGERS_SECONDS = 60.0
+_HOST_WAIT_SECONDS = 60.0
 
-#: What gloo and NCCL say of a connection, as against an error of the program.
+#: In the messages of gloo and NCCL about connections, as against errors of the program.
 _CONNECTION_WORDS = ("onnection", "Broken pipe", "imed out", "NCCL", "socket")
 
-#: Gloo groups made beside groups that cannot carry objects; they end with those.
+#: Group without a gloo backend → gloo group of the same ranks; it ends with that group.
 _SIDE_GROUPS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
@@ -193,7 +193,7 @@ def process_group(
     failed rank its own error.
 
     Args:
-        join_timeout_seconds: for all ranks to come.
+        join_timeout_seconds: until all ranks have joined.
         control_timeout_seconds: for one exchange of objects, once all ranks have arrived at it.
 
     Raises:
@@ -224,7 +224,7 @@ def process_group(
 
 
 def _raise_first(group: Group, error: BaseException) -> None:
-    """Raise another rank's failure instead, if that came first."""
+    """Raise another rank's failure instead, if that was first."""
     with contextlib.suppress(StoreLost):
         if isinstance(error, RuntimeError) and any(w in str(error) for w in _CONNECTION_WORDS):
             group.raise_root_cause(error)
@@ -273,9 +273,9 @@ def _joined(world: World, join_seconds: float, control_seconds: float) -> Iterat
             yield group
         finally:
             dist.destroy_process_group()
-            if not world.launcher_hosts_store:  # whoever hosts it ends last
+            if not world.launcher_hosts_store:  # the rank that hosts it ends last
                 with contextlib.suppress(StoreLost):
-                    group.leave(_HOST_LINGERS_SECONDS if world.rank == 0 else 0.0)
+                    group.leave(_HOST_WAIT_SECONDS if world.rank == 0 else 0.0)
 
 
 def _own_store(world: World, join_seconds: float) -> Store:
@@ -291,7 +291,7 @@ def _own_store(world: World, join_seconds: float) -> Store:
             "Check MASTER_ADDR and MASTER_PORT, and that rank 0 or torchrun runs there",
         ) from error
     # A store that the launcher keeps has seen the attempts before. One that rank 0 hosts is new,
-    # and machines need not agree on how often they restarted: one that came back begins at 0.
+    # and machines need not agree on how often they restarted: one that was restarted begins at 0.
     attempt = world.restart_count if world.launcher_hosts_store else 0
     return dist.PrefixStore(f"ddinfer/{world.run_id}/{attempt}", store)
 

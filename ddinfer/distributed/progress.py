@@ -54,7 +54,7 @@ class Progress:
 
     def _show(self) -> None:
         show = self._bar if self.stream.isatty() else self._lines
-        # Where the store is gone, the main thread will say so better.
+        # The main thread reports a lost store with more context.
         with contextlib.suppress(StoreLost):
             show()
 

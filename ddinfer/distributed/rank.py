@@ -127,7 +127,7 @@ def _cuda_is_lost() -> bool:
 def _pickled(outcome: Outcome, rank: int) -> bytes:
     try:
         return pickle.dumps(outcome)
-    except Exception as error:  # noqa: BLE001 - whatever pickle meets in the value
+    except Exception as error:  # noqa: BLE001 - the value may raise anything
         kind = type(outcome.value).__name__
         problem = TypeError(f"a rank must return what can be pickled, not this {kind}: {error}")
         return pickle.dumps(Outcome(error=rank_error(rank, "", problem)))

@@ -33,7 +33,7 @@ FORKSERVER_LOST = 255
 
 
 class Interrupted(DdinferError):
-    """A signal came and the ranks were ended. The same command resumes the job."""
+    """A signal ended the ranks. The same command resumes the job."""
 
     exit_code = EXIT_INTERRUPTED
 
@@ -104,7 +104,7 @@ class Supervisor:
         """Start the ranks, which then wait for their tasks.
 
         Raises:
-            Interrupted, KeyboardInterrupt: a signal came; `Process.start` may wait for seconds.
+            Interrupted, KeyboardInterrupt: a signal arrived; `Process.start` may wait for seconds.
         """
         streams = []
         with contextlib.suppress(OSError):  # closed, as a daemon's may be

@@ -41,9 +41,9 @@ class World:
         gpus_per_rank: a rank with local rank l drives GPUs l·g … l·g + g − 1.
         run_id: of the launch, equal on all ranks; keeps apart jobs that share a store.
         restart_count: how often the launcher has restarted its ranks.
-        max_restarts: how often torchrun would restart them; our own launcher says 0.
+        max_restarts: how often torchrun would restart them; 0 with our own launcher.
         is_launched: a launcher made this a rank, or a process group exists.
-        store_address: ``host:port`` where ranks meet; empty for a process alone.
+        store_address: ``host:port`` of the store; empty for a process alone.
         launcher_hosts_store: as torchrun and `launch` do; else rank 0 hosts it.
     """
 
@@ -122,7 +122,7 @@ def from_environment(environ: Mapping[str, str]) -> World:
     if local_world_size is None:
         raise UsageError(
             f"LOCAL_WORLD_SIZE is missing: WORLD_SIZE={world_size} and "
-            f"MASTER_ADDR={environ['MASTER_ADDR']} do not say how many of the ranks are on this "
+            f"MASTER_ADDR={environ['MASTER_ADDR']} do not determine the number of ranks on this "
             "machine. Set LOCAL_WORLD_SIZE to that number for each rank, as torchrun does"
         )
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
@@ -183,11 +183,21 @@ def pick_device(
             + (f" to torch {gpus.torch_version}" if gpus.torch_version else "")
             + "; use --device cpu"
         )
-    if index is not None:
-        _check_one_gpu(device, index, ranks_per_machine, gpus_per_rank, gpus.usable)
-        return f"cuda:{index}"
-    check_gpus_suffice(ranks_per_machine, gpus_per_rank, gpus.usable)
-    return f"cuda:{local_rank * gpus_per_rank}"
+    if index is None:
+        _check_gpus_suffice(ranks_per_machine, gpus_per_rank, gpus.usable)
+        return f"cuda:{local_rank * gpus_per_rank}"
+    if ranks_per_machine > 1 or gpus_per_rank > 1:
+        raise UsageError(
+            f"--device {device} is one GPU, but there are {ranks_per_machine} ranks with "
+            f"{gpus_per_rank} each on this machine; use --device cuda, and CUDA_VISIBLE_DEVICES to "
+            "choose GPUs"
+        )
+    if index >= gpus.usable:
+        raise UsageError(
+            f"--device {device} is not there: this machine shows {gpus.usable} GPUs, "
+            f"cuda:0 … cuda:{gpus.usable - 1}"
+        )
+    return f"cuda:{index}"
 
 
 def parse_device(device: str) -> tuple[str, int | None]:
@@ -200,12 +210,8 @@ def parse_device(device: str) -> tuple[str, int | None]:
     raise UsageError(f"--device {device!r} must be auto, cpu, cuda or cuda:N")
 
 
-def check_gpus_suffice(ranks_per_machine: int, gpus_per_rank: int, usable: int) -> None:
-    """Every rank needs GPUs of its own.
-
-    Raises:
-        UsageError: with the numbers and the largest number of ranks that fits.
-    """
+def _check_gpus_suffice(ranks_per_machine: int, gpus_per_rank: int, usable: int) -> None:
+    """Raise, with the largest number of ranks that fits, unless every rank has its own GPUs."""
     needed = ranks_per_machine * gpus_per_rank
     if needed <= usable:
         return
@@ -218,21 +224,8 @@ def check_gpus_suffice(ranks_per_machine: int, gpus_per_rank: int, usable: int) 
     )
 
 
-def _check_one_gpu(device: str, index: int, ranks: int, gpus_per_rank: int, usable: int) -> None:
-    if ranks > 1 or gpus_per_rank > 1:
-        raise UsageError(
-            f"--device {device} is one GPU, but there are {ranks} ranks with {gpus_per_rank} "
-            f"each on this machine; use --device cuda, and CUDA_VISIBLE_DEVICES to choose GPUs"
-        )
-    if index >= usable:
-        raise UsageError(
-            f"--device {device} is not there: this machine shows {usable} GPUs, "
-            f"cuda:0 … cuda:{usable - 1}"
-        )
-
-
 def _from_live_group(environ: Mapping[str, str]) -> World | None:
-    """The caller's process group; the environment only adds what it does not know."""
+    """The caller's process group; the environment adds what it lacks."""
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_initialized():
         return None
@@ -243,7 +236,7 @@ def _from_live_group(environ: Mapping[str, str]) -> World | None:
 
 
 def _ranks_per_machine(environ: Mapping[str, str], world_size: int) -> int | None:
-    """Ranks on this machine, as torchrun, srun or mpirun says; ``None`` where nothing says it."""
+    """Ranks on this machine, by torchrun, srun or mpirun; ``None`` if unknown."""
     if environ.get("LOCAL_WORLD_SIZE"):
         return _number(environ, "LOCAL_WORLD_SIZE")
     if environ.get("GROUP_WORLD_SIZE"):
