@@ -1,5 +1,6 @@
 """The group of ranks: joined, borrowed, and told the truth by whoever fails first."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -210,6 +211,26 @@ def join_twice(world):
 
 def test_a_restarted_run_starts_with_a_clean_store():
     assert run_ranks(join_twice, 2, join=False) == [True, True]
+
+
+def create_two_groups(world):
+    """As a program under torchrun that runs two jobs; nothing of the first may be left."""
+    passed = []
+    for number in range(2):
+        with contextlib.suppress(RankError, ValueError), process_group(world) as group:
+            assert group.all_gather_object(number) == [number] * 2
+            if world.rank == 1:
+                time.sleep(0.5)
+                group.add("late")
+            group.wait_for_peers()
+            passed.append(group.add("late", 0))
+            if number == 0 and world.rank == 1:
+                raise ValueError("of the first group")
+    return passed
+
+
+def test_a_program_may_create_one_group_after_the_other():
+    assert run_ranks(create_two_groups, 2, join=False, timeout_seconds=60) == [[1, 1], [1, 1]]
 
 
 def test_ranks_without_a_launcher_meet_at_rank_zero(tmp_path):

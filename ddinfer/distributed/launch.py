@@ -185,6 +185,8 @@ def launch(
             if context is forkserver:
                 start_forkserver(preload, before_fork, openmp)
             import_once(("torch.distributed",))  # while the forkserver does the same
+            from torch.distributed import PrefixStore
+
             store = loopback_store()
             environment = {**os.environ, **loopback_interfaces(), **openmp}
             tasks = [
@@ -199,7 +201,9 @@ def launch(
                 )
                 for rank in range(num_ranks)
             ]
-            supervisor.watch_through(store, f"ddinfer/{run_id}/{restart_count}/peers", num_ranks)
+            supervisor.watch_through(
+                PrefixStore(f"ddinfer/{run_id}/{restart_count}/{num_ranks}", store)
+            )
             with _environment_of_children(openmp):
                 supervisor.start(context, tasks)
             return supervisor.wait()

@@ -36,6 +36,9 @@ LIVENESS_CHECK_SECONDS = 1.0
 #: The launcher posts how a rank ended, with its signal. Peers wait this long for its report.
 EXIT_REPORT_SECONDS = 3.0
 
+#: Key that the launcher sets where ranks continue after the failure of another.
+CONTINUE_ON_FAILURE = "continue_on_failure"
+
 #: Types in the record of a rank whose peer found it dead, or lost the connection to it. The peer
 #: cannot see how it ended; its launcher can.
 PROCESS_DIED, CONNECTION_LOST = "ProcessDied", "ConnectionLost"
@@ -58,12 +61,14 @@ class PeerStatus:
     Attributes:
         phase: what this rank is doing, such as "running".
         activity: the same with a detail, such as "running prompt 3".
+        continue_on_failure: whether ranks continue with their own work after another failed.
     """
 
     def __init__(self, store: Store, ranks: Sequence[int], group_rank: int | None = None):
         self._store, self.ranks = store, tuple(ranks)
         self._group_rank = group_rank
         self.phase = self.activity = "starting"
+        self.continue_on_failure = False
         self._num_barriers = 0
 
     # Processes
@@ -181,12 +186,8 @@ class PeerStatus:
         if len(self.ranks) == 1:
             return
         failure = self.first_failure()
-        if failure is not None and (ends_the_job(failure) or not self._has("continue_on_failure")):
+        if failure is not None and (ends_the_job(failure) or not self.continue_on_failure):
             raise failure
-
-    def set_continue_on_failure(self) -> None:
-        """Called by the launcher before the ranks start: other ranks continue after a failure."""
-        self._set("continue_on_failure", "1")
 
     # Activity
 

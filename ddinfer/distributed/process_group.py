@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ddinfer.distributed.peers import PeerStatus, StoreLost
+from ddinfer.distributed.peers import CONTINUE_ON_FAILURE, PeerStatus, StoreLost
 from ddinfer.distributed.store import announce_address, network_interface, open_store
 from ddinfer.distributed.store import loopback_store as loopback_store
 from ddinfer.distributed.world import World, from_environment
@@ -212,7 +212,7 @@ def process_group(
             joined = _joined(world, join_timeout_seconds, control_timeout_seconds)
             group = stack.enter_context(joined)
         elif world.launcher_hosts_store:  # it watches what its only rank does
-            group = Group(world, _own_store(world, join_timeout_seconds), (world.rank,))
+            group, _ = _new_group(world, join_timeout_seconds)
         else:
             group = Group.alone(world)
         try:
@@ -239,8 +239,7 @@ def _joined(world: World, join_seconds: float, control_seconds: float) -> Iterat
     import torch
     import torch.distributed as dist
 
-    store = _own_store(world, join_seconds)
-    group = Group(world, store, range(world.world_size), world.rank)
+    group, store = _new_group(world, join_seconds)
     announce_address(world, store)
     missing = group.wait_for_all(join_seconds)
     if missing:
@@ -278,8 +277,8 @@ def _joined(world: World, join_seconds: float, control_seconds: float) -> Iterat
                     group.leave(_HOST_WAIT_SECONDS if world.rank == 0 else 0.0)
 
 
-def _own_store(world: World, join_seconds: float) -> Store:
-    """The part of the launcher's store that belongs to this attempt of this run."""
+def _new_group(world: World, join_seconds: float) -> tuple[Group, Store]:
+    """A group whose ranks are not connected yet, and its part of the launcher's store."""
     import torch.distributed as dist
 
     try:
@@ -293,7 +292,14 @@ def _own_store(world: World, join_seconds: float) -> Store:
     # A store that the launcher keeps has seen the attempts before. One that rank 0 hosts is new,
     # and machines need not agree on how often they restarted: one that was restarted begins at 0.
     attempt = world.restart_count if world.launcher_hosts_store else 0
-    return dist.PrefixStore(f"ddinfer/{world.run_id}/{attempt}", store)
+    shared = dist.PrefixStore(f"ddinfer/{world.run_id}/{attempt}/{world.world_size}", store)
+    # A program may create several groups, and torchrun starts ranks again with the same count when
+    # machines come or go. Each rank counts its groups, so that their numbers agree.
+    number = shared.add(f"groups/{world.rank}", 1)
+    own = dist.PrefixStore(f"group/{number}", shared)
+    group = Group(world, own, range(world.world_size), world.rank)
+    group.continue_on_failure = shared.check([CONTINUE_ON_FAILURE])
+    return group, own
 
 
 def _backend(world: World) -> str:

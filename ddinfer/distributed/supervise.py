@@ -15,7 +15,12 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ddinfer.distributed.peers import PeerStatus, ends_the_job, is_reported_by_peer
+from ddinfer.distributed.peers import (
+    CONTINUE_ON_FAILURE,
+    PeerStatus,
+    ends_the_job,
+    is_reported_by_peer,
+)
 from ddinfer.distributed.process import COPY_SECONDS, is_running, stop_signals
 from ddinfer.distributed.rank import Outcome, RankTask, run_rank
 from ddinfer.errors import EXIT_INTERRUPTED, DdinferError, ErrorRecord, RankError, UsageError
@@ -81,7 +86,7 @@ class Supervisor:
         on_death: Callable[[int, int], object],
     ):
         self.on_failure, self.grace_seconds, self.on_death = on_failure, grace_seconds, on_death
-        self.peers: PeerStatus | None = None
+        self._store: Store | None = None
         self.ranks: list[_Rank] = []
         self.failure: RankError | None = None
         self.stopped_by: int | None = None
@@ -92,13 +97,20 @@ class Supervisor:
         self._wakeup: list[int] = []
         self._is_starting = False
 
-    def watch_through(self, store: Store, prefix: str, num_ranks: int) -> None:
-        """Read what the ranks are doing from the store that is hosted for them."""
+    def watch_through(self, store: Store) -> None:
+        """Read what the ranks are doing from the part of the store that `process_group` uses."""
+        self._store = store
+        if self.on_failure == "finish":
+            store.set(CONTINUE_ON_FAILURE, "1")
+
+    def _peers(self, rank: int) -> PeerStatus:
+        """The group that a rank has created last."""
         from torch.distributed import PrefixStore
 
-        self.peers = PeerStatus(PrefixStore(prefix, store), range(num_ranks))
-        if self.on_failure == "finish":
-            self.peers.set_continue_on_failure()
+        assert self._store is not None
+        number = max(1, self._store.add(f"groups/{rank}", 0))
+        prefix = f"group/{number}/peers"
+        return PeerStatus(PrefixStore(prefix, self._store), range(len(self.ranks)))
 
     def start(self, context: ForkServerContext | SpawnContext, tasks: Sequence[RankTask]) -> None:
         """Start the ranks, which then wait for their tasks.
@@ -217,13 +229,11 @@ class Supervisor:
             self.on_death(rank.number, -code)
 
     def _activity_of(self, rank: _Rank) -> str:
-        assert self.peers is not None
-        return self.peers.activity_of(rank.number) or "starting"
+        return self._peers(rank.number).activity_of(rank.number) or "starting"
 
     def _fail(self, failure: RankError) -> None:
         if self.failure is None and self.stopped_by is None:
-            assert self.peers is not None
-            first = self.peers.post_failure(failure)
+            first = self._peers(failure.rank).post_failure(failure)
             is_vague = first.rank == failure.rank and is_reported_by_peer(first)
             self.failure = failure if is_vague else first
             self._end_others()
