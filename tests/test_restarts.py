@@ -279,7 +279,7 @@ def rank_processes(launcher):
 
 def test_a_frozen_rank_ends_the_attempt_and_the_next_one_makes_the_rest(moody, tmp_path):
     prompts = ["a", "b", f"wait {tmp_path / 'gate'}", "c"]
-    more = ["--nproc_per_node=2", "--stuck_timeout=4", "--max_restarts=1"]
+    more = ["--nproc_per_node=2", "--stuck_timeout=6", "--max_restarts=1"]
     process = start([*MAIN, *job(moody, tmp_path, prompts, *more)])
     wait_until(process, (tmp_path / "gate.waiting").exists)
     os.kill(rank_processes(process)[1], signal.SIGSTOP)
@@ -294,7 +294,7 @@ def test_a_frozen_rank_ends_the_attempt_and_the_next_one_makes_the_rest(moody, t
 
 def test_a_stalled_rank_shows_where_each_of_its_threads_is(moody, tmp_path):
     prompts = ["a", "b", f"wait {tmp_path / 'gate'}", "c"]
-    more = ["--nproc_per_node=2", "--stuck_timeout=4", "--max_restarts=1"]
+    more = ["--nproc_per_node=2", "--stuck_timeout=6", "--max_restarts=1"]
     process = start([*MAIN, *job(moody, tmp_path, prompts, *more)])
     said = wait_for_words(process, "restart 1 of 1")
     (tmp_path / "gate").touch()
@@ -309,11 +309,11 @@ def test_a_stalled_rank_shows_where_each_of_its_threads_is(moody, tmp_path):
 def test_a_rank_that_stalls_inside_a_c_call_ends_too(moody, tmp_path):
     """It holds the interpreter: no Python thread of that process can run."""
     prompts = ["a", "b", f"stall {tmp_path / 'held'}", "c"]
-    more = ["--nproc_per_node=2", "--stuck_timeout=4", "--max_restarts=1"]
+    more = ["--nproc_per_node=2", "--stuck_timeout=6", "--max_restarts=1"]
     done = run([*MAIN, *job(moody, tmp_path, prompts, *more)])
     assert done.returncode == 0, done.stderr
     assert "rank 1 failed while running prompt 2" in done.stderr
-    assert "no progress for 4 s (--stuck_timeout), inside a C call; restart 1 of 1" in done.stderr
+    assert "no progress for 6 s (--stuck_timeout), inside a C call; restart 1 of 1" in done.stderr
     assert re.search(r"line \d+ in hold_interpreter\b", done.stderr), "the stacks say where"
     assert verify(Files(), str(tmp_path / "out")).is_good
 

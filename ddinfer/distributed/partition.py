@@ -88,7 +88,7 @@ class Replica:
             options: that ask for it, for the message.
 
         Raises:
-            UsageError: the number of ranks is not a multiple of ``num_stages``.
+            UsageError: the number of ranks is not a multiple of ``num_ranks``.
         """
         if num_ranks < 1 or world_size % num_ranks:
             raise UsageError(
@@ -106,7 +106,7 @@ class Replica:
         """As a job's options say. One rank alone makes all guidance calls of ``--cfg_parallel``.
 
         Raises:
-            UsageError: the ranks do not come out even.
+            UsageError: the number of ranks is not a multiple of the replica's.
         """
         size = config.ranks_per_replica
         if world_size == 1 and size == config.cfg_parallel:

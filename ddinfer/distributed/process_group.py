@@ -269,6 +269,7 @@ def _joined(world: World, join_seconds: float, control_seconds: float) -> Iterat
             ) from error
         group.object_group = dist.group.WORLD
         try:
+            group.wait_for_peers()  # a rank that leaves now would break the connecting of others
             yield group
         finally:
             dist.destroy_process_group()
