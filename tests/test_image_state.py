@@ -14,7 +14,7 @@ from ddinfer.errors import RankError, UsageError
 from ddinfer.parallel.continuous.pipeline import ContinuousPipeline
 from tests.ranks import run_ranks
 from tests.test_continuous import equal_to_uncut, in_pipeline, job_for, make_pipe
-from tests.tiny_pipelines import KINDS
+from tests.tiny_pipelines import FROM_TEXT
 
 
 def make_pag():
@@ -242,7 +242,7 @@ def changed_by_a_call(pipe, kind):
     return {key for key in changed if key[0] not in ("pipe", "scheduler")}  # each has a copy
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FROM_TEXT)
 def test_a_call_changes_nothing_that_images_share(kind):
     # Wan's VAEs keep these while they decode, which one image at a time does.
     decoding = {"_feat_map", "_conv_num", "_conv_idx", "_enc_feat_map", "_enc_conv_num"}

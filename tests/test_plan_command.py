@@ -13,7 +13,7 @@ from ddinfer.cli import dispatch
 from ddinfer.models.loading import load_pipeline
 from ddinfer.models.placement import Placement
 from tests.test_cli import MAIN, ROOT, images, run
-from tests.tiny_pipelines import KINDS
+from tests.tiny_pipelines import IN_STAGES
 
 PAGE = (ROOT / "docs/large-models.md").read_text(encoding="utf-8")
 FLUX_DEV = str(ROOT / "tests/data/flux1_dev")
@@ -39,7 +39,7 @@ def bytes_of(pipe):
     }
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", IN_STAGES)
 def test_every_component_is_counted_and_has_its_stage(kind, tiny, capsys):
     code, found = plan_json(capsys, tiny(kind), "--max_memory", "cpu=1GB")
     assert code == 0

@@ -25,7 +25,7 @@ from ddinfer.models.stages import STAGES, StagedPipeline, components_by_stage
 from ddinfer.models.stand_ins import is_stand_in
 from ddinfer.prompts.files import prompt_from_fields
 from ddinfer.request import Prompt, resolve_requests
-from tests.tiny_pipelines import FROM_TEXT, call_arguments
+from tests.tiny_pipelines import IN_STAGES, call_arguments
 
 PLENTY = {"cpu": 10**10}
 MEMORY = 1_000_000_000
@@ -84,7 +84,7 @@ def decoded(monkeypatch):
 GUIDED = {"flux": {"true_cfg_scale": 2.0}, "qwen": {"true_cfg_scale": 2.0}}
 
 
-@pytest.mark.parametrize("kind", FROM_TEXT)
+@pytest.mark.parametrize("kind", IN_STAGES)
 def test_images_are_those_of_the_whole_engine_to_the_last_bit(kind, tiny, decoded):
     prompts = ["a cat | a dog", "a cat | a dog", "two stones in water | red", "a big house | a dog"]
     requests = requests_for(kind, prompts, **GUIDED.get(kind, {}))
@@ -554,7 +554,7 @@ def test_a_gigabyte_peaks_at_its_largest_stage(tmp_path):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("kind", FROM_TEXT)
+@pytest.mark.parametrize("kind", IN_STAGES)
 def test_on_a_gpu_the_pictures_are_the_same_and_memory_is_one_stage(kind, tiny):
     folder, requests = tiny(kind), requests_for(kind, ["a cat", "a dog"])
     pipe = load_pipeline(folder, device="cuda:0", dtype="float32")

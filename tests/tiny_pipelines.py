@@ -610,4 +610,9 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 
 #: Those that make images or frames from a prompt alone.
-FROM_TEXT = sorted(set(KINDS) - {"stable_audio", "stable_video"})
+FROM_TEXT = sorted(
+    set(KINDS) - {"stable_audio", "stable_video", "video_to_video", "marigold", "unconditional"}
+)
+
+#: Those that `--placement staged` takes: of LTX-2 it refuses the sound's decoder by name.
+IN_STAGES = [kind for kind in FROM_TEXT if kind != "ltx2"]
