@@ -3,6 +3,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 environment="$root/.venv"
+constraints="$root/launch/constraints.txt"
 minimum_free_mb=3000
 
 say() { printf '\n== %s\n' "$*"; }
@@ -27,22 +28,22 @@ make_environment() {
     local extras=$1 python stamp wanted free
     python=$(find_python) || exit 1
     stamp="$environment/.installed$extras"
-    wanted=$(cat "$root/setup.cfg" "$root/launch/constraints.txt" | cksum)
+    wanted=$(cat "$root/setup.cfg" "$constraints" | cksum)
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
-        say "Using the environment in .venv"
+        say "Using the environment in $environment"
         return
     fi
     if [ ! -x "$environment/bin/python" ] || ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
         free=$(df -Pm "$root" | awk 'NR == 2 { print $4 }')
         [ "$free" -ge "$minimum_free_mb" ] ||
             fail "this needs $minimum_free_mb MB of free disk in $root for PyTorch and the rest; found $free MB"
-        say "Making a virtual environment in .venv with $("$python" --version)"
+        say "Making a virtual environment in $environment with $("$python" --version)"
         "$python" -m venv --clear "$environment" ||
             fail "Python's venv module is missing or broken. On Debian and Ubuntu: apt install python3-venv"
     fi
     say "Installing ddinfer with PyTorch and diffusers (the first time downloads a few hundred MB, with CUDA several GB)"
     "$environment/bin/python" -m pip install --progress-bar on --disable-pip-version-check \
-        --constraint "$root/launch/constraints.txt" --editable "$root$extras" ||
-        fail "the installation failed; the lines above say why. Nothing outside .venv was changed"
+        --constraint "$constraints" --editable "$root$extras" ||
+        fail "the installation failed; the lines above say why. Nothing outside $environment was changed"
     printf '%s' "$wanted" > "$stamp"
 }

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -79,12 +80,12 @@ def plain(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_every_class_comes_back_as_saved(name, tmp_path):
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     check_class(name, tmp_path)
 
 
 def test_every_exported_model_class_has_a_configuration_or_a_reason():
-    import diffusers
-
     exported = {
         name
         for name in dir(diffusers)
