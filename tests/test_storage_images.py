@@ -190,7 +190,11 @@ def test_a_file_that_cannot_be_replayed_is_named_with_the_reason(data, message, 
 
 
 #: Fields that images of older versions lack have a default.
-NEEDED = [f.name for f in dataclasses.fields(ImageRecord) if f.default is dataclasses.MISSING]
+NEEDED = [
+    f.name
+    for f in dataclasses.fields(ImageRecord)
+    if f.default is f.default_factory is dataclasses.MISSING
+]
 WITHOUT_A_KEY = [(key, {k: v for k, v in RECORD.items() if k != key}) for key in NEEDED]
 OF_A_WRONG_TYPE = [(key, {**RECORD, key: 1.5}) for key in READ]
 DAMAGED_REQUESTS = [
