@@ -21,7 +21,7 @@ from bench.report import PAGE, page_with_figures
 #: In the order of the page, and of running.
 PARTS = (
     *jobs.PARTS, "startup", "scaling", "overhead", "memory", "options", "instant",
-    "launch", "loading", "journal", "png", "schedule", "continuous", "intra", "gpu",
+    "launch", "loading", "offload", "journal", "png", "schedule", "continuous", "intra", "gpu",
 )  # fmt: skip
 
 
@@ -100,6 +100,7 @@ def measure_part(name: str, options: argparse.Namespace) -> None:
         "part": name,
         "date": time.strftime("%Y-%m-%d"),
         "size": size,
+        "repetitions": options.repetitions,
         "seconds": round(time.monotonic() - started, 1),
         "machine": Machine.here().to_dict(),
         "other_cores": others.cores(),

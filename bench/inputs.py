@@ -99,6 +99,37 @@ def make_mid_model(folder: str) -> None:
     pipe.save_pretrained(folder)
 
 
+WIDE_FLUX_CALL = {"num_inference_steps": 2, "guidance_scale": 3.5, "height": 128, "width": 128,
+                  "max_sequence_length": 16}  # fmt: skip
+
+
+def wide_flux() -> Path:
+    """The embedded Flux with a wider and deeper transformer of random weights, in bfloat16.
+
+    250 M parameters, 0.5 GB: large beside the process that loads it, small beside a machine.
+    """
+    folder = CACHE / "wide-flux"
+    if not (folder / "model_index.json").is_file():
+        progress("making the wide Flux")
+        run([PYTHON, "-m", "bench.inputs", "wide-flux", str(folder)])
+    return folder
+
+
+def make_wide_flux(folder: str) -> None:
+    import torch
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    from ddinfer import tiny
+
+    torch.manual_seed(0)
+    pipe: Any = FluxPipeline.from_pretrained(tiny.path("shapes-flux"), dtype=torch.bfloat16)
+    wider = {"num_attention_heads": 16, "attention_head_dim": 64, "axes_dims_rope": (8, 28, 28),
+             "num_layers": 2, "num_single_layers": 12}  # fmt: skip
+    config = {**pipe.transformer.config, **wider}
+    pipe.transformer = FluxTransformer2DModel.from_config(config).to(torch.bfloat16)
+    pipe.save_pretrained(folder)
+
+
 #: A pipeline whose call takes no time; whatever a job costs then is ddinfer's.
 INSTANT = """
 import torch
@@ -138,5 +169,4 @@ def custom_pipeline(folder: Path, name: str, source: str, kind: str) -> Path:
 if __name__ == "__main__":
     import sys
 
-    if sys.argv[1] == "mid":
-        make_mid_model(sys.argv[2])
+    {"mid": make_mid_model, "wide-flux": make_wide_flux}[sys.argv[1]](sys.argv[2])

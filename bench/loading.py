@@ -1,5 +1,8 @@
 """Host memory and seconds of loading a model in 1, 2 and 4 processes, beside from_pretrained.
 
+`from_pretrained` is measured as it is without Accelerate, in ddinfer's environment, and with its
+defaults in one that has Accelerate, which is what most users have.
+
     launch/bench --only loading
 
 For each: seconds until every weight was read once, and the proportional set size summed over the
@@ -11,22 +14,29 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.measure import CACHE, ROOT, Size, progress, proportional_bytes
+from bench.measure import (
+    CACHE,
+    COMPETITORS_PYTHON,
+    PYTHON,
+    ROOT,
+    Size,
+    competitors_versions,
+    progress,
+    proportional_bytes,
+)
 from bench.report import table
 
 ABOUT = "host memory and seconds of loading weights alone, beside from_pretrained"
 EXPECTED_SECONDS = 95
 
-#: How a process loads; each is run with the folder as its last argument.
+#: How a process loads.
 WAYS = {
-    "no model": "model = None",
     "ddinfer": "from ddinfer.models.loading import load_model; model = load_model(folder)",
     "from_pretrained": (
         "model = diffusers.FluxTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False)"
@@ -38,13 +48,19 @@ WAYS = {
         "model = diffusers.FluxTransformer2DModel.from_pretrained("
         "folder, dtype=torch.bfloat16, low_cpu_mem_usage=False)"
     ),
+    "from_pretrained with Accelerate": (
+        "model = diffusers.FluxTransformer2DModel.from_pretrained(folder)"
+    ),
+    "from_pretrained with Accelerate, as bfloat16": (
+        "model = diffusers.FluxTransformer2DModel.from_pretrained(folder, dtype=torch.bfloat16)"
+    ),
 }
 
 CHILD = """
 import sys, time
 sys.path.insert(0, {root!r})
 import torch, diffusers
-import ddinfer.models.loading
+{imports}
 diffusers.FluxTransformer2DModel
 torch.set_num_threads(1)
 folder = {folder!r}
@@ -60,18 +76,21 @@ sys.stdin.read()
 
 def measure(size: Size) -> dict[str, Any]:
     """→ ranks → way → seconds, and memory as a multiple of the weights."""
+    competitors = competitors_versions()
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as name:
         folder = Path(name)
         num_bytes = make_model(folder, size.pick(0.4, 0.6, 1.2))
-        found: dict[str, Any] = {"bytes": num_bytes, "ranks": {}}
+        found: dict[str, Any] = {"bytes": num_bytes, "competitors": competitors, "ranks": {}}
         for ranks in size.pick((1,), (1, 2, 4), (1, 2, 4)):
-            _, empty = load_in_ranks("no model", folder, ranks)
+            empty = {python: load_in_ranks("model = None", python, folder, ranks)[1]
+                     for python in (PYTHON, COMPETITORS_PYTHON)}  # fmt: skip
             told = found["ranks"][str(ranks)] = {}
-            for way in list(WAYS)[1:]:
+            for way, code in WAYS.items():
                 progress(f"{ranks} processes, {way}")
-                seconds, used = load_in_ranks(way, folder, ranks)
-                multiple = round((used - empty) / num_bytes, 3)
+                python = COMPETITORS_PYTHON if "Accelerate" in way else PYTHON
+                seconds, used = load_in_ranks(code, python, folder, ranks)
+                multiple = round((used - empty[python]) / num_bytes, 3)
                 told[way] = {"seconds": round(seconds, 2), "of_weights": multiple}
     return found
 
@@ -80,7 +99,7 @@ def tables(figures: Mapping[str, Any]) -> str:
     rows = [
         [way, *(f"{told[way]['of_weights']:.2f} × in {told[way]['seconds']:.1f} s"
                 for told in figures["ranks"].values())]
-        for way in list(WAYS)[1:]
+        for way in WAYS
     ]  # fmt: skip
     header = [f"{ranks} process{'es' * (ranks != '1')}" for ranks in figures["ranks"]]
     return table([f"{figures['bytes'] / 1e9:.2f} GB of weights", *header], rows)
@@ -100,13 +119,14 @@ def make_model(folder: Path, gigabytes: float) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def load_in_ranks(way: str, folder: Path, ranks: int) -> tuple[float, int]:
+def load_in_ranks(way: str, python: str, folder: Path, ranks: int) -> tuple[float, int]:
     """Seconds of the slowest process and bytes of all, once all have loaded."""
-    code = CHILD.format(root=str(ROOT), folder=str(folder), way=WAYS[way])
+    imports = "import ddinfer.models.loading" if python == PYTHON else "import accelerate"
+    code = CHILD.format(root=str(ROOT), imports=imports, folder=str(folder), way=way)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     children = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code],
+            [python, "-W", "ignore", "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

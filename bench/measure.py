@@ -99,7 +99,7 @@ class Run:
         started: monotonic clock. ``started_at``: wall clock, to compare with files' times.
         seconds: until the command itself had ended.
         cpu_seconds: user and system time of all its processes.
-        peak_bytes: highest proportional set size of all processes together, where it was watched.
+        peak_bytes: highest memory of all processes together, where it was watched.
     """
 
     started: float
@@ -121,6 +121,7 @@ def run(
     *,
     cwd: Path = ROOT,
     memory_every_seconds: float | None = None,
+    memory: Callable[[int], int] | None = None,
     expected: Sequence[int] = (0,),
     timeout_seconds: float = 1800,
 ) -> Run:
@@ -129,6 +130,8 @@ def run(
     Args:
         memory_every_seconds: how often to look at the memory of all its processes. A look costs
             milliseconds for each, so it is not for runs whose time counts.
+        memory: process id → bytes of it and all processes below; `proportional_bytes` of each by
+            default.
 
     Raises:
         CommandFailed: another exit code than ``expected``.
@@ -145,7 +148,7 @@ def run(
             stderr=subprocess.PIPE,
             text=True,
         ) as job,
-        watching_memory(job.pid, memory_every_seconds) as samples,
+        watching_memory(job.pid, memory_every_seconds, memory or tree_bytes) as samples,
     ):
         try:
             out, err = job.communicate(timeout=timeout_seconds)
@@ -213,8 +216,29 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def tree_bytes(pid: int) -> int:
+    """Proportional set size of ``pid`` and all processes below it."""
+    return sum(map(proportional_bytes, descendants(pid)))
+
+
+def anonymous_bytes(pid: int) -> int:
+    """What ``pid`` and all processes below it hold that the kernel cannot read again from files.
+
+    Pages that a forked process has in common with its parent count twice.
+    """
+    total = 0
+    for process in descendants(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for line in Path(f"/proc/{process}/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    total += int(line.split()[1]) * 1024
+    return total
+
+
 @contextlib.contextmanager
-def watching_memory(pid: int, every_seconds: float | None) -> Iterator[list[tuple[float, int]]]:
+def watching_memory(
+    pid: int, every_seconds: float | None, memory: Callable[[int], int]
+) -> Iterator[list[tuple[float, int]]]:
     """Yields (monotonic seconds, bytes of the tree below ``pid``), growing until the block ends."""
     samples: list[tuple[float, int]] = []
     if every_seconds is None:
@@ -224,7 +248,7 @@ def watching_memory(pid: int, every_seconds: float | None) -> Iterator[list[tupl
 
     def watch() -> None:
         while not over.wait(every_seconds):
-            samples.append((time.monotonic(), sum(map(proportional_bytes, descendants(pid)))))
+            samples.append((time.monotonic(), memory(pid)))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -51,6 +51,8 @@ def conditions(name: str, result: Mapping[str, Any]) -> str:
     if others > BUSY * machine["cores"]:
         load = f"**{load}: absolute times are too long**"
     flag = {"default": "", "quick": " --quick", "full": " --full"}[result["size"]]
+    if result["repetitions"]:
+        flag += f" --repetitions {result['repetitions']}"
     return (
         f"<sub>`launch/bench{flag} --only {name}`, {result['seconds']:.0f} s, {result['date']}: "
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, "

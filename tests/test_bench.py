@@ -27,7 +27,13 @@ def test_the_page_says_what_the_figures_say():
 
 def test_a_figure_that_changes_changes_the_page(tmp_path, monkeypatch):
     told = {"a flat picture": {"ours": {"cpu_ms": 1.5, "kilobytes": 3}}}
-    result = {"size": "default", "seconds": 3, "date": "2026-01-01", "other_cores": 0.0}
+    result = {
+        "size": "default",
+        "repetitions": None,
+        "seconds": 3,
+        "date": "2026-01-01",
+        "other_cores": 0.0,
+    }
     result |= {"machine": measure.Machine.here().to_dict(), "versions": measure.versions()}
     result["figures"] = told
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -46,14 +52,20 @@ def test_a_figure_that_changes_changes_the_page(tmp_path, monkeypatch):
 
 
 def test_figures_of_a_busy_machine_are_marked():
-    result = {"size": "full", "seconds": 3, "date": "2026-01-01", "versions": measure.versions()}
+    result = {
+        "size": "full",
+        "repetitions": 5,
+        "seconds": 3,
+        "date": "2026-01-01",
+        "versions": measure.versions(),
+    }
     result["machine"] = measure.Machine.here().to_dict()
     cores = result["machine"]["cores"]
     busy = report.conditions("png", result | {"other_cores": cores * 0.5})
     idle = report.conditions("png", result | {"other_cores": cores * 0.01})
     assert "absolute times are too long" in busy
     assert "absolute times are too long" not in idle
-    assert "launch/bench --full --only png" in idle
+    assert "launch/bench --full --repetitions 5 --only png" in idle
 
 
 def test_list_names_every_script():

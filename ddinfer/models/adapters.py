@@ -1,4 +1,4 @@
-"""LoRA without peft: low-rank weights beside a model's layers, in peft's unmerged arithmetic.
+"""LoRA without peft: low-rank weights added to a model's layers, in peft's unmerged arithmetic.
 
 A layer returns ``result + up(down(x)) * scale`` for each LoRA of the current set. The low-rank
 weights are modules inside the layer, so that they go where the layer goes: to a device, into a
@@ -281,7 +281,7 @@ def add_lora(
     layers: Mapping[str, LowRank],
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
-    """Put a LoRA's weights beside a model's layers, in the layers' types.
+    """Put a LoRA's weights added to a model's layers, in the layers' types.
 
     Args:
         dtypes: tensor's name → its type, of a model that is not filled yet.
@@ -339,7 +339,7 @@ def check_layers(
 
 
 def _module(layer: Any, low: LowRank, dtype: torch.dtype) -> torch.nn.Module:
-    """``down`` and ``up`` as peft makes them beside a layer."""
+    """``down`` and ``up`` as peft makes them for a layer."""
     import torch
 
     rank = low.down.shape[0]

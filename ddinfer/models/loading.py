@@ -140,7 +140,7 @@ def load_pipeline(
             ``"text2img"``, or the name of a class in diffusers.
         components: given ones are used as they are, a path or a Hub id (or a list of them, as for
             several ControlNets) is loaded; ``None`` leaves one out.
-        lora: ``PATH_OR_ID[=NAME][:WEIGHT]``, as ``--lora`` takes it; kept beside the layers.
+        lora: ``PATH_OR_ID[=NAME][:WEIGHT]``, as ``--lora`` takes it; added to the layers.
         variant: of the weight files ("fp16"); components without it use their plain files.
         trust_remote_code: lets the repository's own Python run.
         allow_pickle: reads pickled weights where there are no safetensors.

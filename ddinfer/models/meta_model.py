@@ -141,7 +141,7 @@ class OpenModel:
 
 
 def is_low_rank(name: str) -> bool:
-    """Whether a parameter was put beside a layer by `ddinfer.models.adapters`."""
+    """Whether a parameter was added to a layer by `ddinfer.models.adapters`."""
     return ".lora." in name
 
 

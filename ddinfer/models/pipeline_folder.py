@@ -63,7 +63,7 @@ class PipelineSource:
     Attributes:
         weights_at: the Hub repository that has the weights, when the folder holds configs alone:
             enough to plan by. ``revision`` and ``token`` are for it.
-        loras: put beside the layers of every component that is opened.
+        loras: added to the layers of every component that is opened.
 
     Raises:
         UsageError: not a pipeline, custom code that is not trusted, or no files of ``variant``.
