@@ -279,7 +279,7 @@ class ModelOptions:
     lora: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, _arg("PATH_OR_ID[=NAME][@COMPONENT][:WEIGHT]")
     ] = ()
-    """A LoRA, added to the model's own weights; repeat for several. A prompt's "lora" says which."""
+    """A LoRA, added to the model's weights; repeat for several. A prompt's "lora" says which."""
     dtype: Annotated[str, _arg("auto|float32|float16|bfloat16", default="auto")] = "auto"
     """auto: float32 on CPU, else the checkpoint's own. By component: vae=float32,bfloat16."""
     quantize: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("COMPONENT=fp8")] = ()
