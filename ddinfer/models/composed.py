@@ -33,7 +33,7 @@ TASKS = {
     "inpaint": "AUTO_INPAINT_PIPELINES_MAPPING",
 }
 
-#: Files of a component beside its weights.
+#: Files of a component other than its weights.
 _SETTINGS = ("*.json", "*.txt", "*.model", "*.py")
 
 

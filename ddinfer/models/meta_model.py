@@ -146,7 +146,7 @@ def is_low_rank(name: str) -> bool:
 
 
 def finish_weight_norm(model: torch.nn.Module) -> None:
-    """Computes the products that (old style) weight_norm keeps beside its parameters."""
+    """Computes the products that (old style) weight_norm keeps in addition to its parameters."""
     from torch.nn.utils.weight_norm import WeightNorm
 
     for module in model.modules():

@@ -432,7 +432,7 @@ class _Dispatcher:
 
 
 def _move_in_place(tensor: torch.Tensor, device: torch.device) -> None:
-    """The object stays the same, so that whoever holds it keeps holding the weight."""
+    """The object stays the same, so that references to it stay valid."""
     moved = tensor.data.to(device)
     try:
         tensor.data = moved

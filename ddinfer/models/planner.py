@@ -28,7 +28,7 @@ from ddinfer.models.tree import Node, PlacementUnit, tree_of, units_of
 
 Strategy = Literal["balanced", "auto"]
 
-#: Share of each GPU's budget that is kept for activations unless told otherwise.
+#: Share of each GPU's budget that is kept for activations by default.
 HEADROOM = Fraction(1, 10)
 
 #: A component of at most this part of a pipeline's bytes is small.
@@ -58,7 +58,7 @@ def plan_placement(
             Without "cpu", what the host has free; without "disk", any amount.
         strategy: ``"balanced"`` fills the GPUs evenly, a pipeline's components whole where that
             is possible; ``"auto"`` uses as few GPUs as possible, in order.
-        no_split: class names of modules that are never divided, beside those their model names.
+        no_split: class names of modules that are never divided, besides the model's own list.
         dtype: the type that floating weights will have; ``None``: the one they have (or, for a
             path, the one that `ddinfer.load_pipeline` would choose).
         headroom: bytes kept for activations of each GPU's budget, without GPUs of the host's

@@ -132,7 +132,7 @@ def count_ticks(in_flight: Sequence[int], waiting: Sequence[int], latency: int, 
     Args:
         in_flight: calls that each image in flight still has to make, in the order they are due.
         waiting: likewise for the images that are not in the pipeline yet.
-        latency: the number of stages S, or twice that where transfers run beside computing.
+        latency: the number of stages S, or twice that where transfers overlap with computing.
         limit: images in the pipeline at once; the next enters when one has made its last call.
     """
     ready = deque((0, calls) for calls in in_flight if calls)  # (first tick it can enter, calls)

@@ -79,7 +79,7 @@ class Exchange:
             return
         try:
             if self._is_first:
-                self._tell(_FAILED)
+                self._exchange_codes(_FAILED)
             else:
                 for step in self._known[kind][len(self._steps) :]:
                     zeros = [torch.zeros(shape, dtype=step.dtype) for shape in step.sent]
@@ -159,19 +159,19 @@ class Exchange:
         Raises:
             CallAborted: a rank failed, or is elsewhere.
         """
-        if any(other != code for other in self._tell(code)):
+        if any(other != code for other in self._exchange_codes(code)):
             raise CallAborted("another rank of the team failed in this call, or is elsewhere in it")
 
-    def _tell(self, code: int) -> list[int]:
-        """What each other rank tells."""
+    def _exchange_codes(self, code: int) -> list[int]:
+        """Sends ``code`` to the other ranks of the team; returns theirs, in rank order."""
         others = [rank for rank in self.ranks if rank != self.comm.group_rank]
         sending = [self.comm.send(torch.tensor([code]), rank, control=True) for rank in others]
-        told = []
+        codes = []
         with self.awaiting():
             for rank in others:
                 here = torch.zeros(1, dtype=torch.int64)
                 self.comm.receive(here, rank, control=True)
-                told.append(int(here))
+                codes.append(int(here))
         for work in sending:
             work.wait()
-        return told
+        return codes

@@ -255,13 +255,13 @@ class Team:
                 continue
             with self._finding_lost():
                 code, header, payload = self._receive(rank, STATUS_TAG)
-            told: Any = pickle.loads(header) if header else None
+            received: Any = pickle.loads(header) if header else None
             if code == _LOST:
-                self._lose(told)
+                self._lose(received)
             elif code == _FAILED:
-                error = error or RankError(self.comm.ranks[rank], PHASE, told)
-            elif code == _OK and told is not None:
-                tensors, layout = told
+                error = error or RankError(self.comm.ranks[rank], PHASE, received)
+            elif code == _OK and received is not None:
+                tensors, layout = received
                 buffer = payload.to(self.comm.device)
                 output = tensors.unflatten(layout.unpack(buffer))
         return output, error
@@ -286,16 +286,16 @@ class Team:
 
     def _end(self, error: BaseException | None) -> None:
         """Ends `serve` on the other ranks, with the error that they then raise."""
-        told = None
+        reason = None
         if isinstance(error, RankError):
-            told = (error.rank, error.record)
+            reason = (error.rank, error.record)
         elif error is not None:
-            told = (self.comm.rank, ErrorRecord.of(error))
+            reason = (self.comm.rank, ErrorRecord.of(error))
         if self.fatal is None:
             self.drain()
         for rank in range(1, self.comm.size):
             try:
-                for work in self._send(rank, _END, pickle.dumps(told)):
+                for work in self._send(rank, _END, pickle.dumps(reason)):
                     work.wait()
             except ConnectionLost:
                 pass  # that rank is gone, and the error says so
@@ -314,13 +314,13 @@ class Team:
             except ConnectionLost as lost:
                 record = ErrorRecord("ConnectionLost", str(lost))
                 raise RankError(self.comm.ranks[0], PHASE, record) from lost
-            told = pickle.loads(header)
+            received = pickle.loads(header)
             if code == _END:
-                if told is not None:
-                    raise RankError(told[0], PHASE, told[1])
+                if received is not None:
+                    raise RankError(received[0], PHASE, received[1])
                 return
             self._before_call()
-            self._report(*self._serve_one(told, payload))
+            self._report(*self._serve_one(received, payload))
             self._after_call()
 
     def _serve_one(self, header: Any, payload: torch.Tensor) -> tuple[int, Any]:

@@ -194,10 +194,10 @@ def _is_of_shapes(error: Exception) -> bool:
 def call_signature(args: Any, kwargs: Any) -> Any:
     """Equal for calls that one plan serves."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    told: list[Any] = [str(spec)]
+    parts: list[Any] = [str(spec)]
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
-            told.append((tuple(leaf.shape), leaf.dtype))
+            parts.append((tuple(leaf.shape), leaf.dtype))
         else:
-            told.append(leaf if isinstance(leaf, (bool, int, str, type(None))) else type(leaf))
-    return tuple(told)
+            parts.append(leaf if isinstance(leaf, (bool, int, str, type(None))) else type(leaf))
+    return tuple(parts)
